@@ -1,0 +1,30 @@
+"""Fused steps for neural cellular automata in JAX: arrays in, arrays out.
+
+``nk.step`` is one step, ``nk.rollout`` many, ``nk.update`` a step whose perception is given.
+``nk.Rule`` and ``nk.RuleParams`` say what a step computes; ``nk.taps`` makes perceptions from
+filter banks by name. ``nk.backends()`` says what runs here, and why not.
+"""
+
+import nca_kernels.backends as _backends  # registers every backend
+from nca_kernels.dispatch import BackendUnavailable, backends
+from nca_kernels.ops.rollout import rollout
+from nca_kernels.ops.step import step
+from nca_kernels.ops.update import update
+from nca_kernels.perception import filter_bank, taps
+from nca_kernels.rule import Alive, Rule, RuleParams
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Alive",
+    "BackendUnavailable",
+    "Rule",
+    "RuleParams",
+    "backends",
+    "filter_bank",
+    "rollout",
+    "step",
+    "taps",
+    "update",
+]
+del _backends

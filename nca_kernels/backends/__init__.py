@@ -1,0 +1,28 @@
+"""The one list of backends, in the order in which "auto" prefers them."""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from nca_kernels.dispatch import Backend, register
+
+
+def _loader(package: str) -> Callable[[str], Any]:
+    """``load`` of a backend: imports its package when an op is first used."""
+    return lambda op: getattr(import_module(f"nca_kernels.backends.{package}"), op)
+
+
+for backend in (
+    Backend(
+        name="xla",
+        summary="fused by XLA: shifted slices and matrix products, hand-written backward",
+        load=_loader("xla"),
+    ),
+    Backend(
+        name="reference",
+        summary="plain JAX convolutions and autodiff: slow, obvious, the oracle",
+        load=_loader("reference"),
+        plain=True,
+    ),
+):
+    register(backend)

@@ -1,0 +1,246 @@
+"""``step`` and ``update`` for XLA: the forward, and a backward that recomputes from the state.
+
+Depthwise perceptions are filter-major inside (``f*C + c``, see :mod:`.stencil`); the parameters
+are reordered on the way in and their gradients on the way out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from nca_kernels.backends.xla import active_rows, stencil
+from nca_kernels.fire_mask import fires
+from nca_kernels.rule import Operands, Rule, compute_dtype
+
+
+def forward(call: Any, platform: str, operands: Operands) -> list[Array]:
+    """``[new state [G, B, *S, C]]``, and with alive masking the mask ``[G, B, *S]``."""
+    one = partial(nca_xla_forward, rule=call.rule, platform=platform)
+    operands = _draw_mask(call.rule, operands)
+    groups = operands.state.shape[0]
+    weights = operands[4:]
+    if any(w.shape[0] > 1 for w in jax.tree.leaves(weights)):
+        return _map_groups(one, (operands,), platform)
+    # With one set of weights, groups are just more samples.
+    cells = [x if x is None else x.reshape(-1, *x.shape[2:]) for x in operands[:4]]
+    outs = one(Operands(*cells, *jax.tree.map(lambda w: w[0], weights)))
+    return [o.reshape(groups, -1, *o.shape[1:]) for o in outs]
+
+
+def backward(
+    call: Any,
+    platform: str,
+    operands: Operands,
+    saved: Sequence[Array],
+    cotangent: Array,
+    wrt: tuple[bool, ...],
+) -> list[Array]:
+    """The gradients ``[G, ...]`` of the operands that ``wrt`` (a flag for each array) asks for."""
+    one = partial(nca_xla_backward, rule=call.rule, platform=platform, wrt=wrt)
+    operands = _draw_mask(call.rule, operands)
+    return _map_groups(one, (operands, list(saved), cotangent), platform)
+
+
+@partial(jax.jit, static_argnames=("rule", "platform"))
+def nca_xla_forward(operands: Operands, *, rule: Rule, platform: str) -> list[Array]:
+    """One group, without a group axis; ``operands.fire`` is the mask ``[B, *S]`` or None."""
+    state = operands.state
+    dtype = compute_dtype(state.dtype)
+    operands = _filter_major(operands, dtype)
+    needed = operands.fire
+    if rule.alive is not None:
+        alive = _is_alive(rule, state)
+        # A dead cell's update matters to the fate of living neighbours, and to no other cell.
+        near = stencil.max_pool(alive.astype(jnp.float32), rule.padding) > 0
+        needed = near if needed is None else needed & near
+    update = active_rows.map_active(
+        rule,
+        operands.layers,
+        _rows(rule, operands),
+        None if needed is None else needed.reshape(-1),
+        _perception_size(operands),
+        active_rows.block_size(platform, operands.layers),
+    )
+    new_state = state.astype(dtype) + rule.step_size * update.reshape(state.shape)
+    new_state = new_state.astype(state.dtype)
+    if rule.alive is None:
+        return [new_state]
+    alive = alive & _is_alive(rule, new_state)
+    return [jnp.where(alive[..., None], new_state, jnp.zeros_like(new_state)), alive]
+
+
+@partial(jax.jit, static_argnames=("rule", "platform", "wrt"))
+def nca_xla_backward(
+    operands: Operands,
+    saved: list[Array],
+    cotangent: Array,
+    *,
+    rule: Rule,
+    platform: str,
+    wrt: tuple[bool, ...],
+) -> list[Array]:
+    """The gradients of one group that ``wrt`` asks for, in the order of the operands."""
+    given = operands
+    dtype = compute_dtype(given.state.dtype)
+    operands = _filter_major(operands, dtype)
+    d_new = cotangent.astype(dtype)
+    active = operands.fire
+    if rule.alive is not None:
+        (alive,) = saved
+        d_new = jnp.where(alive[..., None], d_new, 0)
+        active = alive if active is None else active & alive
+    d_rows, d_layers = active_rows.map_active_backward(
+        rule,
+        operands.layers,
+        _rows(rule, operands),
+        rule.step_size * d_new.reshape(-1, d_new.shape[-1]),
+        None if active is None else active.reshape(-1),
+        _perception_size(operands),
+        active_rows.block_size(platform, operands.layers),
+    )
+    asked = jax.tree.unflatten(jax.tree.structure(given), wrt)
+    grads = _rows_backward(rule, operands, d_rows, d_new, tuple(d_layers), asked.taps is True)
+    grads = _channel_major(grads, given)
+    leaves = zip(jax.tree.leaves(grads), jax.tree.leaves(given), wrt, strict=True)
+    return [grad.astype(operand.dtype) for grad, operand, wanted in leaves if wanted]
+
+
+def _rows(rule: Rule, operands: Operands) -> Array:
+    """What the MLP sees of every cell, ``[N, P + I]``: perception without activation, inputs."""
+    state, dtype = operands.state, compute_dtype(operands.state.dtype)
+    if operands.taps is None:
+        perception = operands.perception.astype(dtype)
+    else:
+        perception = stencil.perceive(
+            state.astype(dtype), operands.taps, rule.padding, rule.precision
+        )
+        if operands.perception_bias is not None:
+            perception += operands.perception_bias.reshape((1,) * (state.ndim - 1) + (-1,))
+    rows = perception.reshape(-1, perception.shape[-1])
+    if operands.inputs is None:
+        return rows
+    inputs = operands.inputs.astype(dtype)
+    if inputs.ndim < state.ndim:  # per sample: the same for every cell
+        inputs = inputs.reshape(inputs.shape[0], *(1,) * (state.ndim - 2), -1)
+    inputs = jnp.broadcast_to(inputs, (*state.shape[:-1], inputs.shape[-1]))
+    return jnp.concatenate([rows, inputs.reshape(rows.shape[0], -1)], axis=1)
+
+
+def _rows_backward(
+    rule: Rule,
+    operands: Operands,
+    d_rows: Array,
+    d_new: Array,
+    d_layers: tuple,
+    taps_wanted: bool,
+) -> Operands:
+    """Gradients of all operands, given those of the rows, of the new state and of the layers."""
+    grid, size = d_new.shape[:-1], d_rows.shape[1]
+    if operands.inputs is not None:
+        size -= operands.inputs.shape[-1]
+    d_perception, d_inputs = d_rows[:, :size].reshape(*grid, size), None
+    if operands.inputs is not None:
+        d_inputs = d_rows[:, size:].reshape(*grid, -1)
+        if operands.inputs.ndim < d_new.ndim:
+            d_inputs = jnp.sum(d_inputs, axis=tuple(range(1, d_new.ndim - 1)))
+    grads = Operands(d_new, operands.fire, d_perception, d_inputs, None, None, d_layers)
+    if operands.taps is None:
+        return grads
+    state, taps = operands.state.astype(d_new.dtype), operands.taps
+    where = (d_perception, state, taps, rule.padding, rule.precision)
+    bias = operands.perception_bias
+    return grads._replace(
+        state=d_new + stencil.perceive_transpose(*where),
+        perception=None,
+        taps=stencil.taps_gradient(*where) if taps_wanted else jnp.zeros_like(taps),
+        perception_bias=None if bias is None else jnp.sum(d_perception, range(len(grid))),
+    )
+
+
+def _perception_size(operands: Operands) -> int:
+    """Columns of the rows that take the perception's activation: none if it is given."""
+    return 0 if operands.taps is None else operands.taps.shape[-1]
+
+
+def _is_alive(rule: Rule, state: Array) -> Array:
+    assert rule.alive is not None
+    plane = state[..., rule.alive.channel].astype(compute_dtype(state.dtype))
+    return stencil.max_pool(plane, rule.padding) > rule.alive.threshold
+
+
+# ---- groups ----
+
+
+def _draw_mask(rule: Rule, operands: Operands) -> Operands:
+    """Replaces key data ``[G, 2]`` by the mask ``[G, B, *S]``."""
+    fire = operands.fire
+    if fire is None or fire.dtype == jnp.bool_:
+        return operands
+    shape = operands.state.shape[1:-1]
+    mask = jax.vmap(lambda key: fires(key, rule.fire_rate, shape))(fire)
+    return operands._replace(fire=mask)
+
+
+def _map_groups(fun: Callable, args: Any, platform: str) -> Any:
+    """``fun`` on every group: one after another on a CPU, else at once.
+
+    One after another, each group's blocks follow its own number of active cells.
+    """
+    leaves, treedef = jax.tree.flatten(args)
+    groups = max(a.shape[0] for a in leaves)
+    if groups == 1:
+        outs = fun(*jax.tree.map(lambda a: a[0], args))
+        return jax.tree.map(lambda o: o[None], outs)
+    mapped = [a.shape[0] == groups for a in leaves]
+
+    def on_group(own: list[Array]) -> Any:
+        rest = iter(own)
+        merged = [next(rest) if m else a[0] for a, m in zip(leaves, mapped, strict=True)]
+        return fun(*jax.tree.unflatten(treedef, merged))
+
+    own = [a for a, m in zip(leaves, mapped, strict=True) if m]
+    return lax.map(on_group, own) if platform == "cpu" else jax.vmap(on_group)(own)
+
+
+# ---- the order of depthwise perceptions ----
+
+
+def _filter_major(operands: Operands, dtype: Any) -> Operands:
+    """Weights in ``dtype``, those of a depthwise perception from ``c*F + f`` to ``f*C + c``."""
+    weights = jax.tree.map(lambda w: w.astype(dtype), operands[4:])
+    operands = Operands(*operands[:4], *weights)
+    return _reorder(operands, operands, lambda channels, filters: (channels, filters))
+
+
+def _channel_major(grads: Operands, operands: Operands) -> Operands:
+    """Gradients back to the order of the operands."""
+    return _reorder(grads, operands, lambda channels, filters: (filters, channels))
+
+
+def _reorder(values: Operands, operands: Operands, split: Callable) -> Operands:
+    """Transposes the perception axis of taps, bias and first layer, seen as ``split(C, F)``."""
+    taps, channels = operands.taps, operands.state.shape[-1]
+    if taps is None or taps.shape[-2] != 1:
+        return values
+    size = taps.shape[-1]
+    shape = split(channels, size // channels)
+
+    def swap(array: Array, axis: int) -> Array:
+        axis %= array.ndim
+        unflat = array.reshape(*array.shape[:axis], *shape, *array.shape[axis + 1 :])
+        return jnp.swapaxes(unflat, axis, axis + 1).reshape(array.shape)
+
+    (weight, first_bias), *rest = values.layers
+    weight = jnp.concatenate([swap(weight[:size], 0), weight[size:]])
+    bias = values.perception_bias
+    return values._replace(
+        taps=swap(values.taps, -1),
+        perception_bias=None if bias is None else swap(bias, -1),
+        layers=((weight, first_bias), *rest),
+    )

@@ -1,0 +1,150 @@
+"""Stencils as sums of shifted slices: perception, its transpose, and the alive pool.
+
+The forward and the backward share one piece, ``correlate``. Depthwise perceptions are kept in
+filter-major order, ``f*C + c``: each filter is then one contiguous sum of slices. The caller
+reorders the first layer's rows to match.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from nca_kernels.perception import border_index, offsets, same_margins
+from nca_kernels.rule import dot
+
+Margins = list[tuple[int, int]]
+
+
+def perceive(state: Array, taps: Array, padding: str, precision: str) -> Array:
+    """``state [B, *S, C]``, ``taps [*kernel, 1 or C, P]`` to the perception ``[B, *S, P]``."""
+    kernel = taps.shape[:-2]
+    return correlate(pad(state, same_margins(kernel), padding), taps, precision)
+
+
+def perceive_transpose(
+    cotangent: Array, state: Array, taps: Array, padding: str, precision: str
+) -> Array:
+    """The gradient for the state ``[B, *S, C]``, given that of the perception ``[B, *S, P]``."""
+    kernel = taps.shape[:-2]
+    margins = same_margins(kernel)
+    flipped = jnp.flip(_transpose_taps(taps, state.shape[-1]), range(len(kernel)))
+    if padding == "zeros":  # what falls outside the grid is dropped
+        reach = [(after, before) for before, after in margins]
+        return correlate_adjoint(pad(cotangent, reach, "zeros"), flipped, precision)
+    reach = [(k - 1, k - 1) for k in kernel]
+    padded = correlate_adjoint(pad(cotangent, reach, "zeros"), flipped, precision)
+    _, unpad = jax.vjp(lambda s: pad(s, margins, padding), state)
+    return unpad(padded)[0]
+
+
+def taps_gradient(
+    cotangent: Array, state: Array, taps: Array, padding: str, precision: str
+) -> Array:
+    """The gradient for the taps ``[*kernel, 1 or C, P]``: one reduction for each tap."""
+    kernel, (fan_in, size) = taps.shape[:-2], taps.shape[-2:]
+    padded = pad(state, same_margins(kernel), padding)
+    grid = cotangent.shape[1:-1]
+    flat = cotangent.reshape(-1, size)
+    grads = []
+    for offset in offsets(kernel):
+        shifted = shift(padded, offset, grid).reshape(-1, state.shape[-1])
+        if fan_in == 1:
+            filters = jnp.split(flat, size // shifted.shape[-1], axis=-1)
+            grads.append(jnp.concatenate([jnp.sum(shifted * f, axis=0) for f in filters])[None])
+        else:
+            grads.append(dot(shifted, flat, precision, contract=(0, 0)))
+    return jnp.stack(grads).reshape(taps.shape)
+
+
+def correlate(padded: Array, taps: Array, precision: str) -> Array:
+    """Valid cross-correlation of ``[B, *S + kernel - 1, C]`` with filter-major taps."""
+    *kernel, fan_in, size = taps.shape
+    channels = padded.shape[-1]
+    grid = tuple(s - k + 1 for s, k in zip(padded.shape[1:-1], kernel, strict=True))
+    if fan_in != 1 or channels == 1:
+        return _sum(
+            dot(shift(padded, o, grid), taps[o], precision)  # [B, *S, C] @ [C, P]
+            for o in offsets(kernel)
+        )
+    filters = [
+        _sum(
+            shift(padded, o, grid) * _row(taps[o][0, f * channels : (f + 1) * channels], padded)
+            for o in offsets(kernel)
+        )
+        for f in range(size // channels)
+    ]
+    return jnp.concatenate(filters, axis=-1)
+
+
+def correlate_adjoint(padded: Array, taps: Array, precision: str) -> Array:
+    """Valid correlation of a perception ``[B, *S', P]`` with transposed taps, to ``[B, *S, C]``."""
+    *kernel, fan_in, channels = taps.shape
+    if fan_in == padded.shape[-1]:  # dense, [*kernel, P, C]
+        return correlate(padded, taps, precision)
+    filters = jnp.split(padded, fan_in, axis=-1)  # depthwise, [*kernel, F, C]
+    return _sum(
+        correlate(p, taps[..., f : f + 1, :], precision) for f, p in enumerate(filters)
+    )
+
+
+def _transpose_taps(taps: Array, channels: int) -> Array:
+    """``[*kernel, 1, F*C]`` to ``[*kernel, F, C]``; dense ``[*kernel, C, P]`` to ``[.., P, C]``."""
+    *kernel, fan_in, size = taps.shape
+    if fan_in == 1:
+        return taps.reshape(*kernel, size // channels, channels)
+    return jnp.swapaxes(taps, -1, -2)
+
+
+def max_pool(plane: Array, padding: str) -> Array:
+    """The 3^d max-pool of ``[B, *S]``, axis by axis; with zeros, nothing lies outside."""
+    for axis in range(1, plane.ndim):
+        size = plane.shape[axis]
+        padded = _pad_axis(plane, axis, (1, 1), padding, outside=-jnp.inf)
+        slices = [lax.slice_in_dim(padded, o, o + size, axis=axis) for o in range(3)]
+        plane = reduce(jnp.maximum, slices)
+    return plane
+
+
+def pad(array: Array, margins: Margins, padding: str) -> Array:
+    """Pads the spatial axes of ``[B, *S, C]``."""
+    if padding == "zeros":
+        config = [(0, 0, 0), *((low, high, 0) for low, high in margins), (0, 0, 0)]
+        return lax.pad(array, jnp.zeros((), array.dtype), config)
+    for axis, margin in enumerate(margins, start=1):
+        array = _pad_axis(array, axis, margin, padding)
+    return array
+
+
+def _pad_axis(
+    array: Array, axis: int, margin: tuple[int, int], padding: str, outside: float = 0.0
+) -> Array:
+    low, high = margin
+    if padding == "zeros":
+        config = [(0, 0, 0)] * array.ndim
+        config[axis] = (low, high, 0)
+        return lax.pad(array, jnp.array(outside, array.dtype), config)
+    index = border_index(array.shape[axis], low, high, padding)
+    before, after = index[:low], index[len(index) - high :]
+    return jnp.concatenate(
+        [jnp.take(array, before, axis=axis), array, jnp.take(array, after, axis=axis)], axis=axis
+    )
+
+
+def shift(padded: Array, offset: tuple[int, ...], grid: tuple[int, ...]) -> Array:
+    """The slice ``[B, *grid, C]`` of a padded array that starts at ``offset``."""
+    start = (0, *offset, 0)
+    limit = (padded.shape[0], *(o + s for o, s in zip(offset, grid, strict=True)))
+    return lax.slice(padded, start, (*limit, padded.shape[-1]))
+
+
+def _row(vector: Array, like: Array) -> Array:
+    return vector.reshape((1,) * (like.ndim - 1) + (-1,))
+
+
+def _sum(terms: Any) -> Array:
+    return reduce(jnp.add, terms)

@@ -1,0 +1,143 @@
+"""Which backend runs: one predicate, ``why_not``, chooses quietly and explains loudly."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+
+ENVIRONMENT = "NCA_BACKEND"
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend named by the caller cannot run the call: says why and what to do."""
+
+
+class Kernels(NamedTuple):
+    """The two functions of an op that a backend offers, on operands with a group axis."""
+
+    forward: Callable[..., Sequence[Any]]  # (call, platform, operands) -> [value, *saved]
+    backward: Callable[..., Sequence[Any]]
+    # (call, platform, operands, saved, cotangent, wrt) -> the gradients that wrt asks for
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run the ops.
+
+    Args:
+        name: what callers pass as ``backend=``.
+        summary: one line for ``nca doctor``.
+        load: imports the tool-chain and returns (forward, backward) of an op by its name; of a
+            plain backend, the function. See :class:`Kernels`.
+        platforms: JAX platforms it runs on, None for every one.
+        missing: why it cannot run in this process (a missing package, ...), or None.
+        unsupported: why it cannot run this call ``(call, avals)``, or None.
+        plain: it is ordinary JAX code, differentiated by JAX, and never chosen by "auto".
+    """
+
+    name: str
+    summary: str
+    load: Callable[[str], Any]
+    platforms: tuple[str, ...] | None = None
+    missing: Callable[[], str | None] = field(default=lambda: None)
+    unsupported: Callable[[Any, Sequence[Any]], str | None] = field(default=lambda call, avals: None)
+    plain: bool = False
+
+
+class BackendStatus(NamedTuple):
+    """One row of :func:`backends`."""
+
+    name: str
+    summary: str
+    available: bool
+    reason: str  # why it is not available; empty if it is
+    auto: bool  # "auto" picks it here for an ordinary call
+
+
+_registry: dict[str, Backend] = {}  # in the order of preference
+
+
+def register(backend: Backend) -> None:
+    """Adds a backend, after those already there in the order of preference."""
+    _registry[backend.name] = backend
+
+
+def why_not(
+    backend: Backend,
+    platform: str | None = None,
+    call: Any = None,
+    avals: Sequence[Any] = (),
+) -> str | None:
+    """Why ``backend`` cannot run ``call`` on ``platform``, or None if it can."""
+    if backend.platforms is not None and platform not in (None, *backend.platforms):
+        return f"it runs on {' and '.join(backend.platforms)}, and this is {platform}"
+    return backend.missing() or (backend.unsupported(call, avals) if call is not None else None)
+
+
+def requested(backend: Any) -> str:
+    """The name that a call asks for: its argument, else ``NCA_BACKEND``, else "auto".
+
+    Raises:
+        ValueError: for an unknown name.
+        BackendUnavailable: for a known one that cannot run in this process.
+    """
+    source = "backend"
+    if backend == "auto" and os.environ.get(ENVIRONMENT):
+        backend, source = os.environ[ENVIRONMENT], f"the environment variable {ENVIRONMENT}"
+    if backend == "auto":
+        return backend
+    if not isinstance(backend, str) or backend not in _registry:
+        names = ", ".join(["auto", *_registry])
+        raise ValueError(f"{source} must be one of {names}, got {backend!r}")
+    _require(_registry[backend])
+    return backend
+
+
+def plain(name: str, op: str) -> Callable | None:
+    """The op as ordinary JAX code, if backend ``name`` is of that kind."""
+    backend = _registry.get(name)
+    return backend.load(op) if backend is not None and backend.plain else None
+
+
+def kernels(call: Any, avals: Sequence[Any], platform: str, name: str) -> Kernels:
+    """The kernels that run ``call`` on ``platform``: those of ``name``, or the best for "auto".
+
+    Raises:
+        BackendUnavailable: a named backend never falls back.
+    """
+    if name != "auto":
+        _require(_registry[name], platform, call, avals)
+        return Kernels(*_registry[name].load(call.op))
+    for backend in _registry.values():
+        if not backend.plain and why_not(backend, platform, call, avals) is None:
+            return Kernels(*backend.load(call.op))
+    raise BackendUnavailable(f"no backend runs {call.op} on {platform}")
+
+
+def backends() -> list[BackendStatus]:
+    """Every backend: available here or why not, and which one "auto" picks.
+
+    Example:
+        ``for b in nk.backends(): print(b.name, b.available, b.reason, b.auto)``
+    """
+    platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    forced, rows, chosen = os.environ.get(ENVIRONMENT), [], False
+    for backend in _registry.values():
+        reason = why_not(backend, platform)
+        auto = not (reason or backend.plain or chosen) if not forced else backend.name == forced
+        chosen = chosen or auto
+        rows.append(BackendStatus(backend.name, backend.summary, not reason, reason or "", auto))
+    return rows
+
+
+def _require(backend: Backend, *where: Any) -> None:
+    reason = why_not(backend, *where)
+    if reason is not None:
+        raise BackendUnavailable(
+            f"backend {backend.name!r} cannot run here: {reason}; "
+            "backend='auto' picks one that can, and nk.backends() lists them"
+        )

@@ -1,0 +1,99 @@
+"""The stochastic mask: which cells fire, from (key, global cell index) alone.
+
+Cell ``i`` (C order over batch and grid) fires exactly where
+``jax.random.bernoulli(key, fire_rate, shape)[i]`` does. For threefry2x32 that is a comparison of
+23 random bits with a threshold, and the bits depend on the key and ``i`` only, so that a kernel
+computes them in registers, for any block of cells, in any order.
+
+Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011; the counter layout is
+JAX's with ``jax_threefry_partitionable``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+PARITY = 0x1BD11BDA
+
+
+def fire_operand(key: Any, fire_rate: float, shape: tuple[int, ...]) -> Array | None:
+    """What a kernel needs to know who fires: key data ``uint32 [2]``, a mask, or None for all.
+
+    The mask ``bool [*shape]`` is drawn here by ``jax.random`` where its bits are not threefry's
+    of the cell index: another PRNG, ``jax_threefry_partitionable=False``, or x64.
+    """
+    if fire_rate >= 1.0:
+        return None
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    config: Any = jax.config
+    counted = config.jax_threefry_partitionable and not config.jax_enable_x64
+    if str(jax.random.key_impl(key)) == "threefry2x32" and counted:
+        return jax.random.key_data(key)
+    return jax.random.bernoulli(key, fire_rate, shape)
+
+
+def fires(key_data: Array, fire_rate: float, shape: tuple[int, ...]) -> Array:
+    """The mask ``bool [*shape]`` of one key, ``uint32 [2]``.
+
+    Equivalent to ``jax.random.bernoulli(jax.random.wrap_key_data(key_data), fire_rate, shape)``.
+    """
+    high, low = cell_index(shape)
+    bits = threefry_bits(key_data[0], key_data[1], high, low)
+    return (bits >> np.uint32(9)) < np.uint32(threshold(fire_rate))
+
+
+def threshold(fire_rate: float) -> int:
+    """A cell fires if its upper 23 bits, as an integer, are below this."""
+    return min(math.ceil(float(np.float32(fire_rate)) * 2**23), 2**23)
+
+
+def threefry_bits(key0: Any, key1: Any, high: Any, low: Any) -> Any:
+    """32 random bits for each 64-bit counter ``(high, low)``; all uint32."""
+    schedule = (key0, key1, key0 ^ key1 ^ np.uint32(PARITY))
+    x0, x1 = high + schedule[0], low + schedule[1]
+    for group in range(5):
+        for rotation in ROTATIONS[group % 2]:
+            x0 = x0 + x1
+            x1 = (x1 << np.uint32(rotation)) | (x1 >> np.uint32(32 - rotation))
+            x1 = x1 ^ x0
+        x0 = x0 + schedule[(group + 1) % 3]
+        x1 = x1 + schedule[(group + 2) % 3] + np.uint32(group + 1)
+    return x0 ^ x1
+
+
+def cell_index(shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """The C-order index of every cell as two uint32 ``[*shape]``: (high, low) words."""
+    if math.prod(shape) <= 2**32:
+        return jnp.zeros(shape, jnp.uint32), lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
+    high = low = jnp.zeros(shape, jnp.uint32)
+    stride = 1
+    for axis in reversed(range(len(shape))):
+        position = lax.broadcasted_iota(jnp.uint32, shape, axis)
+        high, low = multiply_add(high, low, position, stride)
+        stride *= shape[axis]
+    return high, low
+
+
+def multiply_add(high: Array, low: Array, position: Array, stride: int) -> tuple[Array, Array]:
+    """``(high, low) + position * stride`` in 64 bits made of uint32 words."""
+    stride_high, stride_low = np.uint32(stride >> 32), np.uint32(stride & 0xFFFFFFFF)
+    total = low + position * stride_low
+    carry = (total < low).astype(jnp.uint32)
+    return high + position * stride_high + _high_word(position, stride_low) + carry, total
+
+
+def _high_word(a: Array, b: np.uint32) -> Array:
+    """The upper 32 bits of the 64-bit product, from 16-bit halves."""
+    half, mask = np.uint32(16), np.uint32(0xFFFF)
+    a0, a1, b0, b1 = a & mask, a >> half, b & mask, b >> half
+    middle = a1 * b0 + ((a0 * b0) >> half)
+    lower = a0 * b1 + (middle & mask)
+    return a1 * b1 + (middle >> half) + (lower >> half)

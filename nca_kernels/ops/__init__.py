@@ -1,0 +1,1 @@
+"""The public operations: each documents, checks its arguments and binds its primitive."""

@@ -1,0 +1,75 @@
+"""What ``step`` and ``update`` share: one call as the primitives see it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from nca_kernels.fire_mask import fire_operand
+from nca_kernels.primitive import differentiable_op
+from nca_kernels.rule import Operands, Rule
+
+
+@dataclass(frozen=True)
+class StepCall:
+    """The static facts of one ``step`` or ``update``; see :class:`nca_kernels.primitive.Call`."""
+
+    op: str  # "step" or "update"
+    rule: Rule
+    num_spatial_dims: int
+    treedef: Any
+
+    @property
+    def shared(self) -> tuple[bool, ...]:
+        flags = jax.tree.unflatten(self.treedef, [False] * self.treedef.num_leaves)
+        weights = jax.tree.map(lambda _: True, flags[4:])
+        return tuple(jax.tree.leaves(Operands(*flags[:4], *weights)))
+
+    def outputs(self, avals: Sequence[Any]) -> list[Any]:
+        state = avals[0]
+        if self.rule.alive is None:
+            return [state]
+        return [state, state.update(shape=state.shape[:-1], dtype=jnp.dtype(bool))]
+
+
+BIND = {op: differentiable_op(op) for op in ("step", "update")}
+
+
+def bind(
+    op: str,
+    backend: str,
+    rule: Rule,
+    state: Array,
+    key: Any,
+    num_spatial_dims: int,
+    *,
+    perception: Array | None = None,
+    inputs: Array | None = None,
+    taps: Array | None = None,
+    perception_bias: Array | None = None,
+    layers: Any,
+) -> Array:
+    """Brings the arrays into the primitives' form, one group of ``B`` samples, and binds."""
+    batch_shape = state.shape[: state.ndim - num_spatial_dims - 1]
+    samples = math.prod(batch_shape)
+    if samples == 0:
+        return state
+
+    def grouped(array: Array | None) -> Array | None:  # [*batch, ...] to [1, B, ...]
+        return None if array is None else array.reshape(1, samples, *array.shape[len(batch_shape) :])
+
+    fire = fire_operand(key, rule.fire_rate, state.shape[:-1])
+    if fire is not None:
+        fire = grouped(fire) if fire.dtype == jnp.bool_ else fire[None]
+    weights = jax.tree.map(
+        lambda w: jnp.asarray(w)[None], (taps, perception_bias, tuple(map(tuple, layers)))
+    )
+    operands = Operands(grouped(state), fire, grouped(perception), grouped(inputs), *weights)
+    call = StepCall(op, rule, num_spatial_dims, jax.tree.structure(operands))
+    return BIND[op](call, backend, operands).reshape(state.shape)

@@ -1,0 +1,101 @@
+"""``rollout``: many steps, keeping only the states that the checkpointing asks for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from nca_kernels.ops.step import step
+from nca_kernels.rule import Rule, RuleParams, check_rollout, check_step
+
+
+def rollout(
+    rule: Rule,
+    params: RuleParams,
+    state: Array,
+    key: Any,
+    num_steps: int,
+    inputs: Array | None = None,
+    checkpoint: str | int = "sqrt",
+    return_states: bool = False,
+    sample_steps: Array | None = None,
+    backend: str = "auto",
+) -> Any:
+    """``num_steps`` steps; step ``t`` (from 0) uses ``jax.random.fold_in(key, t)``.
+
+    Equivalent to::
+
+        for t in range(num_steps):
+            state = nk.step(rule, params, state, jax.random.fold_in(key, t), inputs)
+
+    Args:
+        rule, params, state, key, inputs, backend: as for :func:`nca_kernels.step`.
+        num_steps: T, at least 0; static.
+        checkpoint: which states the backward keeps: "all" (T of them), "sqrt" (about 2*sqrt(T),
+            for one more forward) or an int n (one in n, and n more while going back). Never
+            perceptions or hidden layers.
+        return_states: also return every state.
+        sample_steps: int ``[*batch]``, each from 0 to T: also return each sample's state after
+            that many steps, without keeping the trajectory.
+
+    Returns:
+        The final state; ``(final, states [T, *batch, *spatial, C])`` with ``return_states``;
+        ``(final, sampled [*batch, *spatial, C])`` with ``sample_steps``.
+
+    Raises:
+        ValueError, TypeError, BackendUnavailable: as :func:`nca_kernels.step`.
+    """
+    num_spatial_dims, batch_shape = check_step(rule, params, state, key, inputs)
+    check_rollout(num_steps, checkpoint, sample_steps, return_states, batch_shape)
+
+    def one_step(carry: tuple[Array, Any], t: Array) -> tuple[tuple[Array, Any], Array | None]:
+        state, sampled = carry
+        state = step(rule, params, state, jax.random.fold_in(key, t), inputs, backend)
+        if sample_steps is not None:
+            sampled = _where_sample(sample_steps == t + 1, state, sampled)
+        return (state, sampled), state if return_states else None
+
+    state = jnp.asarray(state)
+    carry = (state, state if sample_steps is not None else None)
+    (final, sampled), states = _checkpointed_scan(one_step, carry, num_steps, checkpoint)
+    if return_states:
+        return final, states
+    return final if sample_steps is None else (final, sampled)
+
+
+def _checkpointed_scan(body: Callable, carry: Any, num_steps: int, checkpoint: str | int) -> Any:
+    """``lax.scan(body, carry, arange(num_steps))``, keeping the carry of one step in ``every``."""
+    # Between two kept states a step's own residuals (its input state) live for a moment only.
+    every = {"all": 1, "sqrt": math.isqrt(max(num_steps - 1, 0)) + 1}.get(checkpoint, checkpoint)
+    body = jax.checkpoint(body, prevent_cse=False, policy=_saves_kernel_outputs)
+    if every == 1 or num_steps <= every:
+        return lax.scan(body, carry, jnp.arange(num_steps))
+
+    @jax.checkpoint
+    def segment(carry: Any, steps: Array) -> Any:
+        return lax.scan(body, carry, steps)
+
+    whole = num_steps - num_steps % every
+    steps = jnp.arange(whole).reshape(-1, every)
+    carry, outs = lax.scan(segment, carry, steps)
+    outs = jax.tree.map(lambda o: o.reshape(-1, *o.shape[2:]), outs)
+    if whole == num_steps:
+        return carry, outs
+    carry, rest = lax.scan(body, carry, jnp.arange(whole, num_steps))
+    return carry, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), outs, rest)
+
+
+def _saves_kernel_outputs(primitive: Any, *args: Any, **params: Any) -> bool:
+    """A step's kernel runs once going forward; of plain JAX steps nothing inside is kept."""
+    return primitive.name == "nca_step_forward"
+
+
+def _where_sample(chosen: Array, state: Array, otherwise: Array) -> Array:
+    """Per sample: ``chosen [*batch]`` selects between two ``[*batch, *spatial, C]``."""
+    chosen = chosen.reshape(*chosen.shape, *(1,) * (state.ndim - chosen.ndim))
+    return jnp.where(chosen, state, otherwise)

@@ -1,0 +1,82 @@
+"""``step``: one fused step of a neural cellular automaton."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+from jax import Array
+
+from nca_kernels import dispatch
+from nca_kernels.ops.call import bind
+from nca_kernels.rule import Rule, RuleParams, check_step
+
+
+def step(
+    rule: Rule,
+    params: RuleParams,
+    state: Array,
+    key: Any,
+    inputs: Array | None = None,
+    backend: str = "auto",
+) -> Array:
+    """One step: perception, an MLP per cell, a stochastic update and an alive mask, fused.
+
+    Per cell i, with ``taps = params.perception``::
+
+        P_i = perception_activation((taps * state)_i + params.perception_bias)
+        u_i = MLP([P_i, inputs_i])            # activation after every layer but the last
+        y_i = state_i + step_size * u_i       where the cell fires, else state_i
+        out_i = y_i where it is alive, else 0
+
+    A cell fires where ``jax.random.bernoulli(key, rule.fire_rate, state.shape[:-1])`` is true:
+    the same bits on every backend. It is alive if the 3^d max-pool of the alive channel exceeds
+    the threshold both in ``state`` and in ``y`` (rounded to the state's dtype).
+
+    Args:
+        rule: what is fixed; static under ``jax.jit``.
+        params: what is learned; differentiable.
+        state: ``[*batch, *spatial, C]`` float32 or bfloat16, with as many spatial dims (1 to 3)
+            as the taps have kernel axes; differentiable. Arithmetic is float32 inside.
+        key: a JAX random key. One mask is drawn over all of ``[*batch, *spatial]``; for one key
+            a sample, use ``jax.vmap``.
+        inputs: ``[*batch, *spatial, I]`` per cell or ``[*batch, I]`` per sample, joined to the
+            perception; differentiable.
+        backend: "auto", or a name of ``nk.backends()``; a named backend runs or raises.
+
+    Returns:
+        The next state, ``[*batch, *spatial, C]``, in the dtype of ``state``.
+
+    Raises:
+        ValueError, TypeError: for bad arguments, before anything is traced.
+        BackendUnavailable: if a backend named by the caller cannot run the call.
+
+    Reverse-mode derivatives only; the backward keeps ``state`` and one byte a cell, and
+    recomputes the rest. Equivalent plain JAX: ``backends/reference/plain_step.py``.
+
+    Source: Mordvintsev et al., "Growing Neural Cellular Automata", Distill, 2020.
+    """
+    check_step(rule, params, state, key, inputs)
+    return nca_step(rule, params, state, key, inputs, dispatch.requested(backend))
+
+
+@partial(jax.jit, static_argnums=(0, 5))
+def nca_step(
+    rule: Rule, params: RuleParams, state: Array, key: Any, inputs: Array | None, backend: str
+) -> Array:
+    plain = dispatch.plain(backend, "step")
+    if plain is not None:
+        return plain(rule, params, state, key, inputs)
+    return bind(
+        "step",
+        backend,
+        rule,
+        state,
+        key,
+        params.perception.ndim - 2,
+        inputs=inputs,
+        taps=params.perception,
+        perception_bias=params.perception_bias,
+        layers=params.layers,
+    )
