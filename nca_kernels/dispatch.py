@@ -36,6 +36,7 @@ class Backend:
         platforms: JAX platforms it runs on, None for every one.
         missing: why it cannot run in this process (a missing package, ...), or None.
         unsupported: why it cannot run this call ``(call, avals)``, or None.
+        markers: what a lowered gradient of a step holds if its kernels run.
         plain: it is ordinary JAX code, differentiated by JAX, and never chosen by "auto".
     """
 
@@ -44,7 +45,10 @@ class Backend:
     load: Callable[[str], Any]
     platforms: tuple[str, ...] | None = None
     missing: Callable[[], str | None] = field(default=lambda: None)
-    unsupported: Callable[[Any, Sequence[Any]], str | None] = field(default=lambda call, avals: None)
+    unsupported: Callable[[Any, Sequence[Any]], str | None] = field(
+        default=lambda call, avals: None
+    )
+    markers: tuple[str, ...] = ()
     plain: bool = False
 
 
@@ -101,6 +105,11 @@ def plain(name: str, op: str) -> Callable | None:
     """The op as ordinary JAX code, if backend ``name`` is of that kind."""
     backend = _registry.get(name)
     return backend.load(op) if backend is not None and backend.plain else None
+
+
+def markers(name: str) -> tuple[str, ...]:
+    """What to look for in a lowered module to see that backend ``name`` ran."""
+    return _registry[name].markers
 
 
 def kernels(call: Any, avals: Sequence[Any], platform: str, name: str) -> Kernels:

@@ -150,7 +150,7 @@ def _bank(item: str | np.ndarray, num_spatial_dims: int) -> np.ndarray:
 
 def _separable(axes: Sequence[np.ndarray]) -> np.ndarray:
     """The outer product of one 1-D filter per axis."""
-    return reduce(np.multiply.outer, axes)
+    return reduce(np.multiply.outer, axes, np.ones(()))
 
 
 def _per_axis(along: np.ndarray, across: np.ndarray, n: int, normalize: bool) -> np.ndarray:

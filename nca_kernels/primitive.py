@@ -14,7 +14,7 @@ runs is decided at lowering, per platform, by :mod:`nca_kernels.dispatch`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import cache, partial
 from typing import Any, Protocol
 
 import jax
@@ -76,7 +76,7 @@ def _primitive(name: str) -> Primitive:
     return primitive
 
 
-@lru_cache(maxsize=None)
+@cache
 def _compiled(primitive: Primitive, params: tuple) -> Callable:
     """For eager calls, as in the eager half of ``jax.vjp``: compiled once per static call."""
     return jax.jit(lambda *args: primitive.bind(*args, **dict(params)))
@@ -132,9 +132,7 @@ def _sum_groups(grad: Array, groups: int) -> Array:
 def _gradient_avals(*avals: Any, call: Call, backend: str, wrt: tuple[bool, ...]) -> list[Any]:
     groups = avals[0].shape[0]
     operands = avals[: len(wrt)]
-    return [
-        a.update(shape=(groups, *a.shape[1:])) for a, w in zip(operands, wrt, strict=True) if w
-    ]
+    return [a.update(shape=(groups, *a.shape[1:])) for a, w in zip(operands, wrt, strict=True) if w]
 
 
 def _no_forward_mode(*args: Any, call: Call, **params: Any) -> Any:
@@ -229,6 +227,7 @@ def _lower(
         return kernels.backward(call, platform, operands, saved, cotangent, wrt)
 
     # Inside shard_map the kernel sees its own shard only: it is lowered without manual axes.
-    avals = [jax.core.ShapedArray(a.shape, a.dtype) for a in ctx.avals_in]
+    avals: list[Any] = list(ctx.avals_in)
+    avals = [jax.core.ShapedArray(a.shape, a.dtype) for a in avals]
     fun = forward if kind == "forward" else backward
     return mlir.lower_fun(fun, multiple_results=True)(ctx.replace(avals_in=avals), *args)

@@ -120,19 +120,16 @@ class Operands(NamedTuple):
     """The arrays of one call as backends receive them: every one has a leading group axis.
 
     A group is one independent call: ``jax.vmap`` turns its axis into groups. ``G`` is the number
-    of groups; weights may have a group axis of 1, shared by all groups.
+    of groups; the key and the weights may have a group axis of 1, shared by all groups.
     """
 
     state: Any  # [G, B, *S, C]
-    fire: Any  # key data uint32 [G, 2], or a mask bool [G, B, *S], or None: every cell fires
+    fire: Any  # key data uint32 [G or 1, 2], or a mask bool [G or 1, B, *S], or None: all fire
     perception: Any  # [G, B, *S, P] when it is given (update), else None
     inputs: Any  # [G, B, *S, I] or [G, B, I] or None
     taps: Any  # [G or 1, *kernel, 1, F*C] or [G or 1, *kernel, C, P], None for update
     perception_bias: Any  # [G or 1, P] or None
     layers: tuple[Layer, ...]  # (W [G or 1, in, out], b [G or 1, out] or None)
-
-
-SHARED = ("taps", "perception_bias", "layers")  # operands whose group axis may be 1
 
 
 def compute_dtype(state_dtype: Any) -> np.dtype:
@@ -167,8 +164,8 @@ def lax_precision(precision: str) -> lax.Precision | None:
 
 def check_step(
     rule: Rule, params: RuleParams, state: Any, key: Any, inputs: Any
-) -> tuple[int, tuple[int, ...]]:
-    """Checks the arguments of ``step``; returns (number of spatial dims, shape of the batch)."""
+) -> tuple[int, ...]:
+    """Checks the arguments of ``step``; returns the shape of the batch."""
     _require_type("rule", rule, Rule)
     _require_type("params", params, RuleParams)
     _require_array("params.perception", params.perception)
@@ -183,10 +180,9 @@ def check_step(
     perception_size = _check_taps(params.perception, channels)
     _check_floating("params.perception", params.perception)
     _check_vector("params.perception_bias", params.perception_bias, perception_size)
-    batch_shape = _check_update_operands(
+    return _check_update_operands(
         rule, params.layers, state, perception_size, key, inputs, num_spatial_dims, "params.layers"
     )
-    return num_spatial_dims, batch_shape
 
 
 def check_update(
@@ -246,7 +242,8 @@ def check_rollout(
             f"got shape {np.shape(sample_steps)}"
         )
     if not isinstance(sample_steps, jax.core.Tracer) and np.size(sample_steps):
-        low, high = int(np.min(sample_steps)), int(np.max(sample_steps))
+        given = np.asarray(sample_steps)
+        low, high = int(given.min()), int(given.max())
         if low < 0 or high > num_steps:
             raise ValueError(
                 f"sample_steps must be between 0 and num_steps={num_steps}, "

@@ -17,11 +17,13 @@ for backend in (
         name="xla",
         summary="fused by XLA: shifted slices and matrix products, hand-written backward",
         load=_loader("xla"),
+        markers=("@nca_xla_forward", "@nca_xla_backward"),
     ),
     Backend(
         name="reference",
         summary="plain JAX convolutions and autodiff: slow, obvious, the oracle",
         load=_loader("reference"),
+        markers=("stablehlo.convolution",),
         plain=True,
     ),
 ):

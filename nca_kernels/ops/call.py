@@ -15,6 +15,8 @@ from nca_kernels.fire_mask import fire_operand
 from nca_kernels.primitive import differentiable_op
 from nca_kernels.rule import Operands, Rule
 
+PER_GROUP = ("state", "perception", "inputs")
+
 
 @dataclass(frozen=True)
 class StepCall:
@@ -27,9 +29,10 @@ class StepCall:
 
     @property
     def shared(self) -> tuple[bool, ...]:
-        flags = jax.tree.unflatten(self.treedef, [False] * self.treedef.num_leaves)
-        weights = jax.tree.map(lambda _: True, flags[4:])
-        return tuple(jax.tree.leaves(Operands(*flags[:4], *weights)))
+        """True for the key and the weights."""
+        flags = jax.tree.unflatten(self.treedef, [True] * self.treedef.num_leaves)
+        own = {f: None if getattr(flags, f) is None else False for f in PER_GROUP}
+        return tuple(jax.tree.leaves(flags._replace(**own)))
 
     def outputs(self, avals: Sequence[Any]) -> list[Any]:
         state = avals[0]
@@ -62,7 +65,9 @@ def bind(
         return state
 
     def grouped(array: Array | None) -> Array | None:  # [*batch, ...] to [1, B, ...]
-        return None if array is None else array.reshape(1, samples, *array.shape[len(batch_shape) :])
+        return (
+            None if array is None else array.reshape(1, samples, *array.shape[len(batch_shape) :])
+        )
 
     fire = fire_operand(key, rule.fire_rate, state.shape[:-1])
     if fire is not None:

@@ -50,7 +50,7 @@ def rollout(
     Raises:
         ValueError, TypeError, BackendUnavailable: as :func:`nca_kernels.step`.
     """
-    num_spatial_dims, batch_shape = check_step(rule, params, state, key, inputs)
+    batch_shape = check_step(rule, params, state, key, inputs)
     check_rollout(num_steps, checkpoint, sample_steps, return_states, batch_shape)
 
     def one_step(carry: tuple[Array, Any], t: Array) -> tuple[tuple[Array, Any], Array | None]:
@@ -71,7 +71,10 @@ def rollout(
 def _checkpointed_scan(body: Callable, carry: Any, num_steps: int, checkpoint: str | int) -> Any:
     """``lax.scan(body, carry, arange(num_steps))``, keeping the carry of one step in ``every``."""
     # Between two kept states a step's own residuals (its input state) live for a moment only.
-    every = {"all": 1, "sqrt": math.isqrt(max(num_steps - 1, 0)) + 1}.get(checkpoint, checkpoint)
+    if isinstance(checkpoint, int):
+        every = checkpoint
+    else:
+        every = 1 if checkpoint == "all" else math.isqrt(max(num_steps - 1, 0)) + 1
     body = jax.checkpoint(body, prevent_cse=False, policy=_saves_kernel_outputs)
     if every == 1 or num_steps <= every:
         return lax.scan(body, carry, jnp.arange(num_steps))

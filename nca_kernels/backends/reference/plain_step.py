@@ -108,4 +108,3 @@ def is_alive(rule: Rule, state: Array, num_spatial_dims: int) -> Array:
     window = (1, *(3,) * num_spatial_dims, 1)
     pooled = lax.reduce_window(flat, -jnp.inf, lax.max, window, (1,) * len(window), padding)
     return (pooled > rule.alive.threshold).reshape(alpha.shape[:-1])
-

@@ -18,15 +18,15 @@ from jax import Array, lax
 from nca_kernels.rule import ACTIVATIONS, Rule, dot
 
 Layers = Sequence[tuple[Array, Array | None]]
-BLOCK_ELEMENTS = 2**17  # of the widest layer: 512 KiB of float32, within L2
+BLOCK_ELEMENTS = 2**18  # of the widest layer: 1 MiB of float32, about an L2 cache
 
 
-def block_size(platform: str, layers: Layers) -> int | None:
+def block_size(platform: str, layers: Layers, num_cells: int) -> int | None:
     """Rows a block on this platform, or None for all at once."""
     if platform != "cpu":
         return None
     width = max(max(weight.shape) for weight, _ in layers)
-    return max(BLOCK_ELEMENTS // width, 64)
+    return min(max(BLOCK_ELEMENTS // width, 64), 4096, num_cells)
 
 
 def mlp(rule: Rule, layers: Layers, rows: Array, perception_size: int) -> Array:
@@ -82,7 +82,7 @@ def map_active(
 
     def body(i: Array, out: Array) -> Array:
         update = mlp(rule, layers, _gather(rows, _block(order, i, block)), size)
-        return lax.dynamic_update_slice(out, update, (i * block, 0))
+        return lax.dynamic_update_slice_in_dim(out, update, i * block, axis=0)
 
     out = jnp.zeros((slots, layers[-1][0].shape[1]), rows.dtype)
     out = lax.fori_loop(0, _num_blocks(count, block), body, out)
@@ -111,7 +111,7 @@ def map_active_backward(
         inside = i * block + jnp.arange(block, dtype=jnp.int32) < count  # the last block's rest
         d_update = jnp.where(inside[:, None], _gather(cotangent, cells), 0)
         d_rows, grads = mlp_backward(rule, layers, _gather(rows, cells), d_update, size)
-        out = lax.dynamic_update_slice(out, d_rows, (i * block, 0))
+        out = lax.dynamic_update_slice_in_dim(out, d_rows, i * block, axis=0)
         return out, jax.tree.map(jnp.add, total, grads)
 
     zeros = jax.tree.map(jnp.zeros_like, [tuple(layer) for layer in layers])
@@ -139,17 +139,16 @@ def _num_blocks(count: Array | int, block: int) -> Array | int:
 
 
 def _block(order: Array, i: Array, block: int) -> Array:
-    return lax.dynamic_slice(order, (i * block,), (block,))
+    return lax.dynamic_slice_in_dim(order, i * block, block)
 
 
 def _gather(rows: Array, cells: Array) -> Array:
     return rows.at[cells].get(mode="promise_in_bounds")
 
 
-def _scatter_back(
-    out: Array, rank: Array | None, active: Array | None, num_cells: int
-) -> Array:
+def _scatter_back(out: Array, rank: Array | None, active: Array | None, num_cells: int) -> Array:
     """From slots back to cells; as a gather, because XLA's scatters are serial on a CPU."""
     if rank is None or active is None:
         return out[:num_cells]
-    return jnp.where(active[:, None], _gather(out, jnp.maximum(rank, 0)), 0)
+    rows = jnp.where(active[:, None], _gather(out, jnp.maximum(rank, 0)), 0)
+    return lax.optimization_barrier(rows)  # else every tap of a stencil gathers again

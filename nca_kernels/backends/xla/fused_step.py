@@ -28,8 +28,11 @@ def forward(call: Any, platform: str, operands: Operands) -> list[Array]:
     if any(w.shape[0] > 1 for w in jax.tree.leaves(weights)):
         return _map_groups(one, (operands,), platform)
     # With one set of weights, groups are just more samples.
-    cells = [x if x is None else x.reshape(-1, *x.shape[2:]) for x in operands[:4]]
-    outs = one(Operands(*cells, *jax.tree.map(lambda w: w[0], weights)))
+    if operands.fire is not None:
+        mask = jnp.broadcast_to(operands.fire, operands.state.shape[:-1])
+        operands = operands._replace(fire=mask)
+    folded = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), operands[:4])
+    outs = one(Operands(*folded, *jax.tree.map(lambda w: w[0], weights)))
     return [o.reshape(groups, -1, *o.shape[1:]) for o in outs]
 
 
@@ -59,13 +62,14 @@ def nca_xla_forward(operands: Operands, *, rule: Rule, platform: str) -> list[Ar
         # A dead cell's update matters to the fate of living neighbours, and to no other cell.
         near = stencil.max_pool(alive.astype(jnp.float32), rule.padding) > 0
         needed = near if needed is None else needed & near
+    rows = _rows(rule, operands)
     update = active_rows.map_active(
         rule,
         operands.layers,
-        _rows(rule, operands),
+        rows,
         None if needed is None else needed.reshape(-1),
         _perception_size(operands),
-        active_rows.block_size(platform, operands.layers),
+        active_rows.block_size(platform, operands.layers, rows.shape[0]),
     )
     new_state = state.astype(dtype) + rule.step_size * update.reshape(state.shape)
     new_state = new_state.astype(state.dtype)
@@ -95,14 +99,15 @@ def nca_xla_backward(
         (alive,) = saved
         d_new = jnp.where(alive[..., None], d_new, 0)
         active = alive if active is None else active & alive
+    rows = _rows(rule, operands)
     d_rows, d_layers = active_rows.map_active_backward(
         rule,
         operands.layers,
-        _rows(rule, operands),
+        rows,
         rule.step_size * d_new.reshape(-1, d_new.shape[-1]),
         None if active is None else active.reshape(-1),
         _perception_size(operands),
-        active_rows.block_size(platform, operands.layers),
+        active_rows.block_size(platform, operands.layers, rows.shape[0]),
     )
     asked = jax.tree.unflatten(jax.tree.structure(given), wrt)
     grads = _rows_backward(rule, operands, d_rows, d_new, tuple(d_layers), asked.taps is True)
@@ -178,12 +183,15 @@ def _is_alive(rule: Rule, state: Array) -> Array:
 
 
 def _draw_mask(rule: Rule, operands: Operands) -> Operands:
-    """Replaces key data ``[G, 2]`` by the mask ``[G, B, *S]``."""
+    """Replaces key data ``[G or 1, 2]`` by the mask ``[G or 1, B, *S]``."""
     fire = operands.fire
     if fire is None or fire.dtype == jnp.bool_:
         return operands
     shape = operands.state.shape[1:-1]
-    mask = jax.vmap(lambda key: fires(key, rule.fire_rate, shape))(fire)
+    if fire.shape[0] == 1:
+        mask = fires(fire[0], rule.fire_rate, shape)[None]
+    else:
+        mask = jax.vmap(lambda key: fires(key, rule.fire_rate, shape))(fire)
     return operands._replace(fire=mask)
 
 

@@ -45,20 +45,25 @@ def perceive_transpose(
 def taps_gradient(
     cotangent: Array, state: Array, taps: Array, padding: str, precision: str
 ) -> Array:
-    """The gradient for the taps ``[*kernel, 1 or C, P]``: one reduction for each tap."""
+    """The gradient for the taps ``[*kernel, 1 or C, P]``: one reduction for each position.
+
+    The positions are a loop, not unrolled: 27 reductions side by side compile for many seconds.
+    """
     kernel, (fan_in, size) = taps.shape[:-2], taps.shape[-2:]
+    channels = state.shape[-1]
     padded = pad(state, same_margins(kernel), padding)
-    grid = cotangent.shape[1:-1]
+    grid = (cotangent.shape[0], *cotangent.shape[1:-1], channels)
     flat = cotangent.reshape(-1, size)
-    grads = []
-    for offset in offsets(kernel):
-        shifted = shift(padded, offset, grid).reshape(-1, state.shape[-1])
-        if fan_in == 1:
-            filters = jnp.split(flat, size // shifted.shape[-1], axis=-1)
-            grads.append(jnp.concatenate([jnp.sum(shifted * f, axis=0) for f in filters])[None])
-        else:
-            grads.append(dot(shifted, flat, precision, contract=(0, 0)))
-    return jnp.stack(grads).reshape(taps.shape)
+
+    def at(offset: Array) -> Array:
+        start = [jnp.zeros((), jnp.int32), *offset, jnp.zeros((), jnp.int32)]
+        shifted = lax.dynamic_slice(padded, start, grid).reshape(-1, channels)
+        if fan_in != 1:
+            return dot(shifted, flat, precision, contract=(0, 0))
+        product = shifted[:, None] * flat.reshape(-1, size // channels, channels)  # [N, F, C]
+        return jnp.sum(product, axis=0).reshape(1, size)
+
+    return lax.map(at, jnp.array(offsets(kernel), jnp.int32)).reshape(taps.shape)
 
 
 def correlate(padded: Array, taps: Array, precision: str) -> Array:
@@ -83,13 +88,11 @@ def correlate(padded: Array, taps: Array, precision: str) -> Array:
 
 def correlate_adjoint(padded: Array, taps: Array, precision: str) -> Array:
     """Valid correlation of a perception ``[B, *S', P]`` with transposed taps, to ``[B, *S, C]``."""
-    *kernel, fan_in, channels = taps.shape
+    fan_in = taps.shape[-2]
     if fan_in == padded.shape[-1]:  # dense, [*kernel, P, C]
         return correlate(padded, taps, precision)
     filters = jnp.split(padded, fan_in, axis=-1)  # depthwise, [*kernel, F, C]
-    return _sum(
-        correlate(p, taps[..., f : f + 1, :], precision) for f, p in enumerate(filters)
-    )
+    return _sum(correlate(p, taps[..., f : f + 1, :], precision) for f, p in enumerate(filters))
 
 
 def _transpose_taps(taps: Array, channels: int) -> Array:

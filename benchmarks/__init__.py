@@ -1,0 +1,1 @@
+"""Benchmarks: the backends against each other, against peers, and against the machine."""

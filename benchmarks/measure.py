@@ -1,0 +1,150 @@
+"""Interleaved timing, bytes kept for the backward, and result files."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import nca_kernels as nk
+from nca_kernels.testing import Case
+
+ROOT = Path(__file__).parent
+STEPS = 8
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    """Wall time of one call, which must wait for its result."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def interleaved(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Times all ``runs`` in turn, A B A B ..., after one call each that is not counted."""
+    for run in runs.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            times[name].append(seconds(run))
+    return times
+
+
+def median_ratio(slow: list[float], fast: list[float]) -> float:
+    """The median over rounds of slow / fast: pairs share what the machine did meanwhile."""
+    return statistics.median(s / f for s, f in zip(slow, fast, strict=True))
+
+
+def rollout_loss(case: Case, backend: str, steps: int) -> Callable:
+    """``loss(layers, taps, state, key)``: the mean square of the state after ``steps`` steps."""
+
+    def loss(layers: Any, taps: Any, state: Any, key: Any) -> Any:
+        params = nk.RuleParams(taps, None, layers)
+        if steps == 1:
+            out = nk.step(case.rule, params, state, key, backend=backend)
+        elif backend == "reference":  # plain JAX as people write it: autodiff keeps everything
+            out = jax.lax.fori_loop(
+                0,
+                steps,
+                lambda t, s: nk.step(
+                    case.rule, params, s, jax.random.fold_in(key, t), backend=backend
+                ),
+                state,
+            )
+        else:
+            out = nk.rollout(
+                case.rule, params, state, key, steps, checkpoint="all", backend=backend
+            )
+        return jax.numpy.mean(out.astype("float32") ** 2), out
+
+    return loss
+
+
+def jax_run(case: Case, backend: str, mode: str, steps: int) -> Callable[[], Any]:
+    """A compiled call: "forward", or "training" with gradients of the layers."""
+    params, state, key, _ = case.arguments()
+    loss = rollout_loss(case, backend, steps)
+    fun = jax.grad(loss, has_aux=True) if mode == "training" else lambda *args: loss(*args)[1]
+    compiled = jax.jit(fun)
+    return lambda: jax.block_until_ready(compiled(params.layers, params.perception, state, key))
+
+
+def bytes_kept(case: Case, backend: str) -> float:
+    """Bytes per cell that differentiating one step keeps for the backward, weights apart."""
+    params, state, key, _ = case.arguments()
+
+    def residuals(layers: Any, state: Any) -> Any:
+        taps = params.perception
+        return jax.vjp(
+            lambda p, s: rollout_loss(case, backend, 1)(p, taps, s, key)[1], layers, state
+        )[1]
+
+    kept = jax.tree.leaves(jax.eval_shape(residuals, params.layers, state))
+    cells = state.size // state.shape[-1]
+    return sum(a.size * a.dtype.itemsize for a in kept if a.size >= cells) / cells
+
+
+def cells(case: Case) -> int:
+    return int(np.prod((*case.batch, *case.grid)))
+
+
+def device_name() -> str:
+    """A folder name for this machine: its GPU, or its processor and number of cores."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return device.device_kind.lower().replace(" ", "-")
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":")[1] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    words = [w for w in model.replace("(R)", "").replace("(TM)", "").split() if w != "Processor"]
+    return f"cpu-{'-'.join(words).lower()}-{cores}-cores"
+
+
+def provenance(command: str) -> dict[str, Any]:
+    """What a result needs to be believed: commit, versions, device and the command."""
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    versions = {}
+    for package in ("jax", "jaxlib", "flax", "cax", "torch", "numpy"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "command": command,
+        "commit": git.stdout.strip() or "unknown",
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "device": device_name(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Atomically: a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, suffix=".tmp") as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
+    os.replace(file.name, path)

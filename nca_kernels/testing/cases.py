@@ -1,0 +1,182 @@
+"""Named cases: shapes, rules and dtypes, one list for tests, tuning and benchmarks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nca_kernels.perception import taps as depthwise_taps
+from nca_kernels.rule import Alive, Rule, RuleParams
+
+
+class Arguments(NamedTuple):
+    """The arguments of ``nk.step`` after the rule."""
+
+    params: RuleParams
+    state: jax.Array
+    key: jax.Array
+    inputs: jax.Array | None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration of a step.
+
+    Args:
+        name: unique; what reports and test ids show.
+        grid: the spatial shape, 1 to 3 sizes.
+        batch: the batch shape, may be empty or hold a 0.
+        kernel: sizes of the taps; 3 on each axis if empty.
+        filters: filters per channel (depthwise random taps), or names of banks.
+        dense: outputs of dense random taps instead.
+        hidden: widths of the hidden layers, may be empty.
+        inputs: input channels; per cell, or per sample if ``inputs_per_sample``.
+        bias, perception_bias: whether the layers and the perception have one.
+        living: fraction of the grid's first axis that holds anything; the rest is 0.
+    """
+
+    name: str
+    grid: tuple[int, ...]
+    rule: Rule = field(default_factory=Rule)
+    batch: tuple[int, ...] = (2,)
+    channels: int = 5
+    kernel: tuple[int, ...] = ()
+    filters: int | tuple[str, ...] = 3
+    dense: int | None = None
+    hidden: tuple[int, ...] = (12,)
+    inputs: int = 0
+    inputs_per_sample: bool = False
+    bias: bool = True
+    perception_bias: bool = False
+    dtype: str = "float32"
+    living: float = 1.0
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def perception_size(self) -> int:
+        return self.taps_shape[-1]
+
+    @property
+    def taps_shape(self) -> tuple[int, ...]:
+        kernel = self.kernel or (3,) * len(self.grid)
+        if self.dense is not None:
+            return (*kernel, self.channels, self.dense)
+        if isinstance(self.filters, int):
+            return (*kernel, 1, self.filters * self.channels)
+        return depthwise_taps(self.filters, self.channels, len(self.grid)).shape
+
+    def arguments(self, seed: int = 0) -> Arguments:
+        """Random arguments, scaled so that states stay of order one; the same for a seed."""
+        random = np.random.default_rng(seed)
+
+        def normal(*shape: int, scale: float = 1.0) -> jax.Array:
+            return jnp.asarray(random.normal(size=shape) * scale, jnp.float32)
+
+        if isinstance(self.filters, tuple):
+            taps = jnp.asarray(depthwise_taps(self.filters, self.channels, len(self.grid)))
+        else:
+            taps = normal(*self.taps_shape, scale=float(np.prod(self.taps_shape[:-1])) ** -0.5)
+        widths = (self.perception_size + self.inputs, *self.hidden, self.channels)
+        layers = tuple(
+            (normal(n, m, scale=n**-0.5), normal(m, scale=0.1) if self.bias else None)
+            for n, m in pairwise(widths)
+        )
+        bias = normal(self.perception_size, scale=0.1) if self.perception_bias else None
+        state = normal(*self.batch, *self.grid, self.channels, scale=0.5)
+        if self.living < 1:
+            cut = max(round(self.grid[0] * self.living), 1)
+            axis = len(self.batch)
+            state = state.at[(slice(None),) * axis + (slice(cut, None),)].set(0)
+        shape = self.batch if self.inputs_per_sample else (*self.batch, *self.grid)
+        inputs = normal(*shape, self.inputs) if self.inputs else None
+        params = RuleParams(taps, bias, layers)
+        return Arguments(params, state.astype(self.dtype), jax.random.key(seed + 7), inputs)
+
+
+def _rule(**changes: Any) -> Rule:
+    return replace(Rule(alive=Alive(channel=1, threshold=0.5), precision="float32"), **changes)
+
+
+CONFORMANCE = (
+    Case("line", (11,), _rule()),
+    Case("line_no_batch", (7,), _rule(alive=None), batch=()),
+    Case("one_cell", (1,), _rule(), batch=(3,)),
+    Case("plane", (7, 6), _rule()),
+    Case("plane_batch_1", (5, 9), _rule(fire_rate=0.3), batch=(1,)),
+    Case("plane_batch_0", (5, 9), _rule(), batch=(0,)),
+    Case("plane_batch_2x3", (4, 5), _rule(), batch=(2, 3)),
+    Case("one_wide", (1, 8), _rule(padding="reflect")),
+    Case("one_high", (9, 1), _rule(padding="circular")),
+    Case("one_cell_plane", (1, 1), _rule(padding="replicate")),
+    Case("plane_circular", (5, 6), _rule(padding="circular")),
+    Case("plane_replicate", (5, 6), _rule(padding="replicate"), kernel=(5, 3)),
+    Case("plane_reflect", (5, 6), _rule(padding="reflect", alive=None), kernel=(3, 5)),
+    Case("kernel_beyond_grid", (2, 3), _rule(padding="reflect"), kernel=(7, 5)),
+    Case("kernel_beyond_grid_circular", (2, 3), _rule(padding="circular"), kernel=(5, 7)),
+    Case("even_kernel", (6, 5), _rule(), kernel=(2, 4)),
+    Case("even_kernel_circular", (6, 5), _rule(padding="circular"), kernel=(4, 2)),
+    Case("kernel_1x1", (6, 5), _rule(), kernel=(1, 1)),
+    Case("dense", (6, 5), _rule(), dense=7),
+    Case("dense_replicate", (6, 5), _rule(padding="replicate"), dense=4, perception_bias=True),
+    Case("dense_circular_line", (8,), _rule(padding="circular"), dense=6),
+    Case("one_channel", (6, 7), _rule(alive=Alive(0, 0.3)), channels=1),
+    Case("perception_bias", (6, 7), _rule(perception_activation="tanh"), perception_bias=True),
+    Case("no_hidden", (6, 7), _rule(), hidden=()),
+    Case("two_hidden", (6, 7), _rule(activation="gelu"), hidden=(9, 17)),
+    Case("three_hidden", (6, 7), _rule(activation="silu"), hidden=(8, 5, 6), bias=False),
+    Case("leaky_relu", (6, 7), _rule(activation="leaky_relu", step_size=0.25)),
+    Case("linear", (6, 7), _rule(activation="identity"), bias=False),
+    Case("tanh", (6, 7), _rule(activation="tanh", perception_activation="relu")),
+    Case("always_fires", (6, 7), _rule(fire_rate=1.0)),
+    Case("always_fires_no_alive", (6, 7), _rule(fire_rate=1.0, alive=None)),
+    Case("rarely_fires", (6, 7), _rule(fire_rate=0.05)),
+    Case("inputs_per_cell", (6, 7), _rule(perception_activation="silu"), inputs=3),
+    Case("inputs_per_sample", (6, 7), _rule(), inputs=2, inputs_per_sample=True),
+    Case("mostly_dead", (24, 9), _rule(step_size=4.0), living=0.1),
+    Case("mostly_dead_circular", (24, 9), _rule(step_size=4.0, padding="circular"), living=0.1),
+    Case("many_blocks", (96, 96), _rule(alive=None), hidden=(300,)),
+    Case("bfloat16", (6, 7), _rule(), dtype="bfloat16"),
+    Case("bfloat16_circular", (6, 7), _rule(padding="circular", alive=None), dtype="bfloat16"),
+    Case("products_bfloat16", (6, 7), _rule(precision="bfloat16"), hidden=(32,)),
+    Case("products_tensorfloat32", (6, 7), _rule(precision="tensorfloat32")),
+    Case("products_default", (6, 7), _rule(precision="default")),
+    Case("volume", (4, 5, 3), _rule()),
+    Case("volume_circular", (3, 1, 4), _rule(padding="circular"), kernel=(3, 3, 2)),
+    Case("volume_dense", (4, 3, 3), _rule(padding="reflect", alive=None), dense=6),
+    Case("growing", (12, 10), filters=("identity", "sobel"), channels=16, hidden=(128,)),
+)
+
+BENCHMARKS = (
+    Case(
+        "growing",
+        (72, 72),
+        batch=(8,),
+        channels=16,
+        filters=("identity", "sobel"),
+        hidden=(128,),
+    ),
+    Case(
+        "diffusing",
+        (72, 72),
+        Rule(alive=None),
+        batch=(8,),
+        channels=64,
+        filters=("identity", "sobel"),
+        hidden=(256,),
+    ),
+    Case(
+        "self_autoencoding",
+        (28, 28, 42),
+        batch=(1,),
+        channels=16,
+        filters=("identity", "sobel"),
+        hidden=(256,),
+    ),
+)

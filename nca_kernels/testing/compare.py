@@ -1,0 +1,55 @@
+"""Comparison by error ratio, with one table of tolerances."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+# Largest norm(out - ref) / norm(ref) of one named array, by what limits the precision.
+TOLERANCES = {
+    "float64": 1e-12,
+    "float32": 1e-5,
+    "tensorfloat32": 2e-3,
+    "bfloat16": 1e-2,
+}
+
+
+def tolerance(dtype: Any, precision: str = "float32") -> float:
+    """The larger of what the state's dtype and the products' precision allow."""
+    name = np.dtype(dtype).name
+    if precision == "default":
+        precision = "float32" if jax.default_backend() == "cpu" else "tensorfloat32"
+    return max(TOLERANCES[name], 0.0 if name == "float64" else TOLERANCES[precision])
+
+
+def error_ratio(out: Any, ref: Any) -> float:
+    """``norm(out - ref) / norm(ref)`` in float64; infinite for another shape, dtype or NaN."""
+    if np.shape(out) != np.shape(ref) or out.dtype != ref.dtype:
+        return float("inf")
+    out, ref = np.asarray(out, np.float64), np.asarray(ref, np.float64)
+    if not np.isfinite(out).all():
+        return float("inf")
+    error, size = np.linalg.norm((out - ref).ravel()), np.linalg.norm(ref.ravel())
+    return float(error / size) if size else float(error)
+
+
+def assert_close(out: Any, ref: Any, limit: float, what: str = "") -> None:
+    """Asserts the error ratio of every leaf of two pytrees, naming the leaf that is off."""
+    out_leaves, out_tree = jax.tree_util.tree_flatten_with_path(out)
+    ref_leaves, ref_tree = jax.tree_util.tree_flatten_with_path(ref)
+    assert str(out_tree) == str(ref_tree), f"{what}: {out_tree} is not {ref_tree}"
+    for (path, a), (_, b) in zip(out_leaves, ref_leaves, strict=True):
+        ratio = error_ratio(a, b)
+        name = f"{what}{jax.tree_util.keystr(path)}"
+        assert ratio <= limit, (
+            f"{name}: error ratio {ratio:.3g} > {limit:.3g} "
+            f"(shape {np.shape(a)} {a.dtype} against {np.shape(b)} {b.dtype})"
+        )
+
+
+def assert_same_bits(out: Any, ref: Any, what: str = "") -> None:
+    """Asserts that two pytrees hold the same bits."""
+    for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(ref), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), f"{what}: bits differ"

@@ -1,0 +1,100 @@
+"""The import rules of the design, read from the source."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CORE = {"nca_kernels.rule", "nca_kernels.perception", "nca_kernels.fire_mask"}
+
+
+def module_name(path):
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path, top_level_only=False):
+    """Absolute names of the modules that a file imports."""
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            if node.module == "nca_kernels" or node.module.endswith(".backends"):
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def files(folder):
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def ours(path):
+    return {i for i in imports(path) if i.split(".")[0] in ("nca_kernels", "nca_models")}
+
+
+@pytest.mark.parametrize("name", ["rule", "perception", "fire_mask"])
+def test_core_imports_only_jax_and_numpy(name):
+    third_party = {i.split(".")[0] for i in imports(ROOT / f"nca_kernels/{name}.py")}
+    assert third_party - set(sys.stdlib_module_names) <= {"jax", "numpy"}
+
+
+@pytest.mark.parametrize("path", files("nca_kernels/backends"), ids=module_name)
+def test_backends_import_the_core_and_themselves(path):
+    if path.parent.name == "backends":
+        return  # the list of backends, which registers them
+    own = f"nca_kernels.backends.{path.relative_to(ROOT / 'nca_kernels/backends').parts[0]}"
+    allowed = CORE | {"nca_kernels.tuning"}
+    assert all(i in allowed or i.startswith(own) for i in ours(path)), ours(path)
+
+
+@pytest.mark.parametrize("name", ["dispatch", "primitive"])
+def test_dispatch_never_names_a_backend(name):
+    path = ROOT / f"nca_kernels/{name}.py"
+    backends = {p.name for p in (ROOT / "nca_kernels/backends").iterdir() if p.is_dir()}
+    strings = {
+        n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)
+    }
+    assert not backends & {s for s in strings if isinstance(s, str)}
+    assert not any(i.startswith("nca_kernels.backends") for i in ours(path))
+
+
+@pytest.mark.parametrize("name", ["rollout", "sharded_rollout"])
+def test_rollouts_see_only_step(name):
+    path = ROOT / f"nca_kernels/ops/{name}.py"
+    if path.exists():
+        assert ours(path) <= CORE | {"nca_kernels.ops.step", "nca_kernels.ops.rollout"}
+
+
+def test_ops_do_not_import_backends():
+    for path in files("nca_kernels/ops"):
+        assert not any("backends" in i for i in ours(path)), path
+
+
+def test_models_use_public_names_only():
+    for path in files("nca_models"):
+        kernels = {i for i in ours(path) if i.startswith("nca_kernels.")}
+        public = {f"nca_kernels.{name}" for name in __import__("nca_kernels").__all__}
+        assert kernels <= public | {"nca_kernels.testing"}, (path, kernels)
+
+
+def test_nothing_imports_tests_or_benchmarks():
+    for path in [*files("nca_kernels"), *files("nca_models")]:
+        assert not {i.split(".")[0] for i in imports(path)} & {"tests", "benchmarks"}, path
+
+
+def test_importing_needs_jax_and_numpy_alone():
+    """Also: no tool-chain of a backend is imported before it is used."""
+    code = (
+        "import sys, nca_kernels\n"
+        "heavy = {'flax', 'optax', 'orbax', 'PIL', 'matplotlib', 'triton', 'jax_triton', 'torch'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
+        "print(any(m.startswith('nca_kernels.backends.') for m in sys.modules))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.split("\n")[:2] == ["[]", "False"]

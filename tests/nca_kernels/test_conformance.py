@@ -1,0 +1,49 @@
+"""Every backend through the same cases and checks; see ``nca_kernels.testing.conformance``."""
+
+import pytest
+
+from nca_kernels import dispatch
+from nca_kernels.backends import xla
+from nca_kernels.testing import CONFORMANCE, TRANSFORMATION_CHECKS
+from nca_kernels.testing.conformance import check_mask, check_values_and_gradients
+
+# The path that xla takes on accelerators, run on the CPU: all cells at once, groups by vmap.
+dispatch.register(
+    dispatch.Backend(
+        name="xla_all_at_once",
+        summary="xla as lowered for a GPU",
+        load=lambda op: tuple(
+            lambda call, platform, *args, kernel=kernel: kernel(call, "cuda", *args)
+            for kernel in getattr(xla, op)
+        ),
+        markers=("@nca_xla_forward", "@nca_xla_backward"),
+    )
+)
+KERNELS = ("xla", "xla_all_at_once")  # the reference is checked in test_reference.py
+BY_NAME = {case.name: case for case in CONFORMANCE}
+MASKS = ("line", "one_cell", "plane_batch_2x3", "rarely_fires", "always_fires", "volume")
+TRANSFORMED = ("plane", "inputs_per_sample")
+
+
+@pytest.mark.parametrize("case", CONFORMANCE, ids=str)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_values_and_gradients(backend, case):
+    check_values_and_gradients(backend, case)
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("backend", [*KERNELS, "reference"])
+def test_mask(backend, name):
+    check_mask(backend, BY_NAME[name])
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("check", TRANSFORMATION_CHECKS)
+def test_transformations(check, backend, name):
+    TRANSFORMATION_CHECKS[check](backend, BY_NAME[name])
+
+
+@pytest.mark.parametrize("check", ["rollout", "no_retrace", "kernel_ran", "export", "shard_map"])
+def test_transformations_of_the_reference(check):
+    TRANSFORMATION_CHECKS[check]("reference", BY_NAME["plane"])

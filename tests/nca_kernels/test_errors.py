@@ -1,0 +1,259 @@
+"""Wrong calls: each raises its exception, before anything is traced, with the words that help."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import nca_kernels as nk
+
+C = 4
+RULE = nk.Rule()
+KEY = jax.random.key(0)
+TAPS = jnp.asarray(nk.taps(["identity", "sobel"], C))
+W1, B1, W2 = jnp.zeros((12, 8)), jnp.zeros(8), jnp.zeros((8, C))
+PARAMS = nk.RuleParams(TAPS, None, ((W1, B1), (W2, None)))
+STATE = jnp.zeros((2, 6, 5, C))
+
+
+def step(params=PARAMS, state=STATE, key=KEY, inputs=None, rule=RULE, backend="auto"):
+    return nk.step(rule, params, state, key, inputs, backend=backend)
+
+
+def params(**changes):
+    return nk.RuleParams(**{**vars(PARAMS), **changes})
+
+
+def update(state=STATE, perception=None, layers=PARAMS.layers, **keywords):
+    perception = jnp.zeros((2, 6, 5, 12)) if perception is None else perception
+    return nk.update(RULE, layers, state, perception, KEY, **keywords)
+
+
+def rollout(num_steps=4, state=STATE, **keywords):
+    return nk.rollout(RULE, PARAMS, state, KEY, num_steps, **keywords)
+
+
+WRONG = {
+    "activation": (lambda: nk.Rule(activation="elu"), ValueError, "activation relu gelu 'elu'"),
+    "perception activation": (
+        lambda: nk.Rule(perception_activation="ReLU"),
+        ValueError,
+        "perception_activation relu 'ReLU'",
+    ),
+    "padding": (lambda: nk.Rule(padding="same"), ValueError, "padding zeros circular 'same'"),
+    "precision": (lambda: nk.Rule(precision="fp16"), ValueError, "precision bfloat16 'fp16'"),
+    "fire rate 0": (lambda: nk.Rule(fire_rate=0.0), ValueError, "fire_rate greater than 0 0.0"),
+    "fire rate 2": (lambda: nk.Rule(fire_rate=2), ValueError, "fire_rate at most 1 2"),
+    "fire rate nan": (lambda: nk.Rule(fire_rate=float("nan")), ValueError, "fire_rate finite nan"),
+    "fire rate array": (lambda: nk.Rule(fire_rate=jnp.ones(())), TypeError, "fire_rate float"),
+    "step size": (lambda: nk.Rule(step_size="1"), TypeError, "step_size float str"),
+    "alive": (lambda: nk.Rule(alive=0.1), TypeError, "alive Alive None float"),
+    "alive channel": (lambda: nk.Alive(channel=1.5), TypeError, "channel int 1.5"),
+    "alive threshold": (lambda: nk.Alive(threshold=None), TypeError, "threshold NoneType"),
+    "alive channel range": (
+        lambda: step(rule=nk.Rule(alive=nk.Alive(channel=4))),
+        ValueError,
+        "alive.channel -4 3 4 channels",
+    ),
+    "rule": (lambda: step(rule="relu"), TypeError, "rule Rule str"),
+    "params": (lambda: step(params=(TAPS, ())), TypeError, "params RuleParams tuple"),
+    "state list": (lambda: step(state=[1.0]), TypeError, "state array list"),
+    "state dtype": (
+        lambda: step(state=STATE.astype("float16")),
+        TypeError,
+        "state bfloat16 float16",
+    ),
+    "state int": (lambda: step(state=STATE.astype(int)), TypeError, "state float32 int32"),
+    "state rank": (
+        lambda: step(state=STATE[0, 0]),
+        ValueError,
+        "state [*batch, *spatial, C] (5, 4)",
+    ),
+    "state empty": (lambda: step(state=STATE[:, :0]), ValueError, "state one cell (2, 0, 5, 4)"),
+    "taps rank": (
+        lambda: step(params=params(perception=W1)),
+        ValueError,
+        "perception kernel (12, 8)",
+    ),
+    "taps fan-in": (
+        lambda: step(params=params(perception=TAPS.reshape(3, 3, 2, 6))),
+        ValueError,
+        "perception C=4 (3, 3, 2, 6)",
+    ),
+    "taps multiple": (
+        lambda: step(params=params(perception=TAPS[..., :-1])),
+        ValueError,
+        "depthwise multiple C=4 (3, 3, 1, 11)",
+    ),
+    "taps int": (
+        lambda: step(params=params(perception=TAPS.astype(int))),
+        TypeError,
+        "perception floating int32",
+    ),
+    "taps missing": (
+        lambda: step(params=params(perception=None)),
+        TypeError,
+        "perception NoneType",
+    ),
+    "perception bias": (
+        lambda: step(params=params(perception_bias=B1)),
+        ValueError,
+        "perception_bias [12] (8,)",
+    ),
+    "no layers": (lambda: step(params=params(layers=())), ValueError, "layers one or more (W, b)"),
+    "layer not a pair": (
+        lambda: step(params=params(layers=(W1, W2))),
+        ValueError,
+        "layers[0] pair (W, b)",
+    ),
+    "first width": (
+        lambda: step(params=params(layers=((W1.T, None), (W2, None)))),
+        ValueError,
+        "layers[0][0] [12, out] perception 12 (8, 12)",
+    ),
+    "inputs not in width": (
+        lambda: step(inputs=jnp.zeros((2, 3))),
+        ValueError,
+        "layers[0][0] [15, out] inputs 3",
+    ),
+    "next width": (
+        lambda: step(params=params(layers=((W1, None), (W1, None)))),
+        ValueError,
+        "layers[1][0] [8, out] width",
+    ),
+    "last width": (
+        lambda: step(params=params(layers=((W1, None),))),
+        ValueError,
+        "last as many outputs channels, 4 8",
+    ),
+    "bias shape": (
+        lambda: step(params=params(layers=((W1, B1[:3]), (W2, None)))),
+        ValueError,
+        "layers[0][1] [8] None (3,)",
+    ),
+    "inputs shape": (
+        lambda: step(inputs=jnp.zeros((6, 5, 3))),
+        ValueError,
+        "inputs per cell (2, 6, 5, 'I') per sample (6, 5, 3)",
+    ),
+    "inputs dtype": (
+        lambda: step(inputs=jnp.zeros((2, 3), int)),
+        TypeError,
+        "inputs floating int32",
+    ),
+    "key int": (lambda: step(key=0), TypeError, "key jax.random.key(0) 0"),
+    "key float": (lambda: step(key=jnp.zeros(2)), TypeError, "key float32[2]"),
+    "key array": (
+        lambda: step(key=jax.random.split(KEY, 2)),
+        ValueError,
+        "key single (2,) jax.vmap",
+    ),
+    "backend": (lambda: step(backend="cuda"), ValueError, "backend auto xla reference 'cuda'"),
+    "perception shape": (
+        lambda: update(perception=jnp.zeros((2, 6, 12))),
+        ValueError,
+        "perception (2, 6, 5) (2, 6, 12)",
+    ),
+    "update dims": (lambda: update(num_spatial_dims=4), ValueError, "num_spatial_dims 1, 2, 3 4"),
+    "update rank": (
+        lambda: update(state=STATE[0, 0], perception=jnp.zeros((5, 12))),
+        ValueError,
+        "state 2 spatial num_spatial_dims (5, 4)",
+    ),
+    "num_steps": (lambda: rollout(-1), ValueError, "num_steps at least 0 -1"),
+    "num_steps float": (lambda: rollout(2.0), TypeError, "num_steps int 2.0"),
+    "checkpoint": (lambda: rollout(checkpoint="log"), ValueError, "checkpoint 'all' 'sqrt' 'log'"),
+    "checkpoint 0": (lambda: rollout(checkpoint=0), ValueError, "checkpoint at least 1 0"),
+    "checkpoint bool": (lambda: rollout(checkpoint=True), ValueError, "checkpoint int True"),
+    "sample shape": (
+        lambda: rollout(sample_steps=np.zeros(3, int)),
+        ValueError,
+        "sample_steps batch (2,) (3,)",
+    ),
+    "sample range": (
+        lambda: rollout(sample_steps=np.array([0, 5])),
+        ValueError,
+        "sample_steps num_steps=4 0 to 5",
+    ),
+    "sample dtype": (lambda: rollout(sample_steps=np.zeros(2)), TypeError, "sample_steps float64"),
+    "sample and states": (
+        lambda: rollout(sample_steps=np.zeros(2, int), return_states=True),
+        ValueError,
+        "sample_steps return_states exclude",
+    ),
+    "filter name": (lambda: nk.taps(["sobol"], 4), ValueError, "'sobol' identity sobel"),
+    "filter string": (lambda: nk.taps("sobel", 4), ValueError, "filters sequence 'sobel'"),
+    "filter dims": (lambda: nk.taps(["sobel"], 4, 4), ValueError, "num_spatial_dims 1, 2 or 3 4"),
+    "filter channels": (lambda: nk.taps(["sobel"], 0), ValueError, "channels positive 0"),
+    "filter array": (
+        lambda: nk.taps([np.zeros((3, 3))], 4),
+        ValueError,
+        "[*kernel, F] 2 kernel axes (3, 3)",
+    ),
+    "filter centre": (
+        lambda: nk.taps(["sobel", np.zeros((2, 2, 1))], 4),
+        ValueError,
+        "no common centre odd (2, 2)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_call(name):
+    call, exception, words = WRONG[name]
+    with pytest.raises(exception) as caught:
+        call()
+    assert caught.type is exception
+    missing = [word for word in words.split() if word.strip("(),[]") not in str(caught.value)]
+    assert not missing, f"{missing} not in: {caught.value}"
+
+
+def test_there_are_at_least_thirty():
+    assert len(WRONG) >= 30
+
+
+def test_forward_mode_says_to_use_reverse_mode():
+    run = lambda state: step(state=state, backend="xla")
+    for transform in (
+        jax.jacfwd(run),
+        jax.jit(jax.jacfwd(run)),
+        jax.hessian(lambda s: run(s).sum()),
+    ):
+        with pytest.raises(TypeError, match=r"use reverse mode|use backend='reference'"):
+            transform(STATE)
+    jax.jvp(lambda state: step(state=state, backend="reference"), (STATE,), (STATE,))
+
+
+def test_environment_names_the_backend(monkeypatch):
+    monkeypatch.setenv("NCA_BACKEND", "nonsense")
+    with pytest.raises(
+        ValueError, match="environment variable NCA_BACKEND must be one of auto, xla"
+    ):
+        step()
+    monkeypatch.setenv("NCA_BACKEND", "reference")
+    assert [b.name for b in nk.backends() if b.auto] == ["reference"]
+    assert "stablehlo.convolution" in jax.jit(step).lower().as_text()
+
+
+def test_a_named_backend_never_falls_back(monkeypatch):
+    from nca_kernels import dispatch
+
+    wanting = {
+        "elsewhere": dispatch.Backend("elsewhere", "", None, platforms=("tpu",)),
+        "missing": dispatch.Backend("missing", "", None, missing=lambda: "no tool; install it"),
+        "unable": dispatch.Backend("unable", "", None, unsupported=lambda call, avals: "no alive"),
+    }
+    for backend in wanting.values():
+        monkeypatch.setitem(dispatch._registry, backend.name, backend)
+    words = {
+        "elsewhere": "runs on tpu, and this is cpu",
+        "missing": "install it",
+        "unable": "no alive",
+    }
+    for name, reason in words.items():
+        with pytest.raises(nk.BackendUnavailable, match=reason):
+            step(backend=name)
+    rows = {b.name: b for b in nk.backends()}
+    assert not rows["missing"].available
+    assert "install it" in rows["missing"].reason
+    assert rows["xla"].auto
