@@ -100,6 +100,20 @@ def check_update(backend: str, case: Case) -> None:
     assert_close(run(backend), run(ORACLE), _limit(case), "update ")
 
 
+def check_fate_hangs_on_dead_neighbours(backend: str) -> None:
+    """A cell survives if a *dead* neighbour's update crosses the threshold as the last one falls.
+
+    One living cell in each of many samples; where they fire, living cells die and empty cells
+    rise. Skipping the update of every dead cell would change who survives.
+    """
+    rule = nk.Rule(alive=nk.Alive(0, 0.5), precision="float32")
+    state = jnp.zeros((300, 12, 1)).at[:, 6].set(0.6)
+    taps = jnp.asarray(nk.taps(["identity"], channels=1, num_spatial_dims=1))
+    params = nk.RuleParams(taps, None, ((-3 * jnp.ones((1, 1)), jnp.ones(1)),))
+    run = partial(nk.step, rule, params, state, jax.random.key(0))
+    assert_close(run(backend=backend), run(backend=ORACLE), 1e-6, "state")
+
+
 CHECKS: dict[str, Callable[[str, Case], None]] = {
     "values_and_gradients": check_values_and_gradients,
     "mask": check_mask,

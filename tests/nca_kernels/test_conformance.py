@@ -5,7 +5,11 @@ import pytest
 from nca_kernels import dispatch
 from nca_kernels.backends import xla
 from nca_kernels.testing import CONFORMANCE, TRANSFORMATION_CHECKS
-from nca_kernels.testing.conformance import check_mask, check_values_and_gradients
+from nca_kernels.testing.conformance import (
+    check_fate_hangs_on_dead_neighbours,
+    check_mask,
+    check_values_and_gradients,
+)
 
 # The path that xla takes on accelerators, run on the CPU: all cells at once, groups by vmap.
 dispatch.register(
@@ -35,6 +39,11 @@ def test_values_and_gradients(backend, case):
 @pytest.mark.parametrize("backend", [*KERNELS, "reference"])
 def test_mask(backend, name):
     check_mask(backend, BY_NAME[name])
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_fate_hangs_on_dead_neighbours(backend):
+    check_fate_hangs_on_dead_neighbours(backend)
 
 
 @pytest.mark.parametrize("name", TRANSFORMED)

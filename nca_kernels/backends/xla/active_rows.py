@@ -40,9 +40,17 @@ def mlp(rule: Rule, layers: Layers, rows: Array, perception_size: int) -> Array:
 
 
 def mlp_backward(
-    rule: Rule, layers: Layers, rows: Array, cotangent: Array, perception_size: int
+    rule: Rule,
+    layers: Layers,
+    transposed: Sequence[Array],
+    rows: Array,
+    cotangent: Array,
+    perception_size: int,
 ) -> tuple[Array, list[tuple[Array, Array | None]]]:
-    """Gradients for the rows ``[R, P + I]`` and the layers, recomputing the hidden layers."""
+    """Gradients for the rows ``[R, P + I]`` and the layers, recomputing the hidden layers.
+
+    ``transposed``: the weights as ``[out, in]``, made once for all blocks.
+    """
     hidden, pull = jax.vjp(lambda r: _activate_perception(rule, r, perception_size), rows)
     inputs, pulls = [], [pull]
     for layer in layers[:-1]:
@@ -51,11 +59,18 @@ def mlp_backward(
         pulls.append(pull)
     inputs.append(hidden)
     grads: list[tuple[Array, Array | None]] = []
-    for (weight, bias), hidden, pull in zip(layers[::-1], inputs[::-1], pulls[::-1], strict=True):
-        d_weight = dot(hidden, cotangent, rule.precision, contract=(0, 0))
-        grads.append((d_weight, None if bias is None else jnp.sum(cotangent, axis=0)))
-        (cotangent,) = pull(dot(cotangent, weight, rule.precision, contract=(1, 1)))
+    for i in reversed(range(len(layers))):
+        d_bias = None if layers[i][1] is None else jnp.sum(cotangent, axis=0)
+        grads.append((_weight_gradient(rule, inputs[i], cotangent), d_bias))
+        (cotangent,) = pulls[i](dot(cotangent, transposed[i], rule.precision))
     return cotangent, grads[::-1]
+
+
+def _weight_gradient(rule: Rule, inputs: Array, cotangent: Array) -> Array:
+    """``inputs.T @ cotangent``, with the narrower one on the left: XLA's CPU products want it."""
+    if inputs.shape[1] <= cotangent.shape[1]:
+        return dot(inputs, cotangent, rule.precision, contract=(0, 0))
+    return dot(cotangent, inputs, rule.precision, contract=(0, 0)).T
 
 
 def _affine(rule: Rule, layer: tuple[Array, Array | None], rows: Array) -> Array:
@@ -99,10 +114,11 @@ def map_active_backward(
     block: int | None,
 ) -> tuple[Array, Any]:
     """Gradients for the rows ``[N, P + I]`` (0 where not active) and, summed, for the layers."""
+    transposed = [weight.T for weight, _ in layers]
     if block is None:
         if active is not None:
             cotangent = jnp.where(active[:, None], cotangent, 0)
-        return mlp_backward(rule, layers, rows, cotangent, size)
+        return mlp_backward(rule, layers, transposed, rows, cotangent, size)
     order, rank, count, slots = _compact(active, rows.shape[0], block)
 
     def body(i: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
@@ -110,7 +126,7 @@ def map_active_backward(
         cells = _block(order, i, block)
         inside = i * block + jnp.arange(block, dtype=jnp.int32) < count  # the last block's rest
         d_update = jnp.where(inside[:, None], _gather(cotangent, cells), 0)
-        d_rows, grads = mlp_backward(rule, layers, _gather(rows, cells), d_update, size)
+        d_rows, grads = mlp_backward(rule, layers, transposed, _gather(rows, cells), d_update, size)
         out = lax.dynamic_update_slice_in_dim(out, d_rows, i * block, axis=0)
         return out, jax.tree.map(jnp.add, total, grads)
 
