@@ -107,9 +107,10 @@ def check_fate_hangs_on_dead_neighbours(backend: str) -> None:
     rise. Skipping the update of every dead cell would change who survives.
     """
     rule = nk.Rule(alive=nk.Alive(0, 0.5), precision="float32")
-    state = jnp.zeros((300, 12, 1)).at[:, 6].set(0.6)
-    taps = jnp.asarray(nk.taps(["identity"], channels=1, num_spatial_dims=1))
-    params = nk.RuleParams(taps, None, ((-3 * jnp.ones((1, 1)), jnp.ones(1)),))
+    state = jnp.zeros((300, 12, 2)).at[:, 6, 0].set(0.6).at[..., 1].set(7.0)  # 7 shows survival
+    taps = jnp.asarray(nk.taps(["identity"], channels=2, num_spatial_dims=1))
+    falls, rises = jnp.array([[-3.0, 0.0], [0.0, 0.0]]), jnp.array([1.0, 0.0])
+    params = nk.RuleParams(taps, None, ((falls, rises),))
     run = partial(nk.step, rule, params, state, jax.random.key(0))
     assert_close(run(backend=backend), run(backend=ORACLE), 1e-6, "state")
 
