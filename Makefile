@@ -26,7 +26,7 @@ $(VENV)/installed-%: pyproject.toml
 	@touch $@
 
 demo: $(VENV)/installed-models
-	$(BIN)/nca demo --out $(DEMO_OUT)
+	$(BIN)/nca demo --out $(DEMO_OUT) $(if $(wildcard $(DEMO_OUT)/config.json),--resume)
 
 test: $(VENV)/installed-models,test
 	$(BIN)/python -m pytest tests -n 2 --dist worksteal $(PYTEST_ARGS)

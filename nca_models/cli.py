@@ -1,0 +1,383 @@
+"""The command `nca`: train, run, doctor, demo.
+
+Arguments are checked before JAX starts. Wrong input is one line on stderr and exit code 2; a
+training run that diverges is exit code 1; a signal is 128 plus its number.
+"""
+
+import argparse
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from nca_models import run_folder, systems
+from nca_models.data import emoji, images
+from nca_models.training import DAMAGE_NAMES
+
+if TYPE_CHECKING:
+    from nca_models.systems import System
+
+_EXAMPLES = """\
+examples:
+  nca demo                                     train on the packaged picture and show the result
+  nca train growing --target cat.png --out cat   grow any picture
+  nca train growing --out cat --resume         continue where it stopped or was killed
+  nca run cat --steps 400 --damage half --gif cat.gif
+  nca doctor                                   what is installed, and which backend runs
+
+`nca COMMAND --help` explains a command's options.
+"""
+_TRAIN_EXAMPLES = """\
+examples:
+  nca train growing --target cat.png --out cat
+  nca train growing --target 🦎 --preset paper --out lizard
+  nca train growing --out lizard --resume
+
+Ctrl-C saves a checkpoint and says how to resume; a run that was killed resumes as well, and ends
+with the same bits as one left alone. DIR receives config.json, target.png, log.csv, checkpoints/
+and, at the end, pictures.
+"""
+_RUN_EXAMPLES = """\
+examples:
+  nca run cat --steps 400 --damage half --gif cat.gif
+  nca run cat --steps 1000 --every 10 --mp4 cat.mp4 --png strip.png
+"""
+
+
+class InputError(Exception):
+    """Wrong input; the message is one line that says what to do."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see `{self.prog} --help`")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit code; `argv` is without the program's name."""
+    try:
+        args = _parser().parse_args(argv)
+        code: int = args.run(args)
+        return code
+    except (InputError, images.ImageError, run_folder.RunError) as error:
+        return _fail(error, 2)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has gone, and wants no message
+        return 141
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+
+
+def _fail(message: object, code: int) -> int:
+    print(f"nca: {message}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(
+        prog="nca",
+        description="Train, run and look at neural cellular automata.",
+        epilog=_EXAMPLES,
+        formatter_class=form,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
+
+    train = commands.add_parser(
+        "train", help="train a system", epilog=_TRAIN_EXAMPLES, formatter_class=form
+    )
+    train.add_argument("system", choices=systems.names(), help="what to train")
+    train.add_argument(
+        "--target",
+        metavar="FILE|EMOJI",
+        help="an image file of any size and kind, or an emoji (default: the packaged butterfly)",
+    )
+    train.add_argument(
+        "--preset", choices=systems.PRESET_NAMES, help="settings to start from (default: small)"
+    )
+    train.add_argument(
+        "--out", metavar="DIR", type=Path, required=True, help="folder of the run, made if absent"
+    )
+    for name, (kind, metavar, text) in _SETTINGS.items():
+        flag = "--" + _FLAGS.get(name, name).replace("_", "-")
+        choices = DAMAGE_NAMES if name == "damage" else None
+        train.add_argument(flag, dest=name, type=kind, metavar=metavar, choices=choices, help=text)
+    train.set_defaults(run=_train)
+
+    demo = commands.add_parser(
+        "demo", help="train on the packaged picture and show what comes of it"
+    )
+    demo.add_argument(
+        "--out", metavar="DIR", type=Path, default=Path("nca-demo"), help="default: nca-demo"
+    )
+    demo.add_argument(
+        "--steps",
+        dest="num_train_steps",
+        type=_whole(1),
+        metavar="N",
+        help="training steps (default: the preset's)",
+    )
+    demo.set_defaults(run=_demo)
+    for command in (train, demo):
+        command.add_argument("--resume", action="store_true", help="continue the run in DIR")
+        command.add_argument(
+            "--tensorboard", action="store_true", help="log to DIR/tensorboard as well"
+        )
+
+    run = commands.add_parser(
+        "run", help="run a trained system and film it", epilog=_RUN_EXAMPLES, formatter_class=form
+    )
+    run.add_argument("folder", metavar="DIR", type=Path, help="folder of a run, from `nca train`")
+    run.add_argument("--steps", type=_whole(1), default=400, metavar="N", help="default: 400")
+    run.add_argument(
+        "--damage", choices=DAMAGE_NAMES, default="none", help="what to clear (default: none)"
+    )
+    run.add_argument(
+        "--damage-at", type=_whole(0), metavar="N", help="after which step (default: half way)"
+    )
+    run.add_argument(
+        "--every", type=_whole(1), default=2, metavar="N", help="steps a frame (default: 2)"
+    )
+    run.add_argument("--fps", type=_whole(1), default=20, metavar="N", help="frames a second")
+    run.add_argument(
+        "--scale", type=_whole(1), default=8, metavar="N", help="pixels a cell (default: 8)"
+    )
+    run.add_argument("--seed", type=_whole(0), default=0, metavar="N", help="of the fire masks")
+    run.add_argument("--backend", metavar="NAME", help="default: the run's own")
+    for suffix, text in (("gif", "film"), ("mp4", "film"), ("png", "strip of frames over time")):
+        run.add_argument(f"--{suffix}", type=Path, metavar="FILE", help=f"write a {text}")
+    run.set_defaults(run=_run)
+
+    doctor = commands.add_parser("doctor", help="show versions, devices and backends")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _whole(lowest: int) -> Any:
+    """An argument type: whole numbers from `lowest`."""
+
+    def parse(text: str) -> int:
+        if text.removeprefix("-").isdecimal() and int(text) >= lowest:
+            return int(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {lowest}")
+
+    return parse
+
+
+def _above_zero(text: str) -> float:
+    """An argument type: numbers above zero."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+# Settings that `nca train` can change: name in the configuration -> (type, metavar, help).
+_SETTINGS: dict[str, tuple[Any, str | None, str]] = {
+    "num_train_steps": (_whole(1), "N", "training steps"),
+    "seed": (_whole(0), "N", "of everything random (default: 0)"),
+    "backend": (str, "NAME", "of nca_kernels; see `nca doctor` (default: auto)"),
+    "batch_size": (_whole(1), "N", "samples a training step"),
+    "pool_size": (_whole(0), "N", "samples kept between training steps"),
+    "learning_rate": (_above_zero, "X", "of Adam, at the start"),
+    "checkpoint_every": (_whole(1), "N", "training steps between checkpoints"),
+    "target_size": (_whole(1), "N", "side of the picture, in cells"),
+    "padding": (_whole(0), "N", "empty cells on each side of the picture"),
+    "damage": (str, None, "how samples are damaged"),
+    "damaged_per_batch": (_whole(0), "N", "how many samples of a batch are damaged"),
+}
+_FLAGS = {"num_train_steps": "steps", "target_size": "size"}  # shorter names
+
+
+def _train(args: argparse.Namespace) -> int:
+    settings = {name: getattr(args, name) for name in _SETTINGS}
+    request = run_folder.Request(args.system, args.preset, args.target, settings)
+    resume = f"nca train {args.system} --out {args.out} --resume"
+    return _train_and_show(args, request, resume, compare=False)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    settings = {"num_train_steps": args.num_train_steps}
+    request = run_folder.Request("growing", None, None, settings)
+    return _train_and_show(args, request, f"nca demo --out {args.out} --resume", compare=True)
+
+
+def _train_and_show(
+    args: argparse.Namespace, request: run_folder.Request, resume: str, *, compare: bool
+) -> int:
+    """Train, write pictures and print what came of it."""
+    folder: Path = args.out
+    _check_new(folder, args.resume)
+    _check_target(request.target)
+    if args.tensorboard and find_spec("tensorboardX") is None:
+        raise InputError("--tensorboard needs `pip install tensorboardX`")
+    _check_backend(request.settings.get("backend"))
+    system = _open(folder, request)
+
+    from nca_models import demo
+    from nca_models.training import trainer
+
+    config = system.config
+    print(f"training {request.system} for {config.num_train_steps} steps, in {folder}", flush=True)
+    try:
+        model = trainer.train(system, folder, tensorboard=args.tensorboard)
+    except trainer.Interrupted as stop:
+        return _fail(f"{stop}, and saved; continue with: {resume}", 128 + stop.signum)
+    except trainer.Diverged as error:
+        return _fail(f"{error}, with --learning-rate X and another --out", 1)
+    metrics, paths = demo.show(system, model, folder)
+    print("\nlog10 of the mean squared error")
+    for name, value in metrics.items():
+        print(f"  {value:6.2f}  {name}")
+    if compare:
+        print("\nmeasuring this machine's speed ...", flush=True)
+        ratios = demo.speedup(system, model, folder)
+        for name, ratio in ratios.items():
+            print(f'  {name}: {ratio:.1f} times faster (backend "auto" against "reference")')
+    print(f"\nfiles in {folder}")
+    for path in paths:
+        print(f"  {path.relative_to(folder)}")
+    print(f"\nnow try: nca run {folder} --steps 600 --damage circle --gif {folder / 'run.gif'}")
+    return 0
+
+
+def _open(folder: Path, request: run_folder.Request) -> "System":
+    """Start or reopen the run in `folder`."""
+    try:
+        if run_folder.exists(folder):
+            return run_folder.resume(folder, request)
+        return run_folder.create(folder, request)
+    except (images.ImageError, run_folder.RunError):
+        raise
+    except (ValueError, TypeError) as error:  # an impossible setting
+        raise InputError(str(error)) from error
+    except OSError as error:
+        raise InputError(f"--out {folder}: cannot be written to ({error.strerror})") from error
+
+
+def _check_new(folder: Path, resume: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--out {folder}: is a file; give a folder, which is made if absent")
+    if run_folder.exists(folder) and not resume:
+        raise InputError(
+            f"--out {folder}: holds a run already; add --resume to continue it, or choose "
+            "another folder"
+        )
+    if resume and not run_folder.exists(folder) and not run_folder.interrupted(folder):
+        raise InputError(f"--out {folder}: holds no run to resume; leave out --resume to start one")
+
+
+def _check_target(target: str | None) -> None:
+    """Refuse a bad image file now; an emoji may need the network, so that comes later."""
+    if target is None or (not Path(target).exists() and emoji.is_emoji(target)):
+        return
+    images.open_rgba(Path(target))
+
+
+def _check_backend(name: str | None) -> None:
+    if name in (None, "auto"):
+        return
+    import nca_kernels as nk
+
+    rows = {row.name: row for row in nk.backends()}
+    if name not in rows:
+        raise InputError(f"--backend {name}: no such backend; choose auto, {', '.join(rows)}")
+    if not rows[name].available:
+        raise InputError(
+            f"--backend {name}: not available here ({rows[name].reason}); leave it out, or see "
+            "`nca doctor`"
+        )
+
+
+def _run(args: argparse.Namespace) -> int:
+    outputs = {"gif": args.gif, "mp4": args.mp4, "png": args.png}
+    for suffix, path in outputs.items():
+        _check_output(suffix, path)
+    damage_at = args.steps // 2 if args.damage_at is None else args.damage_at
+    if args.damage_at is not None and args.damage_at > args.steps:
+        raise InputError(f"--damage-at {damage_at}: is after the last step, --steps {args.steps}")
+    if args.damage_at is not None and args.damage == "none":
+        raise InputError(f"--damage-at {damage_at}: says when, so --damage must say what")
+    if not run_folder.exists(args.folder):
+        run_folder.load(args.folder)  # raises, before anything heavy
+    _check_backend(args.backend)
+
+    from nca_models import render
+    from nca_models.training import trainer
+
+    system = run_folder.load(args.folder, args.backend)
+    model = trainer.trained_model(system, args.folder)
+    film = system.film(
+        model,
+        args.steps,
+        every=args.every,
+        damage=args.damage,
+        damage_at=damage_at,
+        seed=args.seed,
+    )
+    if not any(outputs.values()):
+        outputs["gif"] = args.folder / "run.gif"
+    film = render.upscale(film, args.scale)
+    for suffix in ("gif", "mp4"):
+        if outputs[suffix]:
+            render.save_film(outputs[suffix], film, args.fps)
+    if outputs["png"]:
+        render.save_png(outputs["png"], render.strip(film, gap=args.scale))
+    for path in filter(None, outputs.values()):
+        print(path)
+    return 0
+
+
+def _check_output(suffix: str, path: Path | None) -> None:
+    if path is None:
+        return
+    if path.suffix.lower() != f".{suffix}":
+        raise InputError(f"--{suffix} {path}: the name must end in .{suffix}")
+    if not path.parent.is_dir():
+        raise InputError(f"--{suffix} {path}: there is no folder {path.parent}; make it first")
+    if path.is_dir():
+        raise InputError(f"--{suffix} {path}: is a folder; give the name of a file")
+    if suffix == "mp4" and find_spec("imageio_ffmpeg") is None:
+        raise InputError("--mp4 needs `pip install imageio-ffmpeg`; --gif needs nothing more")
+
+
+_PACKAGES = ("nca-kernels", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow")
+_OPTIONAL = ("imageio-ffmpeg", "tensorboardX", "jax-triton")
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    import os
+    import platform
+
+    import jax
+
+    import nca_kernels as nk
+
+    print(f"Python {platform.python_version()} on {platform.platform()}, {os.cpu_count()} CPUs")
+    print("\npackages")
+    for name in _PACKAGES + _OPTIONAL:
+        print(f"  {name:18} {_version(name)}")
+    print(f"\ndevices, the default one being {jax.default_backend()}")
+    for device in jax.devices():
+        print(f"  {device}  {device.device_kind}")
+    rows = nk.backends()
+    print("\nbackends")
+    for row in rows:
+        print(f"  {row.name:10} {'available' if row.available else 'no: ' + row.reason}")
+    chosen = [row.name for row in rows if row.auto]
+    print(f'\n"auto" picks: {", ".join(chosen) or "nothing"}')
+    return 0
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

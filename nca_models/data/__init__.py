@@ -1,0 +1,1 @@
+"""Targets: image files, emoji, and the picture that ships with the package."""

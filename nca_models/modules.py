@@ -1,0 +1,103 @@
+"""Flax nnx modules over the public operations of `nca_kernels`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import nca_kernels as nk
+
+_DEFAULT_RULE = nk.Rule()
+
+
+class NCA(nnx.Module):
+    """A neural cellular automaton: filter taps, an MLP, and the rule that applies them.
+
+    Hidden layers start from Lecun-normal weights, the last one from zeros (with `zero_init`), so
+    that an untrained automaton leaves every living cell as it is. Randomness comes from the keys
+    that a call is given: the module holds no random state.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        hidden: Sequence[int] = (128,),
+        filters: Sequence[str] = ("identity", "sobel"),
+        num_spatial_dims: int = 2,
+        *,
+        rule: nk.Rule = _DEFAULT_RULE,
+        inputs: int = 0,
+        trainable_perception: bool = False,
+        zero_init: bool = True,
+        last_bias: bool = True,
+        backend: str = "auto",
+        rngs: nnx.Rngs,
+    ):
+        """Build the taps and the layers.
+
+        Args:
+            channels: C, the channels of the state.
+            hidden: widths of the hidden layers.
+            filters: names of filter banks, as `nca_kernels.taps` takes them.
+            num_spatial_dims: 1, 2 or 3.
+            rule: what a step computes; see `nca_kernels.Rule`.
+            inputs: I, the width of the external inputs; 0 for none.
+            trainable_perception: whether the taps are an `nnx.Param` or a constant.
+            zero_init: whether the last layer starts from zeros.
+            last_bias: whether the last layer has a bias.
+            backend: name of the `nca_kernels` backend, or "auto".
+            rngs: source of the initial weights (stream `params`).
+        """
+        taps = jnp.asarray(nk.taps(tuple(filters), channels, num_spatial_dims))
+        self.perception = nnx.Param(taps) if trainable_perception else nnx.Variable(taps)
+        widths = (taps.shape[-1] + inputs, *hidden, channels)
+        last_init = nnx.initializers.zeros_init() if zero_init else nnx.initializers.lecun_normal()
+        inits = [nnx.initializers.lecun_normal() for _ in hidden] + [last_init]
+        biases = [True for _ in hidden] + [last_bias]
+        self.layers = nnx.List(
+            nnx.Linear(n_in, n_out, kernel_init=init, use_bias=bias, rngs=rngs)
+            for n_in, n_out, init, bias in zip(widths[:-1], widths[1:], inits, biases, strict=True)
+        )
+        self.rule = rule
+        self.backend = backend
+
+    def rule_params(self) -> nk.RuleParams:
+        """Return the weights in the form that `nca_kernels` takes."""
+        layers = tuple(
+            (layer.kernel[...], None if layer.bias is None else layer.bias[...])
+            for layer in self.layers
+        )
+        return nk.RuleParams(perception=self.perception[...], layers=layers)
+
+    def __call__(
+        self, state: jax.Array, key: jax.Array, inputs: jax.Array | None = None
+    ) -> jax.Array:
+        """Take one step.
+
+        Args:
+            state: `[*batch, *spatial, C]`, float32 or bfloat16.
+            key: PRNG key of this step's fire mask.
+            inputs: `[*batch, *spatial, I]` per cell, `[*batch, I]` per sample, or None.
+
+        Returns:
+            The next state, of the shape and dtype of `state`.
+        """
+        return nk.step(self.rule, self.rule_params(), state, key, inputs, backend=self.backend)
+
+    def rollout(
+        self,
+        state: jax.Array,
+        key: jax.Array,
+        num_steps: int,
+        inputs: jax.Array | None = None,
+        **options: Any,
+    ) -> Any:
+        """Take `num_steps` steps; step t uses `jax.random.fold_in(key, t)`.
+
+        `options` are those of `nca_kernels.rollout`: `checkpoint`, `return_states`,
+        `sample_steps`. The result is as there.
+        """
+        options.setdefault("backend", self.backend)
+        return nk.rollout(self.rule, self.rule_params(), state, key, num_steps, inputs, **options)

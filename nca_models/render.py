@@ -1,0 +1,95 @@
+"""Arrays to pictures: PNG, GIF, MP4 and plots. Every file appears whole or not at all.
+
+Pictures are `[height, width, 3]` uint8, films `[frames, height, width, 3]` uint8.
+"""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+
+from nca_models._files import whole_file
+
+
+def over_white(rgba: np.ndarray) -> np.ndarray:
+    """Lay premultiplied RGBA `[*lead, height, width, 4]` float over white, as uint8 RGB.
+
+    Values outside 0 to 1 are clipped, NaN is black.
+    """
+    rgba = np.nan_to_num(np.asarray(rgba, np.float32))
+    alpha = np.clip(rgba[..., 3:], 0, 1)
+    return (np.clip(1 - alpha + rgba[..., :3], 0, 1) * 255).round().astype(np.uint8)
+
+
+def upscale(picture: np.ndarray, factor: int) -> np.ndarray:
+    """Repeat each pixel of a picture or film `factor` times along both axes."""
+    if factor < 1:
+        raise ValueError(f"factor is {factor}, but must be at least 1")
+    return picture.repeat(factor, axis=-3).repeat(factor, axis=-2)
+
+
+def strip(film: np.ndarray, count: int = 8, gap: int = 2) -> np.ndarray:
+    """Put `count` frames, evenly spread from the first to the last, side by side on white."""
+    chosen = np.linspace(0, len(film) - 1, min(count, len(film))).round().astype(int)
+    return beside([film[i] for i in chosen], gap)
+
+
+def beside(pictures: Sequence[np.ndarray], gap: int = 2) -> np.ndarray:
+    """Put pictures of one height side by side, `gap` white pixels between them."""
+    height = pictures[0].shape[0]
+    space = np.full((height, gap, 3), 255, np.uint8)
+    parts = [part for picture in pictures for part in (space, picture)]
+    return np.concatenate(parts[1:], axis=1)
+
+
+def save_png(path: Path, picture: np.ndarray) -> None:
+    """Write a picture."""
+    with whole_file(path) as temporary:
+        iio.imwrite(temporary, picture, extension=".png")
+
+
+def save_gif(path: Path, film: np.ndarray, fps: float = 20.0) -> None:
+    """Write a film that repeats for ever, `fps` frames a second.
+
+    GIF counts time in hundredths of a second. Frames equal to the one before make it stay longer.
+    """
+    with whole_file(path) as temporary:
+        iio.imwrite(temporary, film, extension=".gif", duration=1000 / fps, loop=0)
+
+
+def save_mp4(path: Path, film: np.ndarray, fps: float = 20.0) -> None:
+    """Write a film as H.264, which players want with even sides: odd ones gain a white pixel."""
+    height, width = film.shape[1:3]
+    even = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))
+    padded = np.pad(film, even, constant_values=255)
+    with whole_file(path) as temporary, warnings.catch_warnings():
+        # JAX warns of every fork; this one only starts ffmpeg.
+        warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
+        iio.imwrite(temporary, padded, extension=".mp4", fps=fps, macro_block_size=2)
+
+
+def save_film(path: Path, film: np.ndarray, fps: float = 20.0) -> None:
+    """Write a film in the format that the suffix names, .gif or .mp4."""
+    {".gif": save_gif, ".mp4": save_mp4}[path.suffix.lower()](path, film, fps)
+
+
+def save_loss_plot(path: Path, steps: Sequence[int], losses: Sequence[float]) -> None:
+    """Plot log10 of the loss against the training step, with a running mean."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    values = np.log10(np.maximum(np.asarray(losses, float), np.finfo(float).tiny))
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)  # draws without a display
+    axes = figure.add_subplot()
+    axes.plot(steps, values, ".", markersize=2, alpha=0.4, label="each step")
+    width = min(50, len(values))
+    mean = np.convolve(values, np.ones(width) / width, mode="valid")
+    axes.plot(steps[width - 1 :], mean, label=f"mean of {width} steps")
+    axes.set(xlabel="training step", ylabel="log10 of the loss")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=120)

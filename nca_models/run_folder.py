@@ -1,0 +1,131 @@
+"""The folder of a training run: what is in it, and how it is made, checked and read.
+
+config.json      system, preset, target and every setting; written last, so a folder that has
+                 it is complete
+target.png ...   the system's data
+log.csv          one row for each training step
+checkpoints/     see `nca_models.training.checkpoints`
+*.png *.gif      pictures, written when training ends
+"""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nca_models import systems
+from nca_models._files import write_text
+
+CONFIG = "config.json"
+_STARTING = ".starting"  # there from the first moment of a run until its config.json is
+
+
+class RunError(ValueError):
+    """The folder is not what the command needs; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asked for; None means "as the preset", or when resuming "as before"."""
+
+    system: str
+    preset: str | None
+    target: str | None
+    settings: dict[str, Any]
+
+
+def exists(folder: Path) -> bool:
+    """Tell whether `folder` holds a run."""
+    return (folder / CONFIG).is_file()
+
+
+def interrupted(folder: Path) -> bool:
+    """Tell whether a run in `folder` was killed before it was complete: `create` starts it anew."""
+    return (folder / _STARTING).exists() and not exists(folder)
+
+
+def create(folder: Path, request: Request) -> systems.System:
+    """Start a run: write the system's data and then `config.json`.
+
+    Raises:
+        ValueError: a setting is impossible, or the target cannot be had.
+    """
+    module = systems.load(request.system)
+    preset = request.preset or "small"
+    config = replace(module.PRESETS[preset], **_given(request.settings))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _STARTING).touch()
+    module.SystemClass.prepare(config, request.target, folder)
+    _write(folder, request.system, preset, request.target, config)
+    (folder / _STARTING).unlink()
+    system: systems.System = module.SystemClass(config, folder)
+    return system
+
+
+def resume(folder: Path, request: Request) -> systems.System:
+    """Reopen a run; more training steps may be asked for, nothing else may change.
+
+    Raises:
+        RunError: a setting differs from the run's.
+    """
+    saved = _read(folder)
+    asked = {"system": request.system, "preset": request.preset, "target": request.target}
+    steps = request.settings.get("num_train_steps")
+    for name, value in _given(asked | request.settings).items():
+        before = saved[name] if name in saved else saved["config"][name]
+        if value != before and not (name == "num_train_steps" and value > before):
+            raise RunError(
+                f"{folder} was started with {name} {before}, not {value}: leave it out to resume, "
+                "or choose another --out for a new run"
+            )
+    system = load(folder)
+    if steps is not None and steps != system.config.num_train_steps:
+        longer = replace(system.config, num_train_steps=steps)
+        _write(folder, saved["system"], saved["preset"], saved["target"], longer)
+        system = load(folder)
+    return system
+
+
+def load(folder: Path, backend: str | None = None) -> systems.System:
+    """Return the system of the run in `folder`, on its own backend or on `backend`.
+
+    Raises:
+        RunError: there is no run, or `config.json` is not one.
+    """
+    saved = _read(folder)
+    module = systems.load(saved["system"])
+    config = module.PRESETS[saved["preset"]]
+    config = replace(config, **{name: _tupled(v) for name, v in saved["config"].items()})
+    if backend is not None:
+        config = replace(config, backend=backend)
+    system: systems.System = module.SystemClass(config, folder)
+    return system
+
+
+def _given(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _tupled(value: Any) -> Any:
+    """JSON has no tuples; settings have no lists."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _write(folder: Path, system: str, preset: str, target: str | None, config: Any) -> None:
+    saved = {"system": system, "preset": preset, "target": target, "config": asdict(config)}
+    write_text(folder / CONFIG, json.dumps(saved, indent=2, ensure_ascii=False) + "\n")
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    if not exists(folder):
+        raise RunError(
+            f"{folder} holds no run (no {CONFIG}): give the folder that `nca train --out` named"
+        )
+    try:
+        saved: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        missing = {"system", "preset", "target", "config"} - saved.keys()
+    except (ValueError, AttributeError) as error:
+        raise RunError(f"{folder / CONFIG} is not a run's settings ({error})") from error
+    if missing:
+        raise RunError(f"{folder / CONFIG} lacks {', '.join(sorted(missing))}")
+    return saved

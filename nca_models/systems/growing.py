@@ -1,0 +1,236 @@
+"""Growing NCA: a single living cell grows into a picture, keeps it, and regrows what is cut away.
+
+After Mordvintsev et al., "Growing Neural Cellular Automata", Distill, 2020
+(https://distill.pub/2020/growing-ca), in the form that CAX gives it.
+
+A state is `[*batch, size, size, C]` float32; its last four channels are premultiplied RGBA, and
+alpha, the last, says where cells live.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from PIL import Image
+
+import nca_kernels as nk
+from nca_models import render
+from nca_models._files import whole_file
+from nca_models.data import emoji, images
+from nca_models.modules import NCA
+from nca_models.training.damage import DAMAGES
+from nca_models.training.logging import log10
+from nca_models.training.trainer import TrainConfig, setting
+
+Samples = dict[str, jax.Array]  # {"state": [n, size, size, C]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(TrainConfig):
+    """Settings of Growing NCA, beside those of every system.
+
+    Attributes:
+        target_size: side of the square that the picture is scaled to fit, in cells.
+        padding: empty cells around that square, on each side.
+        channels: C, the last four being RGBA.
+        hidden: width of the hidden layer.
+        num_steps: steps of the automaton in a training step.
+        min_steps: the loss takes each sample's state after a random number of steps, from this to
+            `num_steps`.
+        fire_rate: probability that a cell updates in a step. Updates are scaled by its inverse.
+        alive_threshold: least alpha, among a cell and its neighbours, for the cell to live.
+        damage: name of the damage done to `damaged_per_batch` samples.
+    """
+
+    target_size: int
+    padding: int = setting(lowest=0)
+    channels: int = setting(16, lowest=4)
+    hidden: int = 128
+    num_steps: int
+    min_steps: int
+    fire_rate: float = 0.5
+    alive_threshold: float = 0.1
+    damage: str = "circle"
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot be trained with (ValueError)."""
+        super().__post_init__()
+        if self.min_steps > self.num_steps:
+            raise ValueError(f"min_steps is {self.min_steps}, above num_steps ({self.num_steps})")
+        if self.damage not in DAMAGES:
+            raise ValueError(f"damage is {self.damage!r}, but must be one of {', '.join(DAMAGES)}")
+
+    @property
+    def size(self) -> int:
+        """Side of the grid, in cells."""
+        return self.target_size + 2 * self.padding
+
+
+PRESETS = {
+    "paper": Config(
+        target_size=40,
+        padding=16,
+        num_steps=128,
+        min_steps=65,
+        batch_size=8,
+        pool_size=1024,
+        num_train_steps=8192,
+        learning_rate=1e-3,
+        final_learning_rate=1e-4,
+        decay_steps=2000,
+    ),
+    "small": Config(
+        target_size=20,
+        padding=5,
+        hidden=128,
+        num_steps=36,
+        min_steps=26,
+        batch_size=4,
+        pool_size=48,
+        damaged_per_batch=1,
+        damage="mixed",
+        num_train_steps=2000,
+        learning_rate=4e-3,
+        final_learning_rate=1e-4,
+        decay_steps=2000,
+    ),
+}
+
+
+class SystemClass:
+    """Growing NCA, as `nca_models.systems.System` asks."""
+
+    def __init__(self, config: Config, folder: Path):
+        """Read the target of the run in `folder`."""
+        self.config = config
+        picture = images.open_rgba(folder / "target.png")
+        self.target = jnp.asarray(images.premultiplied(picture, config.padding))
+
+    @staticmethod
+    def prepare(config: Config, target: str | None, folder: Path) -> None:
+        """Write `target.png`: an image file, an emoji or (None) the packaged picture, scaled.
+
+        Raises:
+            nca_models.data.images.ImageError: the target cannot be had.
+        """
+        with whole_file(folder / "target.png") as temporary:
+            images.fit(open_target(target), config.target_size).save(temporary)
+
+    def model(self, rngs: nnx.Rngs) -> NCA:
+        """Return an untrained automaton; its taps, identity and Sobel, are constant."""
+        rule = nk.Rule(
+            fire_rate=self.config.fire_rate,
+            step_size=1 / self.config.fire_rate,
+            alive=nk.Alive(channel=-1, threshold=self.config.alive_threshold),
+        )
+        return NCA(
+            self.config.channels,
+            (self.config.hidden,),
+            rule=rule,
+            backend=self.config.backend,
+            rngs=rngs,
+        )
+
+    def fresh(self, key: jax.Array, n: int) -> Samples:
+        """Return `n` seeds: a single cell in the middle whose alpha is 1, all else zero."""
+        size, middle = self.config.size, self.config.size // 2
+        state = jnp.zeros((n, size, size, self.config.channels))
+        return {"state": state.at[:, middle, middle, -1].set(1.0)}
+
+    def errors(self, samples: Samples) -> jax.Array:
+        """Return each sample's mean squared error `[n]` of RGBA."""
+        return jnp.mean((samples["state"][..., -4:] - self.target) ** 2, axis=(1, 2, 3))
+
+    def damage(self, key: jax.Array, samples: Samples) -> Samples:
+        """Return the samples, each damaged in its own way."""
+        return {"state": DAMAGES[self.config.damage](key, samples["state"])}
+
+    def loss(self, model: NCA, samples: Samples, key: jax.Array) -> tuple[jax.Array, Samples]:
+        """Return the mean squared error at a random step of each sample, and those states."""
+        key_rollout, key_steps = jax.random.split(key)
+        state, least, most = samples["state"], self.config.min_steps, self.config.num_steps
+        steps = jax.random.randint(key_steps, state.shape[:1], least, most + 1)
+        _, sampled = model.rollout(state, key_rollout, most, sample_steps=steps, checkpoint="all")
+        new = {"state": sampled}
+        return jnp.mean(self.errors(new)), new
+
+    def metrics(self, model: NCA) -> dict[str, float]:
+        """Measure growth, persistence and regrowth as log10 of the mean squared error.
+
+        Of eight samples, with random numbers that training never used.
+        """
+        steps = 2 * self.config.num_steps
+        key = jax.random.key(self.config.seed + 1)
+        grown = self._run(model, self.fresh(key, 8)["state"], jax.random.fold_in(key, 0), steps)
+        later = self._run(model, grown, jax.random.fold_in(key, 1), max(1, 1000 - steps))
+        cut = DAMAGES["right"](key, grown)
+        regrown = self._run(model, cut, jax.random.fold_in(key, 2), steps)
+        return {
+            f"grown from one cell, {steps} steps": self._log10(grown),
+            f"kept, {max(1000, steps + 1)} steps": self._log10(later),
+            "right after the right half is cut away": self._log10(cut),
+            f"regrown, {steps} steps after the cut": self._log10(regrown),
+        }
+
+    def film(
+        self, model: NCA, num_steps: int, *, every: int, damage: str, damage_at: int, seed: int
+    ) -> np.ndarray:
+        """Grow from one cell, damaged after `damage_at` steps; see `System.film`."""
+        key, key_damage = jax.random.split(jax.random.key(seed))
+        state = self.fresh(key, 1)["state"]
+        frames, done = [state], 0
+        while done < num_steps:
+            stops = [num_steps, (done // every + 1) * every]
+            stop = min(stops + [damage_at] * (done < damage_at))
+            state = self._run(model, state, jax.random.fold_in(key, done), stop - done)
+            done = stop
+            if done == damage_at:
+                state = DAMAGES[damage](key_damage, state)
+            if done % every == 0 or done == num_steps:
+                frames.append(state)
+        return self.picture(jnp.concatenate(frames))
+
+    def pictures(self, model: NCA, folder: Path) -> list[Path]:
+        """Write the growth, the cut and the regrowth as GIF and strip, and target beside result."""
+        steps = 4 * self.config.num_steps
+        film = self.film(
+            model, steps, every=2, damage="right", damage_at=steps // 2, seed=self.config.seed
+        )
+        scale = max(1, 320 // self.config.size)
+        target = self.picture(self.target)
+        paths = [folder / name for name in ("growth.gif", "growth.png", "target_and_result.png")]
+        render.save_gif(paths[0], render.upscale(film, scale))
+        render.save_png(paths[1], render.upscale(render.strip(film, 9), max(1, scale // 2)))
+        result = film[len(film) // 2 - 1]  # the last one before the cut
+        render.save_png(paths[2], render.upscale(render.beside([target, result]), scale))
+        return paths
+
+    def picture(self, state: jax.Array) -> np.ndarray:
+        """Return states `[*lead, size, size, C]` as uint8 RGB over white."""
+        return render.over_white(np.asarray(state[..., -4:]))
+
+    def _run(self, model: NCA, state: jax.Array, key: jax.Array, num_steps: int) -> jax.Array:
+        return _rollout(nnx.split(model), state, key, num_steps)
+
+    def _log10(self, state: jax.Array) -> float:
+        return log10(float(jnp.mean(self.errors({"state": state}))))
+
+
+def open_target(target: str | None) -> Image.Image:
+    """Return the picture that `target` names: a file, an emoji, or None for the packaged one."""
+    if target is None:
+        return images.open_rgba(images.PACKAGED_TARGET)
+    if not Path(target).exists() and emoji.is_emoji(target):
+        return emoji.emoji(target)
+    return images.open_rgba(Path(target))
+
+
+@partial(jax.jit, static_argnums=3)
+def _rollout(split_model: Any, state: jax.Array, key: jax.Array, num_steps: int) -> jax.Array:
+    final: jax.Array = nnx.merge(*split_model).rollout(state, key, num_steps)
+    return final

@@ -1,0 +1,99 @@
+"""Checkpoints through Orbax: whole or absent, the last few kept.
+
+A checkpoint has two parts, `model` (the parameters) and `training` (optimizer, pool, step), so
+that running a trained model need not read the pool. Leaves are stored flat, by their path in the
+pytree, so that reading needs no class of the library that wrote them.
+"""
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import orbax.checkpoint as ocp
+
+_PARTS = ("model", "training")
+
+
+class Checkpoints:
+    """The checkpoints of a folder, a context manager."""
+
+    def __init__(self, folder: Path, keep: int = 2):
+        """Open `folder`, made if absent; remove what a killed process left half-written."""
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            create=True,
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=False,  # saved means on disk
+        )
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_names=_PARTS)
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the folder."""
+        self._manager.close()
+
+    def latest(self) -> int | None:
+        """Return the training step of the newest checkpoint, or None."""
+        step: int | None = self._manager.latest_step()
+        return step
+
+    def save(self, step: int, state: Any) -> None:
+        """Save a `TrainState` after training step `step`; return when it is on disk."""
+        parts = {name: ocp.args.StandardSave(part) for name, part in _split(state).items()}
+        self._manager.save(step, args=ocp.args.Composite(**parts), force=True)
+
+    def restore(self, template: Any) -> Any:
+        """Return the newest `TrainState`, or None if there is none.
+
+        Args:
+            template: a `TrainState` of `jax.ShapeDtypeStruct`, as from `jax.eval_shape`.
+
+        Raises:
+            ValueError: shapes or names in the checkpoint are not those of the template.
+        """
+        if self.latest() is None:
+            return None
+        found = self._read(_split(template))
+        leaves = {name: leaf for part in found.values() for name, leaf in part.items()}
+        paths, structure = jax.tree.flatten_with_path(template)
+        return jax.tree.unflatten(structure, [leaves[_name(path)] for path, _ in paths])
+
+    def restore_params(self, template: Any) -> Any:
+        """Return the parameters of the newest checkpoint, or None; `template` is as `restore`'s."""
+        if self.latest() is None:
+            return None
+        found = self._read({"model": _split(template)["model"]})["model"]
+        paths, structure = jax.tree.flatten_with_path(template.params)
+        prefix = "params."
+        return jax.tree.unflatten(structure, [found[prefix + _name(path)] for path, _ in paths])
+
+    def _read(self, parts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        placed = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), parts
+        )
+        args = {name: ocp.args.StandardRestore(part) for name, part in placed.items()}
+        found = self._manager.restore(self.latest(), args=ocp.args.Composite(**args))
+        return {name: found[name] for name in parts}
+
+
+def _split(state: Any) -> dict[str, dict[str, Any]]:
+    """The leaves of a `TrainState` by part and path."""
+    parts: dict[str, dict[str, Any]] = {name: {} for name in _PARTS}
+    for path, leaf in jax.tree.flatten_with_path(state)[0]:
+        name = _name(path)
+        parts["model" if name.startswith("params.") else "training"][name] = leaf
+    return parts
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")

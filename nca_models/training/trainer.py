@@ -1,0 +1,294 @@
+"""One training loop for every system.
+
+All randomness of training step t comes from `fold_in(key(seed), t)`, and everything else that a
+step needs is in the checkpoint, so a run that was killed and resumed reaches the same bits as one
+left alone.
+"""
+
+import math
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from tqdm import tqdm
+
+from nca_models.run_folder import RunError
+from nca_models.systems import System
+from nca_models.training import pool as pools
+from nca_models.training.checkpoints import Checkpoints
+from nca_models.training.logging import Log, log10
+
+
+def setting(default: Any = MISSING, *, lowest: int) -> Any:
+    """Declare an integer setting whose least value is `lowest`, where it is not 1."""
+    return field(default=default, metadata={"lowest": lowest})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings that every system has.
+
+    Attributes:
+        num_train_steps: optimizer steps.
+        batch_size: samples a step.
+        pool_size: samples kept between steps; 0 for none (every batch is then fresh).
+        learning_rate: of Adam, at the start.
+        final_learning_rate: reached linearly after `decay_steps` steps, and then kept.
+        decay_steps: see above.
+        clip_norm: largest global norm of the gradient.
+        damaged_per_batch: how many of the batch's best samples are damaged before a step.
+        checkpoint_every: training steps between checkpoints.
+        seed: of everything random.
+        backend: name of the `nca_kernels` backend, or "auto".
+    """
+
+    num_train_steps: int
+    batch_size: int
+    pool_size: int = setting(lowest=0)
+    learning_rate: float
+    final_learning_rate: float
+    decay_steps: int
+    clip_norm: float = 1.0
+    damaged_per_batch: int = setting(0, lowest=0)
+    checkpoint_every: int = 500
+    seed: int = setting(0, lowest=0)
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot be trained with (ValueError)."""
+        for each in fields(self):
+            value = getattr(self, each.name)
+            lowest = each.metadata.get("lowest", 1)
+            if each.type is int and value < lowest:
+                raise ValueError(f"{each.name} is {value}, but must be at least {lowest}")
+        if self.learning_rate <= 0 or self.final_learning_rate <= 0:
+            raise ValueError("learning_rate and final_learning_rate must be above 0")
+        if self.pool_size and self.pool_size < self.batch_size:
+            raise ValueError(
+                f"pool_size is {self.pool_size}, but must be 0 or at least batch_size "
+                f"({self.batch_size})"
+            )
+        if self.damaged_per_batch >= self.batch_size:
+            raise ValueError(
+                f"damaged_per_batch is {self.damaged_per_batch}, but must be below batch_size "
+                f"({self.batch_size}): one sample starts anew"
+            )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """All that changes in training: `step` int32 scalar, and pytrees."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    pool: Any
+
+
+class Interrupted(Exception):
+    """Training was stopped by a signal, after saving a checkpoint."""
+
+    def __init__(self, signum: int, step: int):
+        """Keep the signal's number and the step of the checkpoint."""
+        super().__init__(f"stopped by {signal.Signals(signum).name} at step {step}")
+        self.signum = signum
+        self.step = step
+
+
+class Diverged(Exception):
+    """The loss is no longer a finite number."""
+
+
+def optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """Return Adam on a linear schedule, after clipping by the gradient's global norm."""
+    schedule = optax.linear_schedule(
+        config.learning_rate, config.final_learning_rate, config.decay_steps
+    )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.adam(schedule))
+
+
+class Trainer:
+    """A system's jitted training step and its initial state.
+
+    Attributes:
+        step: jitted `(TrainState, root_key) -> (TrainState, loss)`; it donates its first argument.
+    """
+
+    def __init__(self, system: System):
+        """Build the model of `system` and compile nothing yet."""
+        self.system = system
+        self.config = system.config
+        self.optimizer = optimizer(self.config)
+        self.root_key, self._pool_key = jax.random.split(jax.random.key(self.config.seed))
+        self.step = jax.jit(self._step, donate_argnums=0)
+        model = system.model(nnx.Rngs(self.config.seed))
+        parts: Any = nnx.split(model, nnx.Param, ...)
+        self._graph, self._params, self._constants = parts
+
+    def initial_state(self) -> TrainState:
+        """Return the state before the first step: new weights and a pool of fresh samples."""
+        # Copies: the training step donates its state's buffers, and these are needed again.
+        params = jax.tree.map(jnp.copy, self._params)
+        pool = None
+        if self.config.pool_size:
+            fresh = jax.jit(self.system.fresh, static_argnums=1)
+            pool = fresh(self._pool_key, self.config.pool_size)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=self.optimizer.init(params),
+            pool=pool,
+        )
+
+    def model(self, params: Any) -> Any:
+        """Return the module with these parameters."""
+        return nnx.merge(self._graph, params, self._constants)
+
+    def _step(self, state: TrainState, root_key: jax.Array) -> tuple[TrainState, jax.Array]:
+        key = jax.random.fold_in(root_key, state.step)
+        key_batch, key_loss = jax.random.split(key)
+        indices, batch = self._batch(state.pool, key_batch)
+
+        def loss_fn(params: Any) -> tuple[jax.Array, Any]:
+            return self.system.loss(self.model(params), batch, key_loss)
+
+        (loss, batch), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+        new_pool = None if state.pool is None else pools.update(state.pool, indices, batch)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, opt_state, new_pool), loss
+
+    def _batch(self, pool: Any, key: jax.Array) -> tuple[jax.Array, Any]:
+        """Draw a batch, worst first; start the worst anew and damage the best."""
+        n, damaged = self.config.batch_size, self.config.damaged_per_batch
+        key_pool, key_fresh, key_damage = jax.random.split(key, 3)
+        if pool is None:
+            return jnp.arange(n), self.system.fresh(key_fresh, n)
+        indices, batch = pools.sample(pool, key_pool, n)
+        order = jnp.argsort(self.system.errors(batch), descending=True)
+        indices, batch = indices[order], pools.take(batch, order)
+        batch = pools.update(batch, jnp.arange(1), self.system.fresh(key_fresh, 1))
+        if damaged:
+            best = jnp.arange(n - damaged, n)
+            hurt = self.system.damage(key_damage, pools.take(batch, best))
+            batch = pools.update(batch, best, hurt)
+        return indices, batch
+
+
+def train(system: System, folder: Path, *, tensorboard: bool = False, progress: bool = True) -> Any:
+    """Train until `system.config.num_train_steps`, from the newest checkpoint in `folder` if any.
+
+    Args:
+        system: what to train.
+        folder: receives `log.csv`, `checkpoints/` and, with `tensorboard`, event files.
+        tensorboard: whether to log to TensorBoard too (needs tensorboardX).
+        progress: whether to show a progress bar on stderr.
+
+    Returns:
+        The trained model.
+
+    Raises:
+        Interrupted: on SIGINT or SIGTERM, once the step is done and a checkpoint saved.
+        Diverged: the loss is not finite.
+    """
+    trainer = Trainer(system)
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        state = checkpoints.restore(jax.eval_shape(trainer.initial_state))
+        if state is None:
+            state = trainer.initial_state()
+        first = int(state.step)
+        with Log(folder, first, tensorboard=tensorboard) as log, _signals() as received:
+            total = system.config.num_train_steps
+            bar = tqdm(
+                total=total, initial=first, desc="training", unit="step", disable=not progress
+            )
+            with bar:
+                state = _loop(trainer, state, checkpoints, log, bar, received)
+    return trainer.model(state.params)
+
+
+def trained_model(system: System, folder: Path) -> Any:
+    """Return the model of the newest checkpoint in `folder`.
+
+    Raises:
+        RunError: there is no checkpoint yet.
+    """
+    trainer = Trainer(system)
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        params = checkpoints.restore_params(jax.eval_shape(trainer.initial_state))
+    if params is None:
+        raise RunError(f"{folder} has no checkpoint yet: let `nca train` run until it saves one")
+    return trainer.model(params)
+
+
+def _loop(
+    trainer: Trainer,
+    state: TrainState,
+    checkpoints: Checkpoints,
+    log: Log,
+    bar: Any,
+    received: list[int],
+) -> TrainState:
+    """Take the remaining steps, saving on schedule, on a signal and at the end."""
+    config, step, losses = trainer.config, int(state.step), []
+    while step < config.num_train_steps:
+        state, loss = trainer.step(state, trainer.root_key)
+        step += 1
+        losses.append(loss)
+        stop = received[:1]  # read once: a signal may come at any time
+        last = bool(stop) or step == config.num_train_steps
+        save = last or step % config.checkpoint_every == 0
+        if save or len(losses) == _LOG_EVERY:
+            _record(log, bar, step, losses)
+            losses = []
+        if save:
+            log.flush()  # before the checkpoint, so that no checkpoint is ahead of its log
+            checkpoints.save(step, state)
+        if stop:
+            raise Interrupted(stop[0], step)
+    return state
+
+
+_LOG_EVERY = 10  # steps between reads of the loss, which make the host wait for the device
+
+
+def _record(log: Log, bar: Any, step: int, losses: list[jax.Array]) -> None:
+    """Log the losses of the steps up to `step`, and show them."""
+    values = [float(loss) for loss in jax.device_get(losses)]
+    for i, value in enumerate(values, start=step - len(values) + 1):
+        if not math.isfinite(value):
+            raise Diverged(f"the loss is {value} at step {i}: try a lower learning rate")
+        log.write(i, value)
+    mean = sum(values) / len(values)
+    bar.set_postfix_str(f"loss {mean:.2e}, log10 {log10(mean):.2f}", refresh=False)
+    bar.update(len(values))
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in a list; a second one acts as it does by default."""
+    received: list[int] = []
+    previous: dict[signal.Signals, Any] = {}
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        received.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+        print("\nfinishing this step and saving; once more to stop at once", file=sys.stderr)
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, handle)
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,156 @@
+"""The command `nca`, as a user meets it."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+from PIL import Image
+
+from nca_models import cli, demo
+from nca_models.systems import growing
+
+TRAIN = "train growing --size 7 --padding 2 --batch-size 4 --pool-size 8 --damaged-per-batch 1"
+
+WRONG = [
+    ("", "COMMAND"),
+    ("fly", "invalid choice: 'fly'"),
+    ("train", "system"),
+    ("train growing", "--out"),
+    ("train shrinking --out new", "invalid choice: 'shrinking'"),
+    ("train growing --out new --preset huge", "'huge'"),
+    ("train growing --out new --steps 0", "at least 1"),
+    ("train growing --out new --steps many", "'many' is not a whole number"),
+    ("train growing --out new --seed -1", "at least 0"),
+    ("train growing --out new --learning-rate nan", "not a number above 0"),
+    ("train growing --out new --target nowhere.png", "nowhere.png: no such file"),
+    ("train growing --out new --target text.png", "cannot be read as an image"),
+    ("train growing --out new --target clear.png", "transparent"),
+    ("train growing --out new --target old", "is a folder"),
+    ("train growing --out new --damage fire", "'fire'"),
+    ("train growing --out new --batch-size 9000", "pool_size"),
+    ("train growing --out new --backend abacus", "abacus: no such backend"),
+    ("train growing --out new --colour red", "--colour"),
+    ("train growing --out text.png", "is a file"),
+    ("train growing --out old", "add --resume"),
+    ("train growing --out new --resume", "no run to resume"),
+    ("train growing --out old --resume --seed 7", "seed 0, not 7"),
+    ("train growing --out old --resume --preset paper", "preset small, not paper"),
+    ("demo --out old", "add --resume"),
+    ("run nowhere", "holds no run"),
+    ("run old --gif film.mp4", "must end in .gif"),
+    ("run old --gif no/film.gif", "there is no folder"),
+    ("run old --steps 5 --damage half --damage-at 9", "--damage-at 9"),
+    ("run old --damage-at 9", "--damage must say what"),
+    ("run old --every 0", "at least 1"),
+    ("run old --steps 5", "no checkpoint yet"),
+    ("run broken", "not a run's settings"),
+    ("run partial", "lacks"),
+]
+
+
+@pytest.mark.parametrize(("line", "words"), WRONG, ids=[line or "nothing" for line, _ in WRONG])
+def test_wrong_input_is_one_line_and_exit_code_2(
+    make_run, tmp_path, monkeypatch, capsys, line, words
+):
+    monkeypatch.chdir(tmp_path)
+    make_run("old")
+    for name, text in (("broken", "{"), ("partial", "{}")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text)
+    (tmp_path / "text.png").write_text("not an image")
+    Image.new("RGBA", (3, 3)).save(tmp_path / "clear.png")
+    assert cli.main(line.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("nca: ")
+    assert words in err
+    assert not (tmp_path / "new").exists()
+
+
+def test_wrong_input_is_refused_before_jax_starts():
+    code = (
+        "import sys; from nca_models.cli import main; code = main(['train', 'growing', '--out', "
+        "'x', '--target', 'nowhere.png']); sys.exit(90 if 'jax' in sys.modules else code)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], stderr=subprocess.DEVNULL).returncode == 2
+
+
+def test_missing_flax_names_the_extra():
+    code = (
+        "import importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'flax' else find(name, *a)\n"
+        "import nca_models"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert 'flax: run `pip install "nca-kernels[models]"`' in result.stderr
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["run"], ["demo"], ["doctor"]])
+def test_help_explains_every_option(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command, "--help"])
+    assert stop.value.code == 0
+    assert "usage: nca" in capsys.readouterr().out
+
+
+def test_train_an_odd_picture_resume_and_film(tmp_path, picture, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    preset = replace(growing.PRESETS["small"], num_steps=6, min_steps=4, hidden=8)
+    monkeypatch.setitem(growing.PRESETS, "small", preset)
+    assert cli.main(f"{TRAIN} --target {picture.name} --out run --steps 6".split()) == 0
+    said = capsys.readouterr().out
+    assert "grown from one cell" in said
+    assert "growth.gif" in said
+    assert Image.open("run/target.png").size == (7, 7)
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["target"] == picture.name
+    assert config["config"]["num_train_steps"] == 6
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert np.isfinite(metrics["training, mean of the last 6 steps"])
+    assert len(metrics) == 5  # null where so short a training overflows in 1,000 steps
+
+    assert cli.main(["train", "growing", "--out", "run", "--resume", "--steps", "8"]) == 0
+    assert len((tmp_path / "run/log.csv").read_text().splitlines()) == 1 + 8
+
+    capsys.readouterr()
+    film = ["--steps", "9", "--every", "3", "--scale", "4", "--damage", "circle"]
+    assert cli.main(["run", "run", *film, "--png", "a.png", "--gif", "a.gif"]) == 0
+    assert capsys.readouterr().out.split() == ["a.gif", "a.png"]
+    assert iio.imread("a.png").shape == (44, 4 * 44 + 3 * 4, 3)
+    assert iio.improps("a.gif", index=None).shape[1:3] == (44, 44)
+
+
+def test_demo(tmp_path, tiny, capsys, monkeypatch):
+    monkeypatch.setitem(growing.PRESETS, "small", tiny)
+    monkeypatch.setattr(demo, "_BUDGET", 0.0)
+    folder = tmp_path / "demo"
+    assert cli.main(["demo", "--out", str(folder), "--steps", "5"]) == 0
+    said = capsys.readouterr().out
+    for words in ("forward: ", "training: ", "times faster", "mean of the last 5 steps"):
+        assert words in said
+    files = {"growth.gif", "growth.png", "target_and_result.png", "loss.png", "checkpoints"}
+    assert files <= {path.name for path in folder.iterdir()}
+    assert all(name in said for name in files)
+
+
+def test_doctor(capsys):
+    assert cli.main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    for words in ("Python 3", "jax ", "flax ", "devices", "reference", "available", '"auto" picks'):
+        assert words in said
+
+
+def test_a_backend_that_is_not_here(capsys, monkeypatch, tmp_path):
+    import nca_kernels as nk
+
+    row = nk.backends()[0]._replace(name="triton", available=False, reason="no NVIDIA GPU")
+    monkeypatch.setattr(nk, "backends", lambda: [row])
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "growing", "--out", "new", "--backend", "triton"]) == 2
+    assert "triton: not available here (no NVIDIA GPU)" in capsys.readouterr().err

@@ -1,0 +1,216 @@
+"""The training loop: what a step does, logs, and a resume that is exact to the bit."""
+
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from nca_models import run_folder
+from nca_models.systems import growing
+from nca_models.training import logging
+from nca_models.training.checkpoints import Checkpoints
+from nca_models.training.trainer import Diverged, Trainer, optimizer, train, trained_model
+
+TRAIN = """
+import sys
+from pathlib import Path
+from nca_models import run_folder
+from nca_models.training.trainer import train
+folder = Path(sys.argv[1])
+train(run_folder.load(folder), folder, progress=False)
+"""
+
+
+def final_state(folder: Path) -> dict[str, np.ndarray]:
+    """All leaves of the newest checkpoint, by their path."""
+    template = jax.eval_shape(Trainer(run_folder.load(folder)).initial_state)
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        state = checkpoints.restore(template)
+    leaves = jax.tree.flatten_with_path(state)[0]
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert (one / "log.csv").read_bytes() == (other / "log.csv").read_bytes()
+    expected, found = final_state(one), final_state(other)
+    assert expected.keys() == found.keys()
+    assert len(expected) > 10
+    for name, leaf in expected.items():
+        assert leaf.tobytes() == found[name].tobytes(), name
+
+
+def test_training_lowers_the_loss_and_logs_every_step(make_run):
+    folder = make_run(num_train_steps=60, learning_rate=1e-2, damaged_per_batch=0)
+    model = train(run_folder.load(folder), folder, progress=False)
+    steps, losses = logging.read(folder / "log.csv")
+    assert steps == list(range(1, 61))
+    assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
+    saved = trained_model(run_folder.load(folder), folder)
+    for a, b in zip(*(jax.tree.leaves(nnx.state(m)) for m in (model, saved)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_batch_is_worst_first_with_a_seed_and_damage(make_run, tiny):
+    system = growing.SystemClass(replace(tiny, damage="right"), make_run())
+    trainer = Trainer(system)
+    perfect = jnp.zeros((16, 11, 11, 16)).at[..., -4:].set(system.target)
+    noise = jnp.linspace(0, 1, 16)[:, None, None, None]
+    pool = {"state": perfect + noise}
+    _, batch = trainer._batch(pool, jax.random.key(0))
+    state = np.asarray(batch["state"])
+    np.testing.assert_array_equal(state[0], system.fresh(jax.random.key(0), 1)["state"][0])
+    errors = np.asarray(system.errors({"state": state[1:3]}))
+    assert errors[0] > errors[1]
+    assert state[1:3, :, 6:].all(-1).any()
+    assert not state[3, :, 6:].any()
+    assert state[3, :, :6].any()
+
+
+def test_without_a_pool_every_batch_is_fresh(make_run, tiny):
+    system = growing.SystemClass(replace(tiny, pool_size=0, damaged_per_batch=0), make_run())
+    trainer = Trainer(system)
+    state, loss = trainer.step(trainer.initial_state(), trainer.root_key)
+    assert state.pool is None
+    assert int(state.step) == 1
+    assert np.isfinite(loss)
+
+
+def test_optimizer_clips_and_decays(tiny):
+    config = replace(tiny, learning_rate=0.5, final_learning_rate=0.05, decay_steps=2)
+    adam = optimizer(config)
+    params = {"w": jnp.zeros(3)}
+    state = adam.init(params)
+    moves = []
+    for _ in range(4):
+        update, state = adam.update({"w": jnp.full(3, 1e6)}, state, params)
+        moves.append(-float(update["w"][0]))
+    np.testing.assert_allclose(moves, [0.5, 0.275, 0.05, 0.05], rtol=1e-3)
+    assert float(jnp.linalg.norm(state[1][0].mu["w"])) < 1.0  # clipped to a norm of 1
+
+
+def test_a_diverged_training_says_so(make_run, tiny):
+    class Overflowing(growing.SystemClass):
+        def loss(self, model, samples, key):
+            loss, samples = super().loss(model, samples, key)
+            return loss * jnp.where(samples["state"].sum() > 4.5, jnp.nan, 1.0), samples
+
+    folder = make_run()
+    with pytest.raises(Diverged, match="nan at step"):
+        train(Overflowing(tiny, folder), folder, progress=False)
+    assert (folder / "log.csv").exists()
+
+
+def test_a_longer_training_continues_to_the_same_bits(make_run):
+    whole, parts = make_run("whole", num_train_steps=12), make_run("parts", num_train_steps=7)
+    for folder in (whole, parts):
+        train(run_folder.load(folder), folder, progress=False)
+    request = run_folder.Request("growing", None, None, {"num_train_steps": 12})
+    train(run_folder.resume(parts, request), parts, progress=False)
+    assert_same_run(whole, parts)
+
+
+def test_checkpoints_keep_the_last_two_and_read_params_alone(make_run):
+    folder = make_run()
+    train(run_folder.load(folder), folder, progress=False)
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["10", "12"]
+
+
+def test_changed_settings_are_refused_by_name(make_run):
+    folder = make_run()
+    for settings in ({"seed": 5}, {"learning_rate": 1.0}, {"num_train_steps": 3}):
+        with pytest.raises(run_folder.RunError, match=next(iter(settings))):
+            run_folder.resume(folder, run_folder.Request("growing", None, None, settings))
+    with pytest.raises(run_folder.RunError, match="target"):
+        run_folder.resume(folder, run_folder.Request("growing", None, "cat.png", {}))
+
+
+def newest(folder: Path) -> int:
+    names = [p.name for p in (folder / "checkpoints").glob("*")]
+    return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
+def test_sigkill_at_three_random_moments_changes_no_bit(make_run):
+    settings = {"num_train_steps": 90, "checkpoint_every": 4, "pool_size": 64}
+    alone, killed = make_run("alone", **settings), make_run("killed", **settings)
+    subprocess.run([sys.executable, "-c", TRAIN, str(alone)], check=True)
+    for _ in range(3):
+        before = newest(killed)
+        process = subprocess.Popen([sys.executable, "-c", TRAIN, str(killed)])
+        while newest(killed) <= before and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(random.uniform(0, 0.3))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert before < newest(killed) < 90
+    with (killed / "log.csv").open("a") as log:
+        log.write("77,0.1")  # a row that the kill cut off
+    subprocess.run([sys.executable, "-c", TRAIN, str(killed)], check=True)
+    assert_same_run(alone, killed)
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_saves_and_says_how_to_resume(make_run, name, code):
+    folder = make_run(num_train_steps=100_000, checkpoint_every=100_000)
+    command = "import sys; from nca_models.cli import main; sys.exit(main(sys.argv[1:]))"
+    arguments = ["train", "growing", "--out", str(folder), "--resume"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", command, *arguments], stderr=subprocess.PIPE, text=True
+    )
+    log, deadline = folder / "log.csv", time.monotonic() + 60
+    while time.monotonic() < deadline and not (log.exists() and log.stat().st_size > 500):
+        time.sleep(0.02)
+    os.kill(process.pid, getattr(signal, name))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    step = newest(folder)
+    assert f"at step {step}, and saved" in errors
+    assert f"--out {folder} --resume" in errors
+    assert logging.read(log)[0] == list(range(1, step + 1))
+
+
+def test_log_is_cut_back_to_the_checkpoint(tmp_path):
+    with logging.Log(tmp_path, 0) as log:
+        for step in range(1, 6):
+            log.write(step, 0.1 * step)
+    with logging.Log(tmp_path, 3) as log:
+        log.write(4, 0.5)
+    steps, losses = logging.read(tmp_path / "log.csv")
+    assert steps == [1, 2, 3, 4]
+    assert losses == pytest.approx([0.1, 0.2, 0.3, 0.5])
+    with pytest.raises(ValueError, match="has 4 rows"):
+        logging.Log(tmp_path, 9)
+
+
+def test_tensorboard_hides_the_steps_after_the_checkpoint(tmp_path):
+    pytest.importorskip("tensorboardX")
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    with logging.Log(tmp_path, 0, tensorboard=True) as log:
+        log.write(1, 0.01)
+    (first,) = (tmp_path / "tensorboard").iterdir()
+    with logging.Log(tmp_path, 1, tensorboard=True) as log:
+        log.write(2, 0.001)
+
+    def events(path: Path):
+        data = path.read_bytes()
+        while data:  # length, its checksum, the event, its checksum
+            (length,) = struct.unpack("<Q", data[:8])
+            yield Event.FromString(data[12 : 12 + length])
+            data = data[16 + length :]
+
+    values = {v.tag: v.simple_value for e in events(first) for v in e.summary.value}
+    assert values == pytest.approx({"loss": 0.01, "log10_loss": -2.0})
+    (second,) = set((tmp_path / "tensorboard").iterdir()) - {first}
+    starts = [e.step for e in events(second) if e.session_log.status == SessionLog.START]
+    assert starts == [2]
