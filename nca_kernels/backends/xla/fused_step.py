@@ -53,30 +53,28 @@ def backward(
 @partial(jax.jit, static_argnames=("rule", "platform"))
 def nca_xla_forward(operands: Operands, *, rule: Rule, platform: str) -> list[Array]:
     """One group, without a group axis; ``operands.fire`` is the mask ``[B, *S]`` or None."""
-    state = operands.state
-    dtype = compute_dtype(state.dtype)
-    operands = _filter_major(operands, dtype)
-    needed = operands.fire
+    state, needed, alive = operands.state, operands.fire, None
     if rule.alive is not None:
         alive = _is_alive(rule, state)
         # A dead cell's update matters to the fate of living neighbours, and to no other cell.
         near = stencil.max_pool(alive.astype(jnp.float32), rule.padding) > 0
         needed = near if needed is None else needed & near
-    rows = _rows(rule, operands)
-    update = active_rows.map_active(
-        rule,
-        operands.layers,
-        rows,
-        None if needed is None else needed.reshape(-1),
-        _perception_size(operands),
-        active_rows.block_size(platform, operands.layers, rows.shape[0]),
-    )
-    new_state = state.astype(dtype) + rule.step_size * update.reshape(state.shape)
-    new_state = new_state.astype(state.dtype)
-    if rule.alive is None:
-        return [new_state]
-    alive = alive & _is_alive(rule, new_state)
-    return [jnp.where(alive[..., None], new_state, jnp.zeros_like(new_state)), alive]
+
+    def some() -> list[Array]:
+        dtype = compute_dtype(state.dtype)
+        own = _filter_major(operands, dtype)
+        update = active_rows.map_active(
+            rule,
+            own.layers,
+            _rows(rule, own),
+            None if needed is None else needed.reshape(-1),
+            _perception_size(own),
+            platform,
+        )
+        new_state = state.astype(dtype) + rule.step_size * update.reshape(state.shape)
+        return _clear_dead(rule, new_state.astype(state.dtype), alive)
+
+    return _if_any(needed, platform, some, lambda: _clear_dead(rule, state, alive))
 
 
 @partial(jax.jit, static_argnames=("rule", "platform", "wrt"))
@@ -99,18 +97,26 @@ def nca_xla_backward(
         (alive,) = saved
         d_new = jnp.where(alive[..., None], d_new, 0)
         active = alive if active is None else active & alive
-    rows = _rows(rule, operands)
-    d_rows, d_layers = active_rows.map_active_backward(
-        rule,
-        operands.layers,
-        rows,
-        rule.step_size * d_new.reshape(-1, d_new.shape[-1]),
-        None if active is None else active.reshape(-1),
-        _perception_size(operands),
-        active_rows.block_size(platform, operands.layers, rows.shape[0]),
-    )
     asked = jax.tree.unflatten(jax.tree.structure(given), wrt)
-    grads = _rows_backward(rule, operands, d_rows, d_new, tuple(d_layers), asked.taps is True)
+
+    def some() -> Operands:
+        d_rows, d_layers = active_rows.map_active_backward(
+            rule,
+            operands.layers,
+            _rows(rule, operands),
+            rule.step_size * d_new.reshape(-1, d_new.shape[-1]),
+            None if active is None else active.reshape(-1),
+            _perception_size(operands),
+            platform,
+        )
+        grads = _rows_backward(rule, operands, d_rows, d_new, asked.taps is True)
+        return grads._replace(layers=tuple(d_layers))
+
+    def none() -> Operands:
+        shapes = jax.eval_shape(some)
+        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)._replace(state=d_new)
+
+    grads = _if_any(active, platform, some, none)._replace(fire=operands.fire)
     grads = _channel_major(grads, given)
     leaves = zip(jax.tree.leaves(grads), jax.tree.leaves(given), wrt, strict=True)
     return [grad.astype(operand.dtype) for grad, operand, wanted in leaves if wanted]
@@ -138,14 +144,9 @@ def _rows(rule: Rule, operands: Operands) -> Array:
 
 
 def _rows_backward(
-    rule: Rule,
-    operands: Operands,
-    d_rows: Array,
-    d_new: Array,
-    d_layers: tuple,
-    taps_wanted: bool,
+    rule: Rule, operands: Operands, d_rows: Array, d_new: Array, taps_wanted: bool
 ) -> Operands:
-    """Gradients of all operands, given those of the rows, of the new state and of the layers."""
+    """Gradients of what makes the rows, and of the state, given those of rows and new state."""
     grid, size = d_new.shape[:-1], d_rows.shape[1]
     if operands.inputs is not None:
         size -= operands.inputs.shape[-1]
@@ -154,7 +155,7 @@ def _rows_backward(
         d_inputs = d_rows[:, size:].reshape(*grid, -1)
         if operands.inputs.ndim < d_new.ndim:
             d_inputs = jnp.sum(d_inputs, axis=tuple(range(1, d_new.ndim - 1)))
-    grads = Operands(d_new, operands.fire, d_perception, d_inputs, None, None, d_layers)
+    grads = Operands(d_new, None, d_perception, d_inputs, None, None, ())
     if operands.taps is None:
         return grads
     state, taps = operands.state.astype(d_new.dtype), operands.taps
@@ -166,6 +167,25 @@ def _rows_backward(
         taps=stencil.taps_gradient(*where) if taps_wanted else jnp.zeros_like(taps),
         perception_bias=None if bias is None else jnp.sum(d_perception, range(len(grid))),
     )
+
+
+def _if_any(active: Array | None, platform: str, some: Callable, none: Callable) -> Any:
+    """``some()`` if any cell is active, else ``none()``; on a CPU only, where branches are cheap.
+
+    XLA fuses nothing across a conditional. Without it, in an unrolled loop of steps, each step
+    would be computed again inside the stencil of the next, and compile times would explode.
+    """
+    if active is None or platform != "cpu":
+        return some()
+    return lax.cond(jnp.any(active), some, none)
+
+
+def _clear_dead(rule: Rule, state: Array, alive: Array | None) -> list[Array]:
+    """``[new state]``, or ``[new state, alive]`` given who was alive before the update."""
+    if alive is None:
+        return [state]
+    alive = alive & _is_alive(rule, state)
+    return [jnp.where(alive[..., None], state, jnp.zeros_like(state)), alive]
 
 
 def _perception_size(operands: Operands) -> int:
