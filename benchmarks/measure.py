@@ -93,8 +93,10 @@ def bytes_kept(case: Case, backend: str) -> float:
         )[1]
 
     kept = jax.tree.leaves(jax.eval_shape(residuals, params.layers, state))
+    weights = {w.size for w in jax.tree.leaves(params)}
     cells = state.size // state.shape[-1]
-    return sum(a.size * a.dtype.itemsize for a in kept if a.size >= cells) / cells
+    per_cell = [a for a in kept if a.size >= cells and a.size not in weights]
+    return sum(a.size * a.dtype.itemsize for a in per_cell) / cells
 
 
 def cells(case: Case) -> int:

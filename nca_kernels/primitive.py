@@ -55,10 +55,11 @@ def differentiable_op(op: str) -> Callable[..., Array]:
     ad.primitive_jvps[backward] = _no_second_order
     for primitive in (forward, tangent, backward):
         batching.primitive_batchers[primitive] = partial(_batch, primitive)
-    for platform in PLATFORMS:
-        for primitive, kind in ((forward, "forward"), (backward, "backward")):
-            rule = partial(_lower, kind=kind, platform=platform)
-            mlir.register_lowering(primitive, rule, platform=platform)
+    for primitive, kind in ((forward, "forward"), (backward, "backward")):
+        rule = partial(_lower, kind=kind)
+        for platform in PLATFORMS:
+            mlir.register_lowering(primitive, partial(rule, platform=platform), platform=platform)
+        mlir.register_lowering(primitive, partial(rule, platform="another platform"))
     mlir.register_lowering(tangent, _no_forward_mode)
     tangent.def_impl(_no_forward_mode)
 
