@@ -42,6 +42,8 @@ bench: $(VENV)/installed-models,test,peers
 
 # A machine with a GPU often has its own JAX and no network: nothing is installed there.
 gpu:
+	@$(PYTHON) -c "import jax" 2>/dev/null || { \
+	  echo "$(PYTHON) has no JAX: name the Python whose JAX sees the GPU, make gpu PYTHON=..." >&2; exit 2; }
 	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu --save
 
 clean:
