@@ -168,5 +168,4 @@ def _scatter_back(out: Array, rank: Array | None, active: Array | None, num_cell
     """From slots back to cells; as a gather, because XLA's scatters are serial on a CPU."""
     if rank is None or active is None:
         return out[:num_cells]
-    rows = jnp.where(active[:, None], _gather(out, jnp.maximum(rank, 0)), 0)
-    return lax.optimization_barrier(rows)  # else every tap of a stencil gathers again
+    return jnp.where(active[:, None], _gather(out, jnp.maximum(rank, 0)), 0)
