@@ -12,6 +12,7 @@ import json
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -19,34 +20,16 @@ import jax.numpy as jnp
 
 import nca_kernels as nk
 from benchmarks.measure import ROOT, device_name, provenance, write_json
-from nca_kernels.testing import Case
+from nca_kernels.testing import BENCHMARKS
 
 
 def training_step(size: int, steps: int, backend: str, checkpoint: str) -> Any:
     """The compiled gradient of a rollout, lowered from shapes only, and its abstract arguments."""
-    growing = Case(
-        "memory",
-        (size, size),
-        batch=(1,),
-        channels=16,
-        filters=("identity", "sobel"),
-        hidden=(128,),
-    )
-    params = (
-        Case(
-            "params",
-            (8, 8),
-            batch=(1,),
-            channels=16,
-            filters=growing.filters,
-            hidden=growing.hidden,
-        )
-        .arguments()
-        .params
-    )
+    growing = BENCHMARKS[0]
+    params = replace(growing, grid=(8, 8)).arguments().params  # the weights do not depend on it
 
     def loss(params: Any, key: Any) -> Any:
-        state = jax.random.normal(key, (1, size, size, 16))
+        state = jax.random.normal(key, (1, size, size, growing.channels))
         if checkpoint == "none":  # plain JAX: autodiff keeps every intermediate
             body = lambda s, t: (
                 nk.step(growing.rule, params, s, jax.random.fold_in(key, t), backend=backend),

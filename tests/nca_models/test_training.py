@@ -193,7 +193,6 @@ def test_log_is_cut_back_to_the_checkpoint(tmp_path):
 
 
 def test_tensorboard_hides_the_steps_after_the_checkpoint(tmp_path):
-    pytest.importorskip("tensorboardX")
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
     with logging.Log(tmp_path, 0, tensorboard=True) as log:
