@@ -1,12 +1,14 @@
 """Fused steps for neural cellular automata in JAX: arrays in, arrays out.
 
 ``nk.step`` is one step, ``nk.rollout`` many, ``nk.update`` a step whose perception is given.
+``nk.neighborhood_attention`` lets every cell attend to the cells around it.
 ``nk.Rule`` and ``nk.RuleParams`` say what a step computes; ``nk.taps`` makes perceptions from
 filter banks by name. ``nk.backends()`` says what runs here, and why not.
 """
 
 import nca_kernels.backends as _backends  # registers every backend
 from nca_kernels.dispatch import BackendUnavailable, backends
+from nca_kernels.ops.neighborhood_attention import neighborhood_attention
 from nca_kernels.ops.rollout import rollout
 from nca_kernels.ops.step import step
 from nca_kernels.ops.update import update
@@ -22,6 +24,7 @@ __all__ = [
     "RuleParams",
     "backends",
     "filter_bank",
+    "neighborhood_attention",
     "rollout",
     "step",
     "taps",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ class Backend:
         platforms: JAX platforms it runs on, None for every one.
         missing: why it cannot run in this process (a missing package, ...), or None.
         unsupported: why it cannot run this call ``(call, avals)``, or None.
-        markers: what a lowered gradient of a step holds if its kernels run.
+        markers: by op, what the lowered module of its gradient holds if the kernels run.
         plain: it is ordinary JAX code, differentiated by JAX, and never chosen by "auto".
     """
 
@@ -48,7 +48,7 @@ class Backend:
     unsupported: Callable[[Any, Sequence[Any]], str | None] = field(
         default=lambda call, avals: None
     )
-    markers: tuple[str, ...] = ()
+    markers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     plain: bool = False
 
 
@@ -107,9 +107,9 @@ def plain(name: str, op: str) -> Callable | None:
     return backend.load(op) if backend is not None and backend.plain else None
 
 
-def markers(name: str) -> tuple[str, ...]:
-    """What to look for in a lowered module to see that backend ``name`` ran."""
-    return _registry[name].markers
+def markers(name: str, op: str) -> tuple[str, ...]:
+    """What to look for in a lowered gradient of ``op`` to see that backend ``name`` ran."""
+    return _registry[name].markers[op]
 
 
 def kernels(call: Any, avals: Sequence[Any], platform: str, name: str) -> Kernels:

@@ -27,6 +27,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "identity": lambda x: x,
 }
 PADDINGS = ("zeros", "circular", "replicate", "reflect")
+ATTENTION_PADDINGS = ("zeros", "circular")
 PRECISIONS = ("default", "float32", "tensorfloat32", "bfloat16")
 STATE_DTYPES = ("float32", "bfloat16", "float64")
 
@@ -130,6 +131,17 @@ class Operands(NamedTuple):
     taps: Any  # [G or 1, *kernel, 1, F*C] or [G or 1, *kernel, C, P], None for update
     perception_bias: Any  # [G or 1, P] or None
     layers: tuple[Layer, ...]  # (W [G or 1, in, out], b [G or 1, out] or None)
+
+
+class AttentionOperands(NamedTuple):
+    """The arrays of one ``neighborhood_attention``, every one ``[G, B, *S, heads, d]``.
+
+    The groups are those of :class:`Operands`; none of these arrays is shared by groups.
+    """
+
+    query: Any
+    key: Any
+    value: Any
 
 
 def compute_dtype(state_dtype: Any) -> np.dtype:
@@ -251,13 +263,43 @@ def check_rollout(
             )
 
 
+def check_attention(
+    q: Any, k: Any, v: Any, radius: Any, num_spatial_dims: Any, padding: Any
+) -> tuple[int, ...]:
+    """Checks the arguments of ``neighborhood_attention``; returns the shape of the batch."""
+    _require_choice("num_spatial_dims", num_spatial_dims, (1, 2, 3))
+    _require_int("radius", radius)
+    if radius < 0:
+        raise ValueError(f"radius must be at least 0 (only the cell itself), got {radius}")
+    _require_choice("padding", padding, ATTENTION_PADDINGS)
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        _require_array(name, value)
+        _check_state_dtype(name, value)
+    shape = np.shape(q)
+    if len(shape) < num_spatial_dims + 2:
+        raise ValueError(
+            f"q must be [*batch, *spatial, heads, d] with {num_spatial_dims} spatial dims (pass "
+            f"num_spatial_dims for another grid), got shape {shape}"
+        )
+    batch_shape = shape[: len(shape) - num_spatial_dims - 2]
+    if 0 in shape[len(batch_shape) :]:
+        raise ValueError(
+            f"q must have at least one cell, one head and a head size of at least 1, got shape "
+            f"{shape}; only batch dims may be 0"
+        )
+    for name, value in (("k", k), ("v", v)):
+        if np.shape(value) != shape:
+            raise ValueError(
+                f"{name} must have the shape of q, {shape}, got shape {np.shape(value)}"
+            )
+        if _dtype(value) != _dtype(q):
+            raise TypeError(f"{name} must have the dtype of q, {_dtype(q)}, got {_dtype(value)}")
+    return batch_shape
+
+
 def _check_state(state: Any, num_spatial_dims: int, why: str) -> None:
     _require_array("state", state)
-    if _dtype(state).name not in STATE_DTYPES:
-        raise TypeError(
-            f"state must be float32 or bfloat16 (float64 under x64, on reference and xla), "
-            f"got {_dtype(state)}"
-        )
+    _check_state_dtype("state", state)
     if np.ndim(state) < num_spatial_dims + 1:
         raise ValueError(
             f"state must be [*batch, *spatial, C] with {num_spatial_dims} spatial dims ({why}), "
@@ -385,6 +427,14 @@ def _check_vector(name: str, value: Any, size: int) -> None:
 def _check_floating(name: str, value: Any) -> None:
     if not jnp.issubdtype(_dtype(value), jnp.floating):
         raise TypeError(f"{name} must be floating point, got {_dtype(value)}")
+
+
+def _check_state_dtype(name: str, value: Any) -> None:
+    if _dtype(value).name not in STATE_DTYPES:
+        raise TypeError(
+            f"{name} must be float32 or bfloat16 (float64 under x64, on reference and xla), "
+            f"got {_dtype(value)}"
+        )
 
 
 def _dtype(value: Any) -> Any:

@@ -12,18 +12,45 @@ def _loader(package: str) -> Callable[[str], Any]:
     return lambda op: getattr(import_module(f"nca_kernels.backends.{package}"), op)
 
 
+def _ask(module: str, function: str) -> Callable[..., str | None]:
+    """``missing`` or ``unsupported`` of a backend, imported when first asked."""
+    name = f"nca_kernels.backends.{module}"
+    return lambda *args: getattr(import_module(name), function)(*args)
+
+
 for backend in (
+    Backend(
+        name="triton",
+        summary="one fused Triton kernel a step, hand-written backward, through jax-triton",
+        load=_loader("triton"),
+        platforms=("cuda", "rocm"),
+        missing=_ask("triton.launch", "missing"),
+        unsupported=_ask("triton.engine", "unsupported"),
+        markers={
+            "step": ("step_forward", "step_backward"),
+            "neighborhood_attention": ("attention_forward", "attention_backward"),
+        },
+    ),
     Backend(
         name="xla",
         summary="fused by XLA: shifted slices and matrix products, hand-written backward",
         load=_loader("xla"),
-        markers=("@nca_xla_forward", "@nca_xla_backward"),
+        markers={
+            "step": ("@nca_xla_forward", "@nca_xla_backward"),
+            "neighborhood_attention": (
+                "@nca_xla_attention_forward",
+                "@nca_xla_attention_backward",
+            ),
+        },
     ),
     Backend(
         name="reference",
         summary="plain JAX convolutions and autodiff: slow, obvious, the oracle",
         load=_loader("reference"),
-        markers=("stablehlo.convolution",),
+        markers={
+            "step": ("stablehlo.convolution",),
+            "neighborhood_attention": ("stablehlo.gather",),
+        },
         plain=True,
     ),
 ):

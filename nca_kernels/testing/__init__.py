@@ -1,14 +1,18 @@
 """What tests, benchmarks and the authors of backends share: cases, comparisons, conformance."""
 
-from nca_kernels.testing.cases import BENCHMARKS, CONFORMANCE, Case
+from nca_kernels.testing.attention_conformance import ATTENTION_CHECKS
+from nca_kernels.testing.cases import ATTENTION, BENCHMARKS, CONFORMANCE, AttentionCase, Case
 from nca_kernels.testing.compare import assert_close, error_ratio, tolerance
 from nca_kernels.testing.conformance import CHECKS, TRANSFORMATION_CHECKS
 
 __all__ = [
+    "ATTENTION",
+    "ATTENTION_CHECKS",
     "BENCHMARKS",
     "CHECKS",
     "CONFORMANCE",
     "TRANSFORMATION_CHECKS",
+    "AttentionCase",
     "Case",
     "assert_close",
     "error_ratio",

@@ -100,6 +100,30 @@ class Case:
         return Arguments(params, state.astype(self.dtype), jax.random.key(seed + 7), inputs)
 
 
+@dataclass(frozen=True)
+class AttentionCase:
+    """One configuration of ``nk.neighborhood_attention``; fields as its arguments."""
+
+    name: str
+    grid: tuple[int, ...]
+    batch: tuple[int, ...] = (2,)
+    heads: int = 2
+    head_size: int = 5
+    radius: int = 1
+    padding: str = "zeros"
+    dtype: str = "float32"
+
+    def __str__(self) -> str:
+        return self.name
+
+    def arguments(self, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Random queries, keys and values ``[*batch, *grid, heads, d]``; the same for a seed."""
+        random = np.random.default_rng(seed)
+        shape = (*self.batch, *self.grid, self.heads, self.head_size)
+        q, k, v = (jnp.asarray(random.normal(size=shape), self.dtype) for _ in range(3))
+        return q, k, v
+
+
 def _rule(**changes: Any) -> Rule:
     return replace(Rule(alive=Alive(channel=1, threshold=0.5), precision="float32"), **changes)
 
@@ -151,6 +175,25 @@ CONFORMANCE = (
     Case("volume_circular", (3, 1, 4), _rule(padding="circular"), kernel=(3, 3, 2)),
     Case("volume_dense", (4, 3, 3), _rule(padding="reflect", alive=None), dense=6),
     Case("growing", (12, 10), filters=("identity", "sobel"), channels=16, hidden=(128,)),
+)
+
+ATTENTION = (
+    AttentionCase("line", (11,)),
+    AttentionCase("line_radius_3", (9,), batch=(), radius=3),
+    AttentionCase("plane", (7, 6)),
+    AttentionCase("one_wide", (1, 8), radius=2),
+    AttentionCase("one_cell", (1, 1)),
+    AttentionCase("batch_0", (5, 4), batch=(0,)),
+    AttentionCase("batch_2x3", (4, 5), batch=(2, 3)),
+    AttentionCase("radius_0", (4, 5), radius=0),
+    AttentionCase("radius_2", (7, 6), radius=2),
+    AttentionCase("circular", (5, 6), padding="circular"),
+    AttentionCase("circular_beyond_grid", (2, 3), radius=4, padding="circular"),
+    AttentionCase("head_size_1", (6, 5), head_size=1),
+    AttentionCase("three_heads", (6, 5), heads=3, head_size=16),
+    AttentionCase("volume", (4, 5, 3)),
+    AttentionCase("volume_circular", (3, 1, 4), padding="circular"),
+    AttentionCase("bfloat16", (6, 7), dtype="bfloat16"),
 )
 
 BENCHMARKS = (

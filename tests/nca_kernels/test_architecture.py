@@ -9,6 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CORE = {"nca_kernels.rule", "nca_kernels.perception", "nca_kernels.fire_mask"}
+# What backends that work tile by tile share.
+TILED = {f"nca_kernels.tiled.{m}" for m in ("geometry", "weights", "configuration", "step")}
+TILED |= {"nca_kernels.tuning"}
 
 
 def module_name(path):
@@ -38,10 +41,12 @@ def ours(path):
     return {i for i in imports(path) if i.split(".")[0] in ("nca_kernels", "nca_models")}
 
 
-@pytest.mark.parametrize("name", ["rule", "perception", "fire_mask"])
+@pytest.mark.parametrize("name", sorted(CORE | TILED))
 def test_core_imports_only_jax_and_numpy(name):
-    third_party = {i.split(".")[0] for i in imports(ROOT / f"nca_kernels/{name}.py")}
+    path = ROOT / f"{name.replace('.', '/')}.py"
+    third_party = {i.split(".")[0] for i in imports(path)} - {"nca_kernels"}
     assert third_party - set(sys.stdlib_module_names) <= {"jax", "numpy"}
+    assert ours(path) <= (CORE if name in CORE else CORE | TILED)
 
 
 @pytest.mark.parametrize("path", files("nca_kernels/backends"), ids=module_name)
@@ -49,7 +54,7 @@ def test_backends_import_the_core_and_themselves(path):
     if path.parent.name == "backends":
         return  # the list of backends, which registers them
     own = f"nca_kernels.backends.{path.relative_to(ROOT / 'nca_kernels/backends').parts[0]}"
-    allowed = CORE | {"nca_kernels.tuning"}
+    allowed = CORE | TILED
     assert all(i in allowed or i.startswith(own) for i in ours(path)), ours(path)
 
 

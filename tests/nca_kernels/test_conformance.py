@@ -20,7 +20,7 @@ dispatch.register(
             lambda call, platform, *args, kernel=kernel: kernel(call, "cuda", *args)
             for kernel in getattr(xla, op)
         ),
-        markers=("@nca_xla_forward", "@nca_xla_backward"),
+        markers={"step": dispatch.markers("xla", "step")},
     )
 )
 KERNELS = ("xla", "xla_all_at_once")  # the reference is checked in test_reference.py

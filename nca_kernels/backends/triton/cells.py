@@ -1,0 +1,216 @@
+"""Pieces of kernels that deal with cells: tiles, borders, who fires, who lives, compaction.
+
+A program works on one tile at a time: a box of cells whose lanes are numbered in C order. Flags
+of lanes are kept as words, one 16-bit word for each run of 16 cells along x, so that pooling
+along x is a shift and picking the n-th set flag is arithmetic.
+
+``g`` is always the :class:`Constants` of the call; see ``geometry.py`` for its names.
+"""
+
+import triton
+import triton.language as tl
+
+RUN = 16  # cells in a word
+RUN_MASK = tl.constexpr(0xFFFF)
+
+
+# ---- where a cell is ----
+
+
+@triton.jit
+def tile_origin(tile, g: tl.constexpr):
+    """A tile's number to its sample and its first cell."""
+    x0 = (tile % g.tiles_x) * g.tile_x
+    y0 = (tile // g.tiles_x % g.tiles_y) * g.tile_y
+    z0 = (tile // (g.tiles_x * g.tiles_y) % g.tiles_z) * g.tile_z
+    sample = tile // (g.tiles_x * g.tiles_y * g.tiles_z)
+    return sample, z0, y0, x0
+
+
+@triton.jit
+def lane_position(lane, g: tl.constexpr):
+    """A lane's number to its place in the tile."""
+    return lane // (g.tile_y * g.tile_x), lane // g.tile_x % g.tile_y, lane % g.tile_x
+
+
+@triton.jit
+def cell_number(sample, z, y, x, g: tl.constexpr):
+    """C-order index of a cell within its group."""
+    if g.wide:
+        sample = sample.to(tl.int64)
+    return ((sample * g.depth + z) * g.height + y) * g.width + x
+
+
+@triton.jit
+def in_grid(z, y, x, g: tl.constexpr):
+    return (z < g.depth) & (y < g.height) & (x < g.width)
+
+
+@triton.jit
+def border(i, size: tl.constexpr, padding: tl.constexpr):
+    """A position on an axis, maybe outside, to (the cell that lies there, is there one)."""
+    there = i >= -2147483647
+    if padding == "zeros":
+        there = (i >= 0) & (i < size)
+    elif padding == "circular":
+        i = (i % size + size) % size  # % keeps the sign of i
+    elif padding == "replicate":
+        i = tl.minimum(tl.maximum(i, 0), size - 1)
+    elif size > 1:
+        period: tl.constexpr = 2 * (size - 1)
+        i = (i % period + period) % period
+        i = tl.minimum(i, period - i)
+    else:
+        i = i * 0
+    return i, there
+
+
+@triton.jit
+def channel_offsets(g: tl.constexpr):
+    """Channels [1, BC] and which of them exist."""
+    channel = tl.arange(0, g.block_c)[None, :]
+    return channel, channel < g.channels
+
+
+# ---- who fires ----
+
+
+@triton.jit
+def _four_rounds(
+    x0, x1, a: tl.constexpr, b: tl.constexpr, c: tl.constexpr, d: tl.constexpr, key0, key1
+):
+    for rotation in tl.static_range(4):
+        r: tl.constexpr = a if rotation == 0 else b if rotation == 1 else c if rotation == 2 else d
+        x0 = x0 + x1
+        x1 = ((x1 << r) | (x1 >> (32 - r))) ^ x0
+    return x0 + key0, x1 + key1
+
+
+@triton.jit
+def threefry_bits(key0, key1, high, low):
+    """32 random bits for each counter (high, low), uint32; see ``nca_kernels.fire_mask``."""
+    key2 = key0 ^ key1 ^ 0x1BD11BDA
+    x0, x1 = high + key0, low + key1
+    x0, x1 = _four_rounds(x0, x1, 13, 15, 26, 6, key1, key2 + 1)
+    x0, x1 = _four_rounds(x0, x1, 17, 29, 16, 24, key2, key0 + 2)
+    x0, x1 = _four_rounds(x0, x1, 13, 15, 26, 6, key0, key1 + 3)
+    x0, x1 = _four_rounds(x0, x1, 17, 29, 16, 24, key1, key2 + 4)
+    x0, x1 = _four_rounds(x0, x1, 13, 15, 26, 6, key2, key0 + 5)
+    return x0 ^ x1
+
+
+@triton.jit
+def fires(fire_ptr, group, cell, inside, g: tl.constexpr):
+    """Which of the cells fire; none outside the grid."""
+    fired = inside
+    if g.fire == "mask":
+        row = group * g.own_fire
+        fired = tl.load(fire_ptr + row * g.cells + cell, mask=inside, other=0).to(tl.int1) & inside
+    elif g.fire == "key":
+        key0 = tl.load(fire_ptr + 2 * group * g.own_fire).to(tl.uint32)
+        key1 = tl.load(fire_ptr + 2 * group * g.own_fire + 1).to(tl.uint32)
+        low = cell.to(tl.uint32)
+        high = low * 0
+        if g.wide:
+            high = (cell >> 32).to(tl.uint32)
+        fired = ((threefry_bits(key0, key1, high, low) >> 9) < g.fire_threshold) & inside
+    return fired
+
+
+# ---- words ----
+
+
+@triton.jit
+def _or(a, b):
+    return a | b
+
+
+@triton.jit
+def pack(flags):
+    """Flags [rows, 16] to words [rows]."""
+    bit = tl.arange(0, flags.shape[1])[None, :]
+    return tl.sum(flags.to(tl.int32) << bit, axis=1)
+
+
+@triton.jit
+def unpack(words, g: tl.constexpr):
+    """Words [rows] to flags of the tile's lanes [T]."""
+    bit = tl.arange(0, 16)[None, :]
+    return tl.reshape((words[:, None] >> bit) & 1, (g.tile,)) != 0
+
+
+@triton.jit
+def popcount(word):
+    """Set bits of a 16-bit word."""
+    word = word - ((word >> 1) & 0x5555)
+    word = (word & 0x3333) + ((word >> 2) & 0x3333)
+    word = (word + (word >> 4)) & 0x0F0F
+    return (word + (word >> 8)) & 0x1F
+
+
+@triton.jit
+def _nth_bit(word, n):
+    """Position of the n-th (from 0) set bit of a 16-bit word, by halving."""
+    position = n * 0
+    for halving in tl.static_range(4):
+        half: tl.constexpr = 8 >> halving
+        below = popcount(word & ((1 << half) - 1))
+        upper = n >= below
+        n = tl.where(upper, n - below, n)
+        word = tl.where(upper, word >> half, word)
+        position += tl.where(upper, half, 0)
+    return position
+
+
+@triton.jit
+def compacted_lanes(words, upto, first, count, g: tl.constexpr):
+    """Lanes [R] of the set flags number first .. first + R, and which of them exist.
+
+    ``upto`` [rows]: set flags up to and including each word.
+    """
+    number = first + tl.arange(0, g.rows)  # [R]
+    run = tl.arange(0, g.runs)[None, :]
+    index = tl.sum((upto[None, :] <= number[:, None]).to(tl.int32), axis=1)
+    chosen = index[:, None] == run  # [R, runs]
+    word = tl.sum(tl.where(chosen, words[None, :], 0), axis=1)
+    before = tl.sum(tl.where(chosen, (upto - popcount(words))[None, :], 0), axis=1)
+    exists = number < count
+    lane = index * 16 + _nth_bit(word, number - before)
+    return tl.where(exists, lane, 0), exists
+
+
+# ---- who lives ----
+
+
+@triton.jit
+def life(state_ptr, sample, z0, y0, x0, g: tl.constexpr):
+    """Words of the tile's cells that are alive, and of those with a living neighbour.
+
+    Reads the alive channel of the tile and of two cells around it, once. A border other than
+    circular shows the pool no cell that it does not see anyway.
+    """
+    pool: tl.constexpr = "circular" if g.padding == "circular" else "zeros"
+    q = tl.arange(0, g.pool_runs)[:, None]  # runs of the tile and its surroundings
+    lane = tl.arange(0, 32)[None, :]  # 16 cells, two more on each side
+    z, there_z = border(z0 + q // (g.pool_y * g.runs_x) - g.halo_z, g.depth, pool)
+    y, there_y = border(y0 + q // g.runs_x % g.pool_y - g.halo_y, g.height, pool)
+    x, there_x = border(x0 + q % g.runs_x * 16 + lane - 2, g.width, pool)
+    there = there_z & there_y & there_x & (lane < 20) & (q < g.pool_z * g.pool_y * g.runs_x)
+    at = cell_number(sample, z, y, x, g) * g.channels + g.alive_channel
+    alpha = tl.load(state_ptr + at, mask=there, other=0.0).to(tl.float32)
+    word = pack(there & (alpha > g.alive_threshold))  # [pool_runs]
+    one = word | (word << 1) | (word >> 1)
+    two = one | (word << 2) | (word >> 2)
+    return _pool_rows(one, 1, g), _pool_rows(two, 2, g)
+
+
+@triton.jit
+def _pool_rows(word, reach: tl.constexpr, g: tl.constexpr):
+    """Words of the surroundings [pool_runs], pooled along x, to words of the tile [runs]."""
+    q = tl.arange(0, g.pool_runs)[None, :]
+    t = tl.arange(0, g.runs)[:, None]
+    dz = q // (g.pool_y * g.runs_x) - g.halo_z - t // (g.tile_y * g.runs_x)
+    dy = q // g.runs_x % g.pool_y - g.halo_y - t // g.runs_x % g.tile_y
+    near = (dz <= reach) & (dz >= -reach) & (dy <= reach) & (dy >= -reach)
+    near = near & (q % g.runs_x == t % g.runs_x) & (q < g.pool_z * g.pool_y * g.runs_x)
+    return (tl.reduce(tl.where(near, word[None, :], 0), 1, _or) >> 2) & 0xFFFF

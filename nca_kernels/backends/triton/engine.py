@@ -1,0 +1,34 @@
+"""The Triton kernels as an engine of :mod:`nca_kernels.tiled`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+from nca_kernels.backends.triton.launch import launch
+from nca_kernels.tiled.configuration import Engine, unsupported_by_tiles
+
+# What Rule.precision is to a product of float32 blocks. The default is what XLA does.
+PRECISIONS = {
+    "cuda": {"default": "tf32", "float32": "tf32x3", "tensorfloat32": "tf32"},
+    "rocm": {"default": "ieee", "float32": "ieee", "tensorfloat32": "ieee"},
+    "cpu": {"default": "ieee", "float32": "ieee", "tensorfloat32": "ieee"},
+}
+
+
+def precision(name: str, platform: str) -> str:
+    return "bfloat16" if name == "bfloat16" else PRECISIONS[platform][name]
+
+
+ENGINE = Engine(
+    name="triton",
+    step_kernels=lambda: import_module("nca_kernels.backends.triton.step_kernels"),
+    launch=launch,
+    precision=precision,
+)
+
+
+def unsupported(call: Any, avals: Sequence[Any]) -> str | None:
+    """Why these kernels cannot run a call, or None."""
+    return unsupported_by_tiles(call, avals)

@@ -1,0 +1,78 @@
+"""Calls Triton kernels from JAX: the one place that knows jax-triton and its versions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from nca_kernels.backends.triton.constants import Constants
+from nca_kernels.tuning import Launch
+
+ARCHITECTURE = "NCA_CUDA_ARCH"  # compile for this compute capability (90, ...) without a GPU
+
+
+def launch(
+    kernel: Any,
+    inputs: Sequence[Any],
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    grid: tuple[int, ...],
+    g: dict[str, Any],
+    how: Launch,
+    aliases: dict[int, int] | None = None,
+) -> list[Any]:
+    """Runs ``kernel(*inputs, *outputs, g)`` over the grid; returns the outputs.
+
+
+    Args:
+        aliases: inputs, by their index, that are written in place as outputs.
+    """
+    jax_triton = load()
+    # 0.4 renamed the argument and takes the capability from the device alone.
+    shapes: dict[str, Any] = {
+        "out_type" if version(jax_triton) >= (0, 4) else "out_shape": list(outputs)
+    }
+    capability = os.environ.get(ARCHITECTURE)
+    if capability and version(jax_triton) < (0, 4):
+        shapes["compute_capability"] = int(capability)
+    return jax_triton.triton_call(
+        *inputs,
+        kernel=kernel,
+        grid=grid,
+        num_warps=how.warps,
+        num_stages=how.stages,
+        enable_fp_fusion=True,
+        input_output_aliases=aliases or {},
+        g=Constants(g),
+        **shapes,
+    )
+
+
+def load() -> Any:
+    """Imports jax-triton, which 0.3.1 does at the price of Triton's cache folder."""
+    before = os.environ.get("TRITON_CACHE_DIR")
+    import jax_triton
+
+    if os.environ.get("TRITON_CACHE_DIR") == "":
+        del os.environ["TRITON_CACHE_DIR"]
+        if before:
+            os.environ["TRITON_CACHE_DIR"] = before
+    return jax_triton
+
+
+def version(package: Any) -> tuple[int, ...]:
+    return tuple(int(n) for n in package.__version__.split(".")[:2])
+
+
+def missing() -> str | None:
+    """Why kernels cannot be compiled in this process, or None."""
+    for package in ("triton", "jax_triton"):
+        try:
+            load() if package == "jax_triton" else __import__(package)
+        except ImportError as error:
+            if package == "jax_triton" and "GPU support" in str(error):
+                return "jax-triton needs JAX with CUDA or ROCm: pip install 'jax[cuda13]'"
+            return f"{package} is not installed: pip install triton jax-triton"
+    return None

@@ -1,0 +1,348 @@
+"""Pieces of kernels that deal with the MLP: activations, products, layers forward and backward.
+
+The first layer sees parts: the filters of the stencil, held in registers, and sources read from
+memory a block at a time (a given perception, inputs). ``g`` is the :class:`Constants` of the call.
+"""
+
+import triton
+import triton.language as tl
+
+# ---- activations ----
+
+
+@triton.jit
+def tanh(x):
+    """Without the library's tanh, which not every back end of Triton has."""
+    small = x * x
+    small = x * (1 + small * (-1.0 / 3 + small * (2.0 / 15 - small * (17.0 / 315))))
+    e = tl.exp(-2 * tl.abs(x))
+    large = (1 - e) / (1 + e)
+    return tl.where(tl.abs(x) < 0.25, small, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def _gelu_inner(x):
+    return tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))
+
+
+@triton.jit
+def activate(x, name: tl.constexpr):
+    if name == "relu":
+        x = tl.maximum(x, 0.0)
+    elif name == "gelu":
+        x = 0.5 * x * (1 + _gelu_inner(x))
+    elif name == "silu":
+        x = x * tl.sigmoid(x)
+    elif name == "tanh":
+        x = tanh(x)
+    elif name == "leaky_relu":
+        x = tl.where(x >= 0, x, 0.01 * x)
+    return x
+
+
+@triton.jit
+def activate_backward(x, d, name: tl.constexpr):
+    """The gradient before the activation at ``x``, given that after it."""
+    if name == "relu":
+        d = tl.where(x > 0, d, 0.0)
+    elif name == "gelu":
+        t = _gelu_inner(x)
+        slope = 0.7978845608028654 * (1 + 3 * 0.044715 * x * x)
+        d = d * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * slope)
+    elif name == "silu":
+        s = tl.sigmoid(x)
+        d = d * (s + x * s * (1 - s))
+    elif name == "tanh":
+        t = tanh(x)
+        d = d * (1 - t * t)
+    elif name == "leaky_relu":
+        d = tl.where(x >= 0, d, 0.01 * d)
+    return d
+
+
+# ---- products ----
+
+
+@triton.jit
+def dot(a, b, acc, g: tl.constexpr):
+    """``acc + a @ b`` at the rule's precision, accumulated in float32."""
+    if g.precision == "bfloat16":
+        acc = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc)
+    else:
+        acc = tl.dot(a, b, acc, input_precision=g.precision)
+    return acc
+
+
+@triton.jit
+def load_block(ptr, row, column, stride: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """A block [M, N] of a row-major matrix that is padded to whole blocks."""
+    rows, columns = row + tl.arange(0, M)[:, None], column + tl.arange(0, N)[None, :]
+    return tl.load(ptr + rows * stride + columns)
+
+
+@triton.jit
+def add_block(ptr, row, column, stride: tl.constexpr, value):
+    """Adds a block [M, N] to this program's own partial sums in memory."""
+    rows = row + tl.arange(0, value.shape[0])[:, None]
+    at = ptr + rows * stride + (column + tl.arange(0, value.shape[1])[None, :])
+    tl.store(at, tl.load(at) + value)
+
+
+@triton.jit
+def add_vector(ptr, column, value):
+    at = ptr + column + tl.arange(0, value.shape[0])
+    tl.store(at, tl.load(at) + value)
+
+
+@triton.jit
+def source_rows(ptr, row, exists, k, size: tl.constexpr, block: tl.constexpr):
+    """Columns k .. k + block of the rows [R] of a source ``[*, size]``: [R, block]."""
+    column = k + tl.arange(0, block)[None, :]
+    at = ptr + row[:, None] * size + column
+    return tl.load(at, mask=exists[:, None] & (column < size), other=0.0).to(tl.float32)
+
+
+# ---- forward ----
+
+
+@triton.jit
+def first_layer(parts, sources, row, exists, weights_ptr, n, N: tl.constexpr, g: tl.constexpr):
+    """Outputs n .. n + N of the first layer before its activation: [R, N].
+
+    ``parts``: the stencil's filters, activated, [R, BP] each. ``sources``: pointers to the given
+    perception and to the inputs; ``row``: for each the row of every cell [R].
+    """
+    stride: tl.constexpr = g.padded_widths[0]
+    bias = tl.load(weights_ptr + g.bias_at[0] + n + tl.arange(0, N))
+    acc = tl.zeros((g.rows, N), tl.float32) + bias[None, :]
+    for f in tl.static_range(g.filters):
+        w = load_block(weights_ptr + g.weight_at[0], f * g.block_p, n, stride, g.block_p, N)
+        acc = dot(parts[f], w, acc, g)
+    for s in tl.static_range(2):
+        for k in range(0, g.source_sizes[s], g.block_s):
+            x = source_rows(sources[s], row[s], exists, k, g.source_sizes[s], g.block_s)
+            w = load_block(weights_ptr + g.source_at[s], k, n, stride, g.block_s, N)
+            acc = dot(x, w, acc, g)
+    return acc
+
+
+@triton.jit
+def hidden_before(layer: tl.constexpr, scratch_ptr, weights_ptr, n, g: tl.constexpr):
+    """Outputs n .. n + BH of hidden ``layer`` > 0 before its activation: [R, BH]."""
+    stride: tl.constexpr = g.padded_widths[layer]
+    inputs: tl.constexpr = g.padded_widths[layer - 1]
+    bias = tl.load(weights_ptr + g.bias_at[layer] + n + tl.arange(0, g.block_h))
+    acc = tl.zeros((g.rows, g.block_h), tl.float32) + bias[None, :]
+    for k in range(0, inputs, g.block_h):
+        z = load_block(scratch_ptr + g.hidden_at[layer - 1], 0, k, inputs, g.rows, g.block_h)
+        w = load_block(weights_ptr + g.weight_at[layer], k, n, stride, g.block_h, g.block_h)
+        acc = dot(activate(z, g.activation), w, acc, g)
+    return acc
+
+
+@triton.jit
+def hidden_layer(
+    layer: tl.constexpr, parts, sources, row, exists, scratch_ptr, weights_ptr, n, g: tl.constexpr
+):
+    if layer == 0:
+        z = first_layer(parts, sources, row, exists, weights_ptr, n, g.block_h, g)
+    else:
+        z = hidden_before(layer, scratch_ptr, weights_ptr, n, g)
+    return z
+
+
+@triton.jit
+def keep_hidden(parts, sources, row, exists, scratch_ptr, weights_ptr, g: tl.constexpr):
+    """All hidden layers but the last, before their activation, to scratch."""
+    for layer in tl.static_range(g.layers - 2):
+        for n in range(0, g.padded_widths[layer], g.block_h):
+            z = hidden_layer(layer, parts, sources, row, exists, scratch_ptr, weights_ptr, n, g)
+            rows = tl.arange(0, g.rows)[:, None] * g.padded_widths[layer]
+            at = scratch_ptr + g.hidden_at[layer] + rows + (n + tl.arange(0, g.block_h)[None, :])
+            tl.store(at, z)
+        tl.debug_barrier()  # the next layer's threads read what these wrote
+
+
+@triton.jit
+def mlp(parts, sources, row, exists, scratch_ptr, weights_ptr, g: tl.constexpr):
+    """The update of R cells: [R, BC]."""
+    last: tl.constexpr = g.layers - 1
+    if last == 0:
+        u = first_layer(parts, sources, row, exists, weights_ptr, 0, g.block_c, g)
+    else:
+        keep_hidden(parts, sources, row, exists, scratch_ptr, weights_ptr, g)
+        bias = tl.load(weights_ptr + g.bias_at[last] + tl.arange(0, g.block_c))
+        u = tl.zeros((g.rows, g.block_c), tl.float32) + bias[None, :]
+        for n in range(0, g.padded_widths[last - 1], g.block_h):
+            z = hidden_layer(last - 1, parts, sources, row, exists, scratch_ptr, weights_ptr, n, g)
+            w = load_block(weights_ptr + g.weight_at[last], n, 0, g.block_c, g.block_h, g.block_c)
+            u = dot(activate(z, g.activation), w, u, g)
+    return u
+
+
+# ---- backward ----
+
+
+@triton.jit
+def no_sums(g: tl.constexpr):
+    """Zeros for the gradients that a program holds in registers until its end.
+
+    Only of one hidden layer that fits one block: of the first layer for each filter [BP, BH], of
+    the last [BH, BC], of the biases. Other gradients are added up in memory, program by program.
+    """
+    sums = ()
+    if g.resident:
+        for _ in tl.static_range(g.filters):
+            sums = sums + (tl.zeros((g.block_p, g.block_h), tl.float32),)
+        last = tl.zeros((g.block_h, g.block_c), tl.float32)
+        biases = (tl.zeros((g.block_h,), tl.float32), tl.zeros((g.block_c,), tl.float32))
+        sums = sums + (last,) + biases
+    return sums
+
+
+@triton.jit
+def store_sums(sums, grads_ptr, g: tl.constexpr):
+    if g.resident:
+        for f in tl.static_range(g.filters):
+            add_block(grads_ptr + g.weight_at[0], f * g.block_p, 0, g.block_h, sums[f])
+        add_block(grads_ptr + g.weight_at[1], 0, 0, g.block_c, sums[g.filters])
+        add_vector(grads_ptr + g.bias_at[0], 0, sums[g.filters + 1])
+        add_vector(grads_ptr + g.bias_at[1], 0, sums[g.filters + 2])
+
+
+@triton.jit
+def _resident_sums(sums, parts, h, dz, du, g: tl.constexpr):
+    new = ()
+    for f in tl.static_range(g.filters):
+        new = new + (dot(tl.trans(parts[f]), dz, sums[f], g),)
+    last = dot(tl.trans(h), du, sums[g.filters], g)
+    first_bias = sums[g.filters + 1] + tl.sum(dz, axis=0)
+    last_bias = sums[g.filters + 2] + tl.sum(du, axis=0)
+    return new + (last, first_bias, last_bias)
+
+
+@triton.jit
+def _outer(x, d, g: tl.constexpr):
+    """``x.T @ d``: the rows' share of a weight's gradient."""
+    return dot(tl.trans(x), d, tl.zeros((x.shape[1], d.shape[1]), tl.float32), g)
+
+
+@triton.jit
+def first_layer_backward(
+    dz, n, parts, d_parts, sources, row, exists, weights_ptr, grads_ptr, d_sources, g: tl.constexpr
+):
+    """Adds what outputs n .. n + N of the first layer, dz [R, N], mean to parts and sources."""
+    stride: tl.constexpr = g.padded_widths[0]
+    N: tl.constexpr = dz.shape[1]
+    new = ()
+    for f in tl.static_range(g.filters):
+        w = load_block(weights_ptr + g.weight_at[0], f * g.block_p, n, stride, g.block_p, N)
+        new = new + (dot(dz, tl.trans(w), d_parts[f], g),)
+        if g.weight_grad and not g.resident:
+            dw = _outer(parts[f], dz, g)
+            add_block(grads_ptr + g.weight_at[0], f * g.block_p, n, stride, dw)
+    for s in tl.static_range(2):
+        for k in range(0, g.source_sizes[s], g.block_s):
+            if g.weight_grad:
+                x = source_rows(sources[s], row[s], exists, k, g.source_sizes[s], g.block_s)
+                add_block(grads_ptr + g.source_at[s], k, n, stride, _outer(x, dz, g))
+            if g.source_grad[s]:
+                w = load_block(weights_ptr + g.source_at[s], k, n, stride, g.block_s, N)
+                dx = dot(dz, tl.trans(w), tl.zeros((g.rows, g.block_s), tl.float32), g)
+                _add_source_rows(d_sources[s], row[2], exists, k, dx, g.source_sizes[s])
+    if g.weight_grad and not g.resident:
+        add_vector(grads_ptr + g.bias_at[0], n, tl.sum(dz, axis=0))
+    return new
+
+
+@triton.jit
+def _add_source_rows(ptr, row, exists, k, value, size: tl.constexpr):
+    column = k + tl.arange(0, value.shape[1])[None, :]
+    at = ptr + row[:, None] * size + column
+    mask = exists[:, None] & (column < size)
+    tl.store(at, tl.load(at, mask=mask, other=0.0) + value, mask=mask)
+
+
+@triton.jit
+def mlp_backward(
+    du, parts, sources, row, exists, scratch_ptr, weights_ptr, grads_ptr, d_sources, sums,
+    g: tl.constexpr,
+):  # fmt: skip
+    """From the gradient of the update, du [R, BC], to those of the parts; adds up the weights'.
+
+    ``row``: rows of the two sources, and of their gradients, which are per cell.
+    Returns (gradients of the parts, a tuple of [R, BP]; sums).
+    """
+    last: tl.constexpr = g.layers - 1
+    d_parts = ()
+    for _ in tl.static_range(g.filters):
+        d_parts = d_parts + (tl.zeros((g.rows, g.block_p), tl.float32),)
+    if last == 0:
+        d_parts = first_layer_backward(
+            du, 0, parts, d_parts, sources, row, exists, weights_ptr, grads_ptr, d_sources, g
+        )
+    else:
+        keep_hidden(parts, sources, row, exists, scratch_ptr, weights_ptr, g)
+        if g.weight_grad and not g.resident:
+            add_vector(grads_ptr + g.bias_at[last], 0, tl.sum(du, axis=0))
+        for n in range(0, g.padded_widths[last - 1], g.block_h):
+            z = hidden_layer(last - 1, parts, sources, row, exists, scratch_ptr, weights_ptr, n, g)
+            h = activate(z, g.activation)
+            w = load_block(weights_ptr + g.weight_at[last], n, 0, g.block_c, g.block_h, g.block_c)
+            dh = dot(du, tl.trans(w), tl.zeros((g.rows, g.block_h), tl.float32), g)
+            dz = activate_backward(z, dh, g.activation)
+            if g.resident:
+                sums = _resident_sums(sums, parts, h, dz, du, g)
+            elif g.weight_grad:
+                add_block(grads_ptr + g.weight_at[last], n, 0, g.block_c, _outer(h, du, g))
+            if last == 1:
+                d_parts = first_layer_backward(
+                    dz, n, parts, d_parts, sources, row, exists, weights_ptr, grads_ptr,
+                    d_sources, g,
+                )  # fmt: skip
+            else:
+                _keep_gradient(last - 1, dz, n, scratch_ptr, grads_ptr, g)
+        for i in tl.static_range(g.layers - 2):
+            tl.debug_barrier()  # these threads read the gradients that others wrote
+            d_parts = _hidden_layer_backward(
+                last - 1 - i, parts, d_parts, sources, row, exists, scratch_ptr, weights_ptr,
+                grads_ptr, d_sources, g,
+            )  # fmt: skip
+    return d_parts, sums
+
+
+@triton.jit
+def _keep_gradient(layer: tl.constexpr, dz, n, scratch_ptr, grads_ptr, g: tl.constexpr):
+    """The gradient before the activation of hidden ``layer`` to scratch, its bias's added."""
+    rows = tl.arange(0, g.rows)[:, None] * g.padded_widths[layer]
+    tl.store(scratch_ptr + g.gradient_at[layer] + rows + (n + tl.arange(0, g.block_h)[None, :]), dz)
+    if g.weight_grad:
+        add_vector(grads_ptr + g.bias_at[layer], n, tl.sum(dz, axis=0))
+
+
+@triton.jit
+def _hidden_layer_backward(
+    layer: tl.constexpr, parts, d_parts, sources, row, exists, scratch_ptr, weights_ptr, grads_ptr,
+    d_sources, g: tl.constexpr,
+):  # fmt: skip
+    """From the gradient of hidden ``layer`` > 0, in scratch, to that of the one before it."""
+    inputs: tl.constexpr = g.padded_widths[layer - 1]
+    stride: tl.constexpr = g.padded_widths[layer]
+    for k in range(0, inputs, g.block_h):
+        z = load_block(scratch_ptr + g.hidden_at[layer - 1], 0, k, inputs, g.rows, g.block_h)
+        h = activate(z, g.activation)
+        dh = tl.zeros((g.rows, g.block_h), tl.float32)
+        for n in range(0, stride, g.block_h):
+            d = load_block(scratch_ptr + g.gradient_at[layer], 0, n, stride, g.rows, g.block_h)
+            w = load_block(weights_ptr + g.weight_at[layer], k, n, stride, g.block_h, g.block_h)
+            dh = dot(d, tl.trans(w), dh, g)
+            if g.weight_grad:
+                add_block(grads_ptr + g.weight_at[layer], k, n, stride, _outer(h, d, g))
+        dz = activate_backward(z, dh, g.activation)
+        if layer == 1:
+            d_parts = first_layer_backward(
+                dz, k, parts, d_parts, sources, row, exists, weights_ptr, grads_ptr, d_sources, g
+            )
+        else:
+            _keep_gradient(layer - 1, dz, k, scratch_ptr, grads_ptr, g)
+    return d_parts

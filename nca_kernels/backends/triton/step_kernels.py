@@ -1,0 +1,359 @@
+"""The kernels of ``step`` and ``update``.
+
+Forward: ``step_forward``, then with alive masking ``clear_dead``. Backward: ``step_backward``,
+then ``add_overlaps`` and ``add_programs``. Programs loop over tiles, the same for each call, and
+add nothing up in an order that could vary: the same call gives the same bits.
+
+The grid is (programs, groups); every array has a leading group axis.
+"""
+
+import triton
+import triton.language as tl
+
+from nca_kernels.backends.triton.cells import (
+    border,
+    cell_number,
+    channel_offsets,
+    compacted_lanes,
+    fires,
+    in_grid,
+    lane_position,
+    life,
+    pack,
+    popcount,
+    tile_origin,
+    unpack,
+)
+from nca_kernels.backends.triton.mlp import (
+    activate_backward,
+    mlp,
+    mlp_backward,
+    no_sums,
+    store_sums,
+)
+from nca_kernels.backends.triton.stencil import (
+    activated,
+    add_taps_gradient,
+    keep_perception_gradient,
+    overlap,
+    overlaps,
+    perceive,
+    tile_transpose,
+)
+
+
+@triton.jit
+def _lanes(g: tl.constexpr):
+    """Numbers of the tile's lanes: [runs, 16]."""
+    return tl.arange(0, g.runs)[:, None] * 16 + tl.arange(0, 16)[None, :]
+
+
+@triton.jit
+def step_forward(
+    state_ptr, fire_ptr, weights_ptr, given_ptr, inputs_ptr,
+    out_ptr, plane_ptr, alive_ptr, scratch_ptr,
+    g: tl.constexpr,
+):  # fmt: skip
+    """The new state, but for cells that only its alive mask will clear.
+
+    With alive masking also the new alive channel as a plane, and who was alive before.
+    """
+    program, group = tl.program_id(0), tl.program_id(1)
+    if g.wide:
+        group = group.to(tl.int64)
+    state_ptr += group * g.cells * g.channels
+    out_ptr += group * g.cells * g.channels
+    given_ptr += group * g.cells * g.source_sizes[0]
+    inputs_ptr += group * g.input_rows * g.source_sizes[1]
+    weights_ptr += group * g.own_weights * g.weights
+    plane_ptr += group * g.cells
+    alive_ptr += group * g.cells
+    scratch_ptr += (group * g.programs + program) * g.scratch
+    for tile in range(program, g.tiles, g.programs):
+        sample, z0, y0, x0 = tile_origin(tile, g)
+        lz, ly, lx = lane_position(_lanes(g), g)
+        inside = in_grid(z0 + lz, y0 + ly, x0 + lx, g)
+        cell = cell_number(sample, z0 + lz, y0 + ly, x0 + lx, g)
+        words = pack(fires(fire_ptr, group, cell, inside, g))
+        alive = words * 0 + 0xFFFF
+        if g.alive:
+            # A dead cell's update matters to the fate of living neighbours, and to no other cell.
+            alive, near = life(state_ptr, sample, z0, y0, x0, g)
+            words = words & near
+        _copy_rest(state_ptr, out_ptr, plane_ptr, alive_ptr, cell, inside, alive, words, g)
+        upto = tl.cumsum(popcount(words), axis=0)
+        count = tl.max(upto, axis=0)
+        for first in range(0, count, g.rows):
+            lane, exists = compacted_lanes(words, upto, first, count, g)
+            rz, ry, rx = lane_position(lane, g)
+            z, y, x = z0 + rz, y0 + ry, x0 + rx
+            here = cell_number(sample, z, y, x, g)  # [R]
+            parts = perceive(state_ptr, weights_ptr, sample, z, y, x, exists, g)
+            row = (here, here if g.inputs_per_cell else rz * 0 + sample)
+            sources = (given_ptr, inputs_ptr)
+            u = mlp(activated(parts, g), sources, row, exists, scratch_ptr, weights_ptr, g)
+            channel, real = channel_offsets(g)
+            at = here[:, None] * g.channels + channel
+            mask = exists[:, None] & real
+            old = tl.load(state_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            new = (old + g.step_size * u).to(out_ptr.dtype.element_ty)
+            if g.alive:
+                value = new.to(tl.float32)
+                alpha = tl.sum(tl.where(channel == g.alive_channel, value, 0.0), axis=1)
+                tl.store(plane_ptr + here, alpha, mask=exists)
+                lives = tl.load(alive_ptr + here, mask=exists, other=0)
+                new = tl.where(lives[:, None] != 0, new, value.to(new.dtype) * 0)
+            tl.store(out_ptr + at, new, mask=mask)
+
+
+@triton.jit
+def _copy_rest(
+    state_ptr, out_ptr, plane_ptr, alive_ptr, cell, inside, alive, words, g: tl.constexpr
+):
+    """What is known of every cell without the MLP: who is alive, and the cells that stay."""
+    lives = unpack(alive, g)  # [T]
+    kept = tl.reshape(inside, (g.tile,))
+    at = tl.reshape(cell, (g.tile,))
+    if g.alive:
+        tl.store(alive_ptr + at, lives, mask=kept)
+        tl.debug_barrier()  # other threads read it for their rows
+    kept = kept & ~unpack(words, g)
+    if g.alive:
+        alpha = tl.load(state_ptr + at * g.channels + g.alive_channel, mask=kept, other=0.0)
+        tl.store(plane_ptr + at, alpha.to(tl.float32), mask=kept)
+    channel, real = channel_offsets(g)
+    at = at[:, None] * g.channels + channel
+    old = tl.load(state_ptr + at, mask=(kept & lives)[:, None] & real, other=0.0)
+    tl.store(out_ptr + at, old, mask=kept[:, None] & real)
+
+
+@triton.jit
+def clear_dead(
+    plane_ptr, before_ptr, state_ptr, out_ptr, alive_ptr,
+    g: tl.constexpr,
+):  # fmt: skip
+    """Clears the cells that the update killed, in place; completes the alive mask.
+
+    ``before_ptr`` and ``alive_ptr`` are one array, and so are ``state_ptr`` and ``out_ptr``.
+    """
+    group = tl.program_id(1)
+    first = tl.program_id(0)
+    if g.wide:
+        group, first = group.to(tl.int64), first.to(tl.int64)
+    cell = first * g.flat + tl.arange(0, g.flat)
+    inside = cell < g.cells
+    x, y = cell % g.width, cell // g.width % g.height
+    z = cell // (g.width * g.height) % g.depth
+    sample = cell // (g.width * g.height * g.depth)
+    pool: tl.constexpr = "circular" if g.padding == "circular" else "zeros"
+    lives = tl.load(before_ptr + group * g.cells + cell, mask=inside, other=0) != 0
+    largest = tl.full((g.flat,), float("-inf"), tl.float32)
+    for k in tl.static_range(g.pool):
+        nz, there_z = border(z + k // (g.window_y * g.window_x) - g.window_z // 2, g.depth, pool)
+        ny, there_y = border(y + k // g.window_x % g.window_y - g.window_y // 2, g.height, pool)
+        nx, there_x = border(x + k % g.window_x - g.window_x // 2, g.width, pool)
+        at = group * g.cells + cell_number(sample, nz, ny, nx, g)
+        there = lives & there_z & there_y & there_x
+        largest = tl.maximum(largest, tl.load(plane_ptr + at, mask=there, other=float("-inf")))
+    survives = lives & (largest > g.alive_threshold)
+    tl.store(alive_ptr + group * g.cells + cell, survives, mask=inside)
+    channel, real = channel_offsets(g)
+    at = (group * g.cells + cell)[:, None] * g.channels + channel
+    dies = (lives & ~survives)[:, None] & real
+    tl.store(out_ptr + at, tl.zeros((g.flat, g.block_c), out_ptr.dtype.element_ty), mask=dies)
+
+
+@triton.jit
+def step_backward(
+    state_ptr, fire_ptr, weights_ptr, given_ptr, inputs_ptr, alive_ptr, cotangent_ptr,
+    d_state_ptr, overlap_ptr, touched_ptr, d_weights_ptr, d_given_ptr, d_inputs_ptr, scratch_ptr,
+    g: tl.constexpr,
+):  # fmt: skip
+    """All gradients: of the state within each tile, of the weights within each program.
+
+    The perception's gradient stays in this program's scratch, a tile at a time. What the tile's
+    cells mean to cells of other tiles goes to ``overlap_ptr`` [tiles, places, C].
+    """
+    program, group = tl.program_id(0), tl.program_id(1)
+    if g.wide:
+        group = group.to(tl.int64)
+    state_ptr += group * g.cells * g.channels
+    cotangent_ptr += group * g.cells * g.channels
+    d_state_ptr += group * g.cells * g.channels
+    given_ptr += group * g.cells * g.source_sizes[0]
+    d_given_ptr += group * g.cells * g.source_sizes[0]
+    inputs_ptr += group * g.input_rows * g.source_sizes[1]
+    d_inputs_ptr += group * g.cells * g.source_sizes[1]
+    weights_ptr += group * g.own_weights * g.weights
+    alive_ptr += group * g.cells
+    overlap_ptr += group * g.tiles * g.places * g.channels
+    touched_ptr += group * g.tiles
+    d_weights_ptr += (group * g.programs + program) * g.weights
+    scratch_ptr += (group * g.programs + program) * g.scratch
+    for at in range(0, g.weights, 1024):
+        index = at + tl.arange(0, 1024)
+        tl.store(d_weights_ptr + index, tl.zeros((1024,), tl.float32), mask=index < g.weights)
+    sums = no_sums(g)
+    for tile in range(program, g.tiles, g.programs):
+        sample, z0, y0, x0 = tile_origin(tile, g)
+        lz, ly, lx = lane_position(_lanes(g), g)
+        inside = in_grid(z0 + lz, y0 + ly, x0 + lx, g)
+        cell = cell_number(sample, z0 + lz, y0 + ly, x0 + lx, g)
+        active = fires(fire_ptr, group, cell, inside, g)
+        if g.alive:
+            active = active & (tl.load(alive_ptr + cell, mask=inside, other=0) != 0)
+        words = pack(active)
+        upto = tl.cumsum(popcount(words), axis=0)
+        count = tl.max(upto, axis=0)
+        tl.store(touched_ptr + tile, count)
+        tl.store(scratch_ptr + g.active_at + _lanes(g), active.to(tl.float32))
+        _clear_source_rows((d_given_ptr, d_inputs_ptr), cell, inside, g)
+        tl.debug_barrier()  # the previous tile's scratch is read, this one's flags are written
+        for first in range(0, count, g.rows):
+            lane, exists = compacted_lanes(words, upto, first, count, g)
+            rz, ry, rx = lane_position(lane, g)
+            z, y, x = z0 + rz, y0 + ry, x0 + rx
+            here = cell_number(sample, z, y, x, g)  # [R]
+            before = perceive(state_ptr, weights_ptr, sample, z, y, x, exists, g)
+            row = (here, here if g.inputs_per_cell else rz * 0 + sample, here)
+            du = g.step_size * _cotangent(cotangent_ptr, here, exists, g)
+            d_parts, sums = mlp_backward(
+                du, activated(before, g), (given_ptr, inputs_ptr), row, exists, scratch_ptr,
+                weights_ptr, d_weights_ptr, (d_given_ptr, d_inputs_ptr), sums, g,
+            )  # fmt: skip
+            if g.filters > 0:
+                d_before = ()
+                for f in tl.static_range(g.filters):
+                    d = activate_backward(before[f], d_parts[f], g.perception_activation)
+                    d_before = d_before + (d,)
+                if g.weight_grad:
+                    add_taps_gradient(
+                        d_before, state_ptr, d_weights_ptr, sample, z, y, x, exists, g
+                    )
+                keep_perception_gradient(d_before, lane, exists, scratch_ptr, g)
+            tl.debug_barrier()  # before others read the scratch, or add to the same sums
+        if g.state_grad:
+            _tile_gradient(
+                cotangent_ptr, alive_ptr, d_state_ptr, overlap_ptr + tile * g.places * g.channels,
+                weights_ptr, scratch_ptr, count, sample, z0, y0, x0, g,
+            )  # fmt: skip
+        tl.debug_barrier()
+    if g.weight_grad:
+        store_sums(sums, d_weights_ptr, g)
+
+
+@triton.jit
+def _cotangent(cotangent_ptr, here, exists, g: tl.constexpr):
+    channel, real = channel_offsets(g)
+    at = here[:, None] * g.channels + channel
+    return tl.load(cotangent_ptr + at, mask=exists[:, None] & real, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _clear_source_rows(d_sources, cell, inside, g: tl.constexpr):
+    """Zeros for the gradients of the sources, which the tile's active cells add to."""
+    for s in tl.static_range(2):
+        if g.source_grad[s]:
+            at = tl.reshape(cell, (g.tile,))[:, None]
+            there = tl.reshape(inside, (g.tile,))[:, None]
+            for k in range(0, g.source_sizes[s], g.block_s):
+                column = k + tl.arange(0, g.block_s)[None, :]
+                zeros = tl.zeros((g.tile, g.block_s), tl.float32)
+                size: tl.constexpr = g.source_sizes[s]
+                tl.store(d_sources[s] + at * size + column, zeros, mask=there & (column < size))
+
+
+@triton.jit
+def _tile_gradient(
+    cotangent_ptr, alive_ptr, d_state_ptr, overlap_ptr, weights_ptr, scratch_ptr,
+    count, sample, z0, y0, x0, g: tl.constexpr,
+):  # fmt: skip
+    """The state's gradient: cells of the tile to ``d_state``, places around it to ``overlap``."""
+    channel, real = channel_offsets(g)
+    for first in range(0, g.places, g.rows):
+        place = first + tl.arange(0, g.rows)
+        exists = place < g.places
+        rz = place // (g.places_y * g.places_x)
+        ry, rx = place // g.places_x % g.places_y, place % g.places_x
+        acc = tl.zeros((g.rows, g.block_c), tl.float32)
+        if g.filters > 0:
+            if count > 0:
+                acc = tile_transpose(
+                    rz, ry, rx, exists, scratch_ptr, scratch_ptr + g.active_at, weights_ptr, g
+                )
+        lz, ly, lx = rz - g.before_z, ry - g.before_y, rx - g.before_x
+        z, y, x = z0 + lz, y0 + ly, x0 + lx
+        own = exists & (lz >= 0) & (ly >= 0) & (lx >= 0)
+        own = own & (lz < g.tile_z) & (ly < g.tile_y) & (lx < g.tile_x) & in_grid(z, y, x, g)
+        here = cell_number(sample, z, y, x, g)
+        lives = own
+        if g.alive:
+            lives = own & (tl.load(alive_ptr + here, mask=own, other=0) != 0)
+        total = acc + _cotangent(cotangent_ptr, here, lives, g)
+        at = here[:, None] * g.channels + channel
+        mask = own[:, None] & real
+        tl.store(d_state_ptr + at, total.to(d_state_ptr.dtype.element_ty), mask=mask)
+        if g.places > g.tile:
+            if count > 0:
+                at = place[:, None] * g.channels + channel
+                tl.store(overlap_ptr + at, acc, mask=(exists & ~own)[:, None] & real)
+
+
+@triton.jit
+def add_overlaps(
+    overlap_ptr, touched_ptr, d_state_ptr, out_ptr,
+    g: tl.constexpr,
+):  # fmt: skip
+    """Adds to each cell, in place, what cells of other tiles or across the border contribute."""
+    tile, group = tl.program_id(0), tl.program_id(1)
+    if g.wide:
+        group = group.to(tl.int64)
+    overlap_ptr += group * g.tiles * g.places * g.channels
+    touched_ptr += group * g.tiles
+    sample, z0, y0, x0 = tile_origin(tile, g)
+    channel, real = channel_offsets(g)
+    for first in range(0, g.tile, g.rows):
+        lz, ly, lx = lane_position(first + tl.arange(0, g.rows), g)
+        z, y, x = z0 + lz, y0 + ly, x0 + lx
+        inside = in_grid(z, y, x, g)
+        acc = tl.zeros((g.rows, g.block_c), tl.float32)
+        changed = inside & (z < 0)
+        for sz in range(0, overlaps(z0, g.depth, g.tile_z, g.kernel_z, g)):
+            tz, pz, ok_z, own_z = overlap(sz, z, g.depth, g.tile_z, g.kernel_z, g.before_z, g)
+            for sy in range(0, overlaps(y0, g.height, g.tile_y, g.kernel_y, g)):
+                ty, py, ok_y, own_y = overlap(sy, y, g.height, g.tile_y, g.kernel_y, g.before_y, g)
+                for sx in range(0, overlaps(x0, g.width, g.tile_x, g.kernel_x, g)):
+                    tx, px, ok_x, own_x = overlap(
+                        sx, x, g.width, g.tile_x, g.kernel_x, g.before_x, g
+                    )
+                    there = inside & ok_z & ok_y & ok_x & ~(own_z & own_y & own_x)
+                    other = ((sample * g.tiles_z + tz) * g.tiles_y + ty) * g.tiles_x + tx
+                    there = there & (tl.load(touched_ptr + other, mask=there, other=0) > 0)
+                    if g.wide:
+                        other = other.to(tl.int64)
+                    at = other * g.places + (pz * g.places_y + py) * g.places_x + px
+                    at = at[:, None] * g.channels + channel
+                    acc += tl.load(overlap_ptr + at, mask=there[:, None] & real, other=0.0)
+                    changed = changed | there
+        at = (group * g.cells + cell_number(sample, z, y, x, g))[:, None] * g.channels + channel
+        mask = changed[:, None] & real
+        own = tl.load(d_state_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_ptr + at, (own + acc).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def add_programs(
+    partial_ptr, total_ptr,
+    g: tl.constexpr,
+):  # fmt: skip
+    """Adds up the programs' gradients of the weights, [programs, weights], in a fixed order."""
+    group = tl.program_id(1)
+    index = tl.program_id(0) * g.add_columns + tl.arange(0, g.add_columns)[None, :]
+    acc = tl.zeros((g.add_rows, g.add_columns), tl.float32)
+    for first in range(0, g.programs, g.add_rows):
+        program = first + tl.arange(0, g.add_rows)[:, None]
+        at = (group * g.programs + program).to(tl.int64) * g.weights + index
+        mask = (program < g.programs) & (index < g.weights)
+        acc += tl.load(partial_ptr + at, mask=mask, other=0.0)
+    total = tl.sum(acc, axis=0)[None, :]
+    tl.store(total_ptr + group * g.weights + index, total, mask=index < g.weights)

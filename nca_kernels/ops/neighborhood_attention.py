@@ -1,0 +1,117 @@
+"""``neighborhood_attention``: every cell attends to the cells around it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from nca_kernels import dispatch
+from nca_kernels.primitive import differentiable_op
+from nca_kernels.rule import AttentionOperands, check_attention, compute_dtype
+
+OP = "neighborhood_attention"
+
+
+def neighborhood_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    radius: int = 1,
+    num_spatial_dims: int = 2,
+    backend: str = "auto",
+    *,
+    padding: str = "zeros",
+) -> Array:
+    """Softmax attention of every cell over its neighbourhood, the cell itself included.
+
+    Per cell i and head, over the ``(2*radius + 1)^n`` cells j of the Moore neighbourhood::
+
+        logits_ij = dot(q_i, k_j) / sqrt(d)
+        out_i = sum_j softmax_j(logits_i)_j * v_j
+
+    Equivalent plain JAX in 1-D, with ``padding="zeros"``::
+
+        i = jnp.arange(size)[:, None] + jnp.arange(-radius, radius + 1)     # [S, K]
+        inside = (i >= 0) & (i < size)
+        logits = jnp.einsum("...shd,...skhd->...shk", q, k[..., i, :, :]) / d**0.5
+        logits = jnp.where(inside[:, None], logits, -jnp.inf)
+        out = jnp.einsum("...shk,...skhd->...shd", jax.nn.softmax(logits), v[..., i, :, :])
+
+    Time and memory grow linearly with the cells: no backend but ``reference`` ever holds all
+    neighbours of all cells.
+
+    Args:
+        q, k, v: queries, keys and values, ``[*batch, *spatial, heads, d]``, float32 or bfloat16,
+            all of one shape and dtype; differentiable. Arithmetic is float32 inside.
+        radius: how many cells the neighbourhood reaches on every axis, at least 0; static.
+        num_spatial_dims: how many dims before the heads are the grid, 1 to 3.
+        backend: "auto", or a name of ``nk.backends()``; a named backend runs or raises.
+        padding: "zeros": cells outside the grid are not attended to. "circular": the grid wraps
+            around; every offset counts once, so a window larger than the grid meets a cell
+            several times.
+
+    Returns:
+        ``[*batch, *spatial, heads, d]`` in the dtype of ``q``.
+
+    Raises:
+        ValueError, TypeError: for bad arguments, before anything is traced.
+        BackendUnavailable: if a backend named by the caller cannot run the call.
+
+    Reverse-mode derivatives only; the backward keeps ``q``, ``k``, ``v`` and the log-sum-exp of
+    the logits, a float32 for each cell and head, and recomputes the rest. Plain JAX for any
+    number of dims: ``backends/reference/plain_attention.py``.
+
+    Source: Hassani et al., "Neighborhood Attention Transformer", CVPR 2023; in cellular automata,
+    Tesfaldet et al., "Attention-based Neural Cellular Automata", NeurIPS 2022.
+    """
+    check_attention(q, k, v, radius, num_spatial_dims, padding)
+    return nca_neighborhood_attention(
+        q, k, v, int(radius), num_spatial_dims, padding, dispatch.requested(backend)
+    )
+
+
+@partial(jax.jit, static_argnums=(3, 4, 5, 6))
+def nca_neighborhood_attention(
+    q: Array, k: Array, v: Array, radius: int, num_spatial_dims: int, padding: str, backend: str
+) -> Array:
+    plain = dispatch.plain(backend, OP)
+    if plain is not None:
+        return plain(q, k, v, radius, num_spatial_dims, padding)
+    per_sample = q.shape[q.ndim - num_spatial_dims - 2 :]  # (*S, heads, d)
+    samples = math.prod(q.shape[: q.ndim - len(per_sample)])
+    if samples == 0:
+        return jnp.zeros_like(q)
+    operands = AttentionOperands(*(a.reshape(1, samples, *per_sample) for a in (q, k, v)))
+    call = AttentionCall(OP, radius, num_spatial_dims, padding, jax.tree.structure(operands))
+    return bind(call, backend, operands).reshape(q.shape)
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """The static facts of one call; see :class:`nca_kernels.primitive.Call`."""
+
+    op: str
+    radius: int
+    num_spatial_dims: int
+    padding: str  # "zeros" or "circular"
+    treedef: Any
+
+    @property
+    def shared(self) -> tuple[bool, ...]:
+        return (False,) * self.treedef.num_leaves
+
+    def outputs(self, avals: Sequence[Any]) -> list[Any]:
+        """The value ``[G, B, *S, heads, d]`` and the log-sum-exp ``[G, B, *S, heads]``."""
+        query = avals[0]
+        lse = query.update(shape=query.shape[:-1], dtype=compute_dtype(query.dtype))
+        return [query, lse]
+
+
+bind = differentiable_op(OP)

@@ -1,0 +1,209 @@
+"""Runs Triton kernels without a GPU: in Triton's interpreter, on NumPy arrays, under jit.
+
+The backend ``triton_interpreted`` is the backend ``triton`` with its launches replaced by host
+callbacks. The interpreter needs a process of its own: ``TRITON_INTERPRET=1`` has to be set before
+Triton is imported, and nothing can be compiled then.
+
+Where the interpreter computes otherwise than a GPU, it is corrected here: products and casts of
+bfloat16, and loops of dynamic length under newer NumPy. Where it is slow without need, it is
+helped: it would patch Triton's language anew for each call of a function.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache, partial
+from types import FunctionType, SimpleNamespace
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from nca_kernels import dispatch
+from nca_kernels.tuning import Launch
+
+INTERPRET = "TRITON_INTERPRET"
+NAME = "triton_interpreted"
+CALLBACK = "xla_ffi_python_cpu_callback"  # what a lowered launch shows
+
+
+def register() -> None:
+    """Adds the backend ``triton_interpreted``, for tests; see ``nca_kernels.dispatch``."""
+    dispatch.register(
+        dispatch.Backend(
+            name=NAME,
+            summary="the Triton kernels in Triton's interpreter",
+            load=_load,
+            platforms=("cpu",),
+            missing=missing,
+            markers=dict.fromkeys(("step", "neighborhood_attention"), (CALLBACK,)),
+        )
+    )
+
+
+def missing() -> str | None:
+    if os.environ.get(INTERPRET) != "1":
+        return f"set {INTERPRET}=1 before Triton is imported"
+    return None
+
+
+def _load(op: str) -> Any:
+    from nca_kernels.backends import triton
+
+    # Each op is (partial(forward, engine), partial(backward, engine)).
+    engine = replace(triton.ENGINE, launch=launch, fixed=small_tiles)
+    return tuple(partial(kernel.func, engine) for kernel in getattr(triton, op))
+
+
+def small_tiles(call: Any) -> Launch:
+    """Tiles so small that small grids have several, and rows so few that tiles have several."""
+    tile = {1: (1, 1, 32), 2: (1, 4, 16), 3: (4, 4, 16)}[call.num_spatial_dims]
+    rows = {1: 16, 2: 32, 3: 256}[call.num_spatial_dims]
+    return Launch(tile=tile, rows=rows, block_h=32, programs=3)
+
+
+def launch(
+    kernel: Any,
+    inputs: Sequence[Any],
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    grid: tuple[int, ...],
+    g: Any,
+    how: Any,
+    aliases: dict[int, int] | None = None,
+) -> list[Any]:
+    """As ``backends.triton.launch.launch``, in the interpreter."""
+    run = partial(interpret, kernel, outputs, grid, g, aliases or {})
+    return list(jax.pure_callback(run, list(outputs), *inputs))
+
+
+_lock = threading.Lock()  # the interpreter's state is global
+
+
+def interpret(
+    kernel: Any,
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    grid: tuple[int, ...],
+    g: Any,
+    aliases: dict[int, int],
+    *inputs: Any,
+) -> list[np.ndarray]:
+    """Runs ``kernel`` over the grid. Memory that it does not write holds NaN or -1, to be seen."""
+    arrays = [np.array(a) for a in inputs]
+    results = [np.full(o.shape, _rubbish(o.dtype), o.dtype) for o in outputs]
+    for index, output in aliases.items():
+        results[output] = arrays[index]
+    with _lock:
+        _correct_interpreter()
+        kernel[grid](*map(_Operand, [*arrays, *results]), g=SimpleNamespace(**g))
+    return results
+
+
+def _rubbish(dtype: Any) -> Any:
+    return np.nan if jax.numpy.issubdtype(dtype, np.floating) else dtype == np.bool_ or -1
+
+
+class _Operand:
+    """A NumPy array in the shape of what the interpreter knows: a tensor of PyTorch."""
+
+    def __init__(self, array: np.ndarray):
+        self.array = array
+
+    @property
+    def dtype(self) -> Any:
+        import triton.language as tl
+
+        names = {"bool": "int1", "bfloat16": "bfloat16"}
+        return getattr(tl, names.get(self.array.dtype.name, self.array.dtype.name))
+
+    def data_ptr(self) -> int:
+        return self.array.ctypes.data
+
+    def untyped_storage(self) -> _Operand:
+        return self
+
+    def cpu(self) -> _Operand:
+        return self
+
+    def new_empty(self, *args: Any, **keywords: Any) -> _Operand:
+        return _Operand(self.array)
+
+    def set_(self, storage: _Operand, *args: Any) -> None:
+        self.array = storage.array
+
+    def copy_(self, other: _Operand) -> None:
+        """Nothing to copy: the interpreter worked on this array itself."""
+
+    def storage_offset(self) -> int:
+        return 0
+
+    def size(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    def stride(self) -> tuple[int, ...]:
+        return self.array.strides
+
+    def element_size(self) -> int:
+        return self.array.itemsize
+
+
+@cache
+def _correct_interpreter() -> None:
+    """Once a process: see the head of this file."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    create_dot, cast = builder.create_dot, builder.cast_impl
+    reduce, patch_tensor = interpreter.ReduceOps.generic_reduce, interpreter._patch_lang_tensor
+
+    def widened(value: Any) -> Any:
+        if value.dtype.scalar != tl.bfloat16:
+            return value
+        return handle(value.data.view(ml_dtypes.bfloat16).astype(np.float32), tl.float32)
+
+    def exact_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return create_dot(self, widened(a), widened(b), *rest)
+
+    def rounding_cast(self: Any, source: Any, target: Any) -> Any:
+        if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16:
+            rounded = source.data.astype(ml_dtypes.bfloat16)
+            return handle(rounded.view(np.uint16), tl.bfloat16)
+        return cast(self, source, target)
+
+    def fast_or(self: Any, values: Any) -> Any:
+        from nca_kernels.backends.triton import cells
+
+        if self.combine_fn is not cells._or:
+            return reduce(self, values)
+        return [
+            self.to_tensor(np.bitwise_or.reduce(v.handle.data, axis=self.axis), v.dtype)
+            for v in values
+        ]
+
+    def patch_index(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    patch_language = interpreter._patch_lang
+    names = {"tl": tl, "core": tl.core}
+    everything = FunctionType((lambda: None).__code__, names)
+
+    @cache
+    def patch_for_good() -> None:
+        patch_language(everything)
+
+    def patch_once(fn: Any) -> Any:
+        patch_for_good()
+        return interpreter._LangPatchScope()  # nothing to restore
+
+    fast = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+    interpreter.interpreter_builder.options = fast
+    builder.create_dot, builder.cast_impl = exact_dot, rounding_cast
+    builder.create_fp_trunc = builder.create_fp_ext = rounding_cast
+    interpreter.ReduceOps.generic_reduce = fast_or
+    interpreter._patch_lang_tensor = patch_index
+    interpreter._patch_lang = patch_once

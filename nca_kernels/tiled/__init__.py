@@ -1,0 +1,1 @@
+"""What backends share that run kernels of their own over tiles of cells."""

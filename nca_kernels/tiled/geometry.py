@@ -1,0 +1,214 @@
+"""What a kernel knows at compile time: sizes, blocks, and where things lie in packed arrays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from nca_kernels.fire_mask import threshold
+from nca_kernels.perception import same_margins
+from nca_kernels.rule import Operands
+from nca_kernels.tuning import Launch
+
+RUN = 16  # cells in a word of flags, see cells.py
+
+
+def block(size: int) -> int:
+    """The power of two, at least 16, that holds ``size``: what products and ranges want."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def grid_of(call: Any, operands: Operands) -> tuple[int, int, int]:
+    """(depth, height, width); missing axes have one cell."""
+    shape = operands.state.shape[2:-1]
+    return (1,) * (3 - len(shape)) + tuple(shape)
+
+
+def step_constants(
+    call: Any,
+    operands: Operands,
+    launch: Launch,
+    precision: str,
+    wanted: Operands | None = None,
+) -> dict[str, Any]:
+    """The constants of a ``step`` or ``update``; ``wanted``: gradients asked for, as flags."""
+    groups, batch = operands.state.shape[:2]
+    channels = operands.state.shape[-1]
+    values = _grid_constants(grid_of(call, operands), batch, operands, launch)
+    values |= _rule_constants(call.rule, channels, values, operands)
+    values |= _layer_constants(operands, launch, values)
+    values |= _gradient_constants(wanted)
+    values |= _scratch_constants(values, launch)
+    values["precision"] = precision
+    values["rows"], values["unroll"] = launch.rows, launch.unroll
+    values["programs"] = max(1, min(values["tiles"], -(-launch.programs // groups)))
+    values["flat"] = max(RUN, min(256, 2**14 // values["block_c"]))
+    values["add_rows"], values["add_columns"] = 32, 64
+    values["resident"] = bool(
+        values["weight_grad"]
+        and values["layers"] == 2
+        and values["padded_widths"][0] == values["block_h"]
+        and values["block_h"] * (values["filters"] * values["block_p"] + values["block_c"])
+        <= launch.resident
+    )
+    largest = max(
+        math.prod(operands.state.shape),
+        groups * values["tiles"] * values["places"] * channels,
+        groups * values["programs"] * max(values["scratch"], values["weights"]),
+        groups * values["cells"] * max(values["source_sizes"]),
+    )
+    values["wide"] = largest >= 2**31
+    return values
+
+
+def _grid_constants(
+    grid: tuple[int, int, int], batch: int, operands: Operands, launch: Launch
+) -> dict[str, Any]:
+    taps = operands.taps
+    kernel = () if taps is None else taps.shape[1:-2]
+    kernel = (1,) * (3 - len(kernel)) + tuple(kernel)
+    values: dict[str, Any] = {}
+    for axis, size, tile, reach, (before, _) in zip(
+        ("z", "y", "x"), grid, launch.tile, kernel, same_margins(kernel), strict=True
+    ):
+        values |= {
+            f"tile_{axis}": tile,
+            f"tiles_{axis}": -(-size // tile),
+            f"kernel_{axis}": reach,
+            f"before_{axis}": before,
+            f"places_{axis}": tile + reach - 1,  # what a tile's cells contribute to
+            f"halo_{axis}": 2 if size > 1 else 0,  # what a tile's life depends on
+            f"window_{axis}": 3 if size > 1 else 1,
+        }
+    for name, part in (("tiles", "tiles"), ("places", "places"), ("kernel", "kernel")):
+        values[name] = math.prod(values[f"{part}_{axis}"] for axis in "zyx")
+    values["tiles"] *= batch
+    values["tile"] = math.prod(launch.tile)
+    values["runs"] = values["tile"] // RUN
+    values["runs_x"] = values["tile_x"] // RUN
+    values["pool"] = math.prod(values[f"window_{axis}"] for axis in "zyx")
+    for axis in "zy":
+        values[f"pool_{axis}"] = values[f"tile_{axis}"] + 2 * values[f"halo_{axis}"]
+    values["pool_runs"] = block(values["pool_z"] * values["pool_y"] * values["runs_x"])
+    values |= dict(zip(("depth", "height", "width"), grid, strict=True))
+    values["cells"] = batch * math.prod(grid)
+    return values
+
+
+def _rule_constants(
+    rule: Any, channels: int, grid: dict[str, Any], operands: Operands
+) -> dict[str, Any]:
+    fire, alive = operands.fire, rule.alive
+    how = "all" if fire is None else "mask" if fire.dtype == np.bool_ else "key"
+    return {
+        "channels": channels,
+        "block_c": block(channels),
+        "padding": rule.padding,
+        "activation": rule.activation,
+        "perception_activation": rule.perception_activation,
+        "step_size": float(rule.step_size),
+        "fire": how,
+        "own_fire": int(fire is not None and fire.shape[0] > 1),
+        "fire_threshold": threshold(rule.fire_rate),
+        "alive": alive is not None,
+        "alive_channel": 0 if alive is None else alive.channel % channels,
+        # As the reference compares: in float32.
+        "alive_threshold": 0.0 if alive is None else float(np.float32(alive.threshold)),
+    }
+
+
+def _layer_constants(operands: Operands, launch: Launch, values: dict[str, Any]) -> dict[str, Any]:
+    """Parts, sources and layers, and where each lies in the packed weights; see weights.py."""
+    taps, channels = operands.taps, values["channels"]
+    dense = taps is not None and taps.shape[-2] != 1
+    filters = 0 if taps is None else 1 if dense else taps.shape[-1] // channels
+    given = 0 if operands.perception is None else operands.perception.shape[-1]
+    inputs = 0 if operands.inputs is None else operands.inputs.shape[-1]
+    hidden = [weight.shape[-1] for weight, _ in operands.layers[:-1]]
+    block_p = block(taps.shape[-1]) if dense else values["block_c"]
+    block_h = min(launch.block_h, block(max(hidden, default=1)))
+    block_s = min(64, block(max(given, inputs, 1)))
+    widths = [-(-h // block_h) * block_h for h in hidden] + [values["block_c"]]
+    sources = [-(-size // block_s) * block_s for size in (given, inputs)]
+    taps_size = values["kernel"] * values["block_c"] * (block_p if dense else filters)
+    perception_bias_at = taps_size if filters else 0
+    at = perception_bias_at + filters * block_p
+    weight_at, bias_at, source_at, fan_in = [], [], (0, 0), filters * block_p
+    for i, width in enumerate(widths):
+        weight_at.append(at)
+        at += fan_in * width
+        if i == 0:
+            source_at = (at, at + sources[0] * width)
+            at += sum(sources) * width
+        bias_at.append(at)
+        at += width
+        fan_in = width
+    return {
+        "dense": dense,
+        "filters": filters,
+        "block_p": block_p,
+        "block_h": block_h,
+        "block_s": block_s,
+        "layers": len(widths),
+        "padded_widths": tuple(widths),
+        "source_sizes": (given, inputs),
+        "padded_sources": tuple(sources),
+        "inputs_per_cell": operands.inputs is None or operands.inputs.ndim == operands.state.ndim,
+        "input_rows": values["cells"]
+        if operands.inputs is None or operands.inputs.ndim == operands.state.ndim
+        else operands.inputs.shape[1],
+        "taps_at": 0,
+        "perception_bias_at": perception_bias_at,
+        "weight_at": tuple(weight_at),
+        "source_at": source_at,
+        "bias_at": tuple(bias_at),
+        "weights": at,
+        "own_weights": int(weight_groups(operands) > 1),
+    }
+
+
+def weight_groups(operands: Operands) -> int:
+    """How many sets of weights there are: one, or one a group."""
+    arrays: Sequence[Any] = [operands.taps, operands.perception_bias]
+    arrays = [*arrays, *(a for layer in operands.layers for a in layer)]
+    return max(a.shape[0] for a in arrays if a is not None)
+
+
+def _gradient_constants(wanted: Operands | None) -> dict[str, Any]:
+    if wanted is None:
+        return {
+            "weight_grad": False, "taps_grad": False, "state_grad": False,
+            "source_grad": (False, False),
+        }  # fmt: skip
+    weights = [wanted.taps, wanted.perception_bias, *(w for layer in wanted.layers for w in layer)]
+    return {
+        "weight_grad": any(w is True for w in weights),
+        "taps_grad": wanted.taps is True,
+        "state_grad": wanted.state is True,
+        "source_grad": (wanted.perception is True, wanted.inputs is True),
+    }
+
+
+def _scratch_constants(values: dict[str, Any], launch: Launch) -> dict[str, Any]:
+    """Each program's own memory, in floats: the tile's perception gradient and flags, then the
+    hidden layers (but the last) of a block of rows and their gradients."""
+    hidden = values["padded_widths"][:-2]
+    backward = values["weight_grad"] or values["state_grad"] or any(values["source_grad"])
+    active_at = values["tile"] * values["filters"] * values["block_p"]
+    at = active_at + values["tile"] if backward else 0
+    hidden_at, gradient_at = [], []
+    for width in hidden:
+        hidden_at.append(at)
+        at += launch.rows * width
+    for width in values["padded_widths"][:-1] if backward and hidden else ():
+        gradient_at.append(at)
+        at += launch.rows * width
+    return {
+        "active_at": active_at,
+        "hidden_at": tuple(hidden_at) or (0,),
+        "gradient_at": tuple(gradient_at) or (0,),
+        "scratch": max(at, 1),
+    }

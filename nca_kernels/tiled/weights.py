@@ -1,0 +1,94 @@
+"""The weights as kernels want them: one flat float32 array of blocks, padded with zeros.
+
+In this order: taps ``[K, F, BC]`` (depthwise) or ``[K, BC, BP]`` (dense), perception bias
+``[F, BP]``, then for each layer its matrix ``[inputs, outputs]`` and its bias. The inputs of the
+first layer are the stencil's filters, one block each, then the given perception and the inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from nca_kernels.rule import Operands
+from nca_kernels.tiled.geometry import weight_groups
+
+Sizes = dict[str, Any]  # of nca_kernels.tiled.geometry.step_constants
+Weights = tuple[Array | None, Array | None, tuple]  # taps, perception bias, layers
+
+
+def pack(operands: Operands, g: Sizes) -> Array:
+    """``[G or 1, weights]``."""
+    groups = weight_groups(operands)
+    weights = jax.tree.map(
+        lambda w: jnp.broadcast_to(w, (groups, *w.shape[1:])).astype(jnp.float32), operands[4:]
+    )
+    return _pack(weights, g)
+
+
+def unpack(packed: Array, operands: Operands, g: Sizes) -> Weights:
+    """Gradients ``[G, weights]`` as those of the operands: the transpose of :func:`pack`."""
+    groups = packed.shape[0]
+    shapes = jax.tree.map(
+        lambda w: jax.ShapeDtypeStruct((groups, *w.shape[1:]), jnp.float32), operands[4:]
+    )
+    (grads,) = jax.linear_transpose(lambda weights: _pack(weights, g), shapes)(packed)
+    return jax.tree.map(lambda d, w: d.astype(w.dtype), grads, operands[4:])
+
+
+def _pack(weights: Any, g: Sizes) -> Array:
+    taps, perception_bias, layers = weights
+    groups = layers[0][0].shape[0]
+    sections = []
+    if taps is not None:
+        taps = taps.reshape(groups, g["kernel"], *taps.shape[-2:])
+        if g["dense"]:
+            taps = _pad(taps, -2, g["block_c"])
+        sections.append(_by_filter(taps, -1, g))
+        size = g["filters"] * g["block_p"]
+        bias = jnp.zeros((groups, size), jnp.float32)
+        sections.append(bias if perception_bias is None else _by_filter(perception_bias, -1, g))
+    for i, (weight, bias) in enumerate(layers):
+        width = g["padded_widths"][i]
+        weight = _pad(weight, -1, width)
+        if i == 0:
+            weight = _first_layer_rows(weight, g)
+        else:
+            weight = _pad(weight, -2, g["padded_widths"][i - 1])
+        zeros = jnp.zeros((groups, width), jnp.float32)
+        sections += [weight, zeros if bias is None else _pad(bias, -1, width)]
+    return jnp.concatenate([s.reshape(groups, -1) for s in sections], axis=1)
+
+
+def _first_layer_rows(weight: Array, g: Sizes) -> Array:
+    """Rows by filter, then those of the sources, each padded to whole blocks."""
+    given, inputs = g["source_sizes"]
+    size = weight.shape[1] - given - inputs
+    rows = [_by_filter(weight[:, :size], 1, g)] if size else []
+    at = size
+    for source, padded in zip((given, inputs), g["padded_sources"], strict=True):
+        if source:
+            rows.append(_pad(weight[:, at : at + source], 1, padded))
+            at += source
+    return jnp.concatenate(rows, axis=1)
+
+
+def _by_filter(array: Array, axis: int, g: Sizes) -> Array:
+    """A perception axis, ``c*F + f`` if depthwise, to blocks by filter: ``f*BP + c``."""
+    axis %= array.ndim
+    if not g["dense"]:
+        filters = g["filters"]
+        split = (array.shape[axis] // filters, filters)
+        array = array.reshape(*array.shape[:axis], *split, *array.shape[axis + 1 :])
+        array = _pad(jnp.swapaxes(array, axis, axis + 1), axis + 1, g["block_p"])
+        return array.reshape(*array.shape[:axis], -1, *array.shape[axis + 2 :])
+    return _pad(array, axis, g["block_p"])
+
+
+def _pad(array: Array, axis: int, size: int) -> Array:
+    config = [(0, 0, 0)] * array.ndim
+    config[axis] = (0, size - array.shape[axis], 0)
+    return jax.lax.pad(array, jnp.zeros((), array.dtype), config)

@@ -1,0 +1,103 @@
+"""Launch configurations of kernels: explicit > a device's winner > a heuristic.
+
+Winners are files ``<device>.json``: packaged ones in ``nca_kernels/tuning/``, a user's own in
+``NCA_TUNING_DIR`` (``~/.cache/nca-kernels/tuning`` if unset). Each maps a kernel and its problem
+to a :class:`Launch`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+PACKAGED = Path(__file__).parent / "tuning"
+FOLDER = "NCA_TUNING_DIR"
+TUNE = "NCA_TUNE"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a kernel is launched.
+
+    Args:
+        tile: cells that a program works on at a time, (z, y, x); x a multiple of 16, all powers
+            of two.
+        rows: cells that go through the products at a time, a power of two from 16 on.
+        block_h: hidden units at a time, a power of two from 16 on.
+        programs: how many programs share the tiles of a call.
+        warps, stages: of a program, as Triton counts them.
+        unroll: positions of the stencil in one turn of its loop.
+        resident: largest gradient of weights, in floats, that a program keeps in registers.
+    """
+
+    tile: tuple[int, int, int] = (1, 16, 16)
+    rows: int = 64
+    block_h: int = 128
+    programs: int = 264
+    warps: int = 4
+    stages: int = 2
+    unroll: int = 3
+    resident: int = 0
+
+
+def user_folder() -> Path:
+    """Where a user's own winners are."""
+    folder = os.environ.get(FOLDER)
+    return Path(folder) if folder else Path.home() / ".cache" / "nca-kernels" / "tuning"
+
+
+def winner(device: str, kernel: str, problem: str) -> Launch | None:
+    """The best known launch on ``device``: the user's, else the packaged one, else None."""
+    for folder in (user_folder(), PACKAGED):
+        entry = _read(folder / f"{file_name(device)}.json").get(kernel, {}).get(problem)
+        if entry is not None:
+            return Launch(**{**entry, "tile": tuple(entry["tile"])})
+    return None
+
+
+def write_winner(device: str, kernel: str, problem: str, launch: Launch) -> Path:
+    """Adds a winner to the user's file of the device, atomically; returns the file."""
+    path = user_folder() / f"{file_name(device)}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {**_read(path)}
+    content[kernel] = {**content.get(kernel, {}), problem: asdict(launch)}
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, suffix=".tmp") as file:
+        json.dump(content, file, indent=1, sort_keys=True)
+        file.write("\n")
+    os.replace(file.name, path)
+    _read.cache_clear()
+    return path
+
+
+def file_name(device: str) -> str:
+    """A device's name as JAX gives it, as a file's: ``NVIDIA H200`` to ``nvidia-h200``."""
+    return device.lower().replace(" ", "-").replace("/", "-")
+
+
+@cache
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+
+
+def candidates(heuristic: Launch) -> list[Launch]:
+    """The launches that tuning tries: the heuristic and its neighbours, one change at a time."""
+    _, y, x = heuristic.tile
+    changes: list[dict[str, Any]] = [{}]
+    changes += [{"rows": r} for r in (16, 32, 64, 128)]
+    changes += [{"warps": w} for w in (2, 4, 8)]
+    changes += [{"stages": s} for s in (1, 2, 3)]
+    changes += [{"programs": p} for p in (132, 264, 528, 1056)]
+    changes += [{"unroll": u} for u in (1, 3, 9)]
+    changes += [{"block_h": h} for h in (32, 64, 128)]
+    changes += [{"resident": r} for r in (0, 8192)]
+    changes += [{"tile": (heuristic.tile[0], max(y // 2, 1), x)}]
+    changes += [{"tile": (heuristic.tile[0], y * 2, x)}] if y > 1 else []
+    return list(dict.fromkeys(replace(heuristic, **change) for change in changes))
