@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax import Array
 
-from nca_kernels.rule import Operands
+from nca_kernels.rule import AttentionOperands, Operands
 from nca_kernels.tiled.geometry import RUN, block
 from nca_kernels.tuning import Launch, winner
 
@@ -22,7 +22,7 @@ class Engine:
 
     Args:
         name: what its winners are filed under.
-        step_kernels: imports and returns what holds the kernels of a step, by name.
+        step_kernels, attention_kernels: import and return what holds the kernels, by name.
         launch: ``(kernel, inputs, outputs, grid, constants, how, aliases={})`` runs a kernel.
         precision: ``(Rule.precision, platform)`` as the engine's products take it.
         fixed: a launch for every call instead of winners and heuristics, for tests.
@@ -30,6 +30,7 @@ class Engine:
 
     name: str
     step_kernels: Callable[[], Any]
+    attention_kernels: Callable[[], Any]
     launch: Callable[..., list[Array]]
     precision: Callable[[str, str], str]
     fixed: Callable[[Any], Launch] | None = None
@@ -43,6 +44,15 @@ def step_launch(
         return engine.fixed(call)
     problem = f"{engine.name} {problem_name(call, operands)}"
     return winner(device_kind(), kernel, problem) or heuristic(kernel, call, operands)
+
+
+def attention_launch(engine: Engine, call: Any, operands: AttentionOperands) -> Launch:
+    """The launch of the kernels of attention for this call."""
+    heads, size = operands.query.shape[-2:]
+    dims = call.num_spatial_dims
+    problem = f"{engine.name} {dims}d radius {call.radius} heads {heads} size {size}"
+    found = winner(device_kind(), "neighborhood_attention", problem)
+    return found or Launch(rows=max(16, min(128, 2**12 // block(size))))
 
 
 def problem_name(call: Any, operands: Operands) -> str:

@@ -10,7 +10,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CORE = {"nca_kernels.rule", "nca_kernels.perception", "nca_kernels.fire_mask"}
 # What backends that work tile by tile share.
-TILED = {f"nca_kernels.tiled.{m}" for m in ("geometry", "weights", "configuration", "step")}
+TILED = {
+    f"nca_kernels.tiled.{m}" for m in ("geometry", "weights", "configuration", "step", "attention")
+}
 TILED |= {"nca_kernels.tuning"}
 
 

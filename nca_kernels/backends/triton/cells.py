@@ -76,13 +76,19 @@ def channel_offsets(g: tl.constexpr):
 
 
 @triton.jit
+def _round(x0, x1, rotation: tl.constexpr):
+    x0 = x0 + x1
+    return x0, ((x1 << rotation) | (x1 >> (32 - rotation))) ^ x0
+
+
+@triton.jit
 def _four_rounds(
     x0, x1, a: tl.constexpr, b: tl.constexpr, c: tl.constexpr, d: tl.constexpr, key0, key1
 ):
-    for rotation in tl.static_range(4):
-        r: tl.constexpr = a if rotation == 0 else b if rotation == 1 else c if rotation == 2 else d
-        x0 = x0 + x1
-        x1 = ((x1 << r) | (x1 >> (32 - r))) ^ x0
+    x0, x1 = _round(x0, x1, a)
+    x0, x1 = _round(x0, x1, b)
+    x0, x1 = _round(x0, x1, c)
+    x0, x1 = _round(x0, x1, d)
     return x0 + key0, x1 + key1
 
 
@@ -149,16 +155,22 @@ def popcount(word):
 
 
 @triton.jit
+def _halve(word, n, position, half: tl.constexpr):
+    """Looks for the n-th bit in the lower or the upper half of twice ``half`` bits."""
+    below = popcount(word & ((1 << half) - 1))
+    upper = n >= below
+    n = tl.where(upper, n - below, n)
+    word = tl.where(upper, word >> half, word)
+    return word, n, position + tl.where(upper, half, 0)
+
+
+@triton.jit
 def _nth_bit(word, n):
-    """Position of the n-th (from 0) set bit of a 16-bit word, by halving."""
-    position = n * 0
-    for halving in tl.static_range(4):
-        half: tl.constexpr = 8 >> halving
-        below = popcount(word & ((1 << half) - 1))
-        upper = n >= below
-        n = tl.where(upper, n - below, n)
-        word = tl.where(upper, word >> half, word)
-        position += tl.where(upper, half, 0)
+    """Position of the n-th (from 0) set bit of a 16-bit word."""
+    word, n, position = _halve(word, n, n * 0, 8)
+    word, n, position = _halve(word, n, position, 4)
+    word, n, position = _halve(word, n, position, 2)
+    word, n, position = _halve(word, n, position, 1)
     return position
 
 

@@ -24,6 +24,7 @@ def precision(name: str, platform: str) -> str:
 ENGINE = Engine(
     name="triton",
     step_kernels=lambda: import_module("nca_kernels.backends.triton.step_kernels"),
+    attention_kernels=lambda: import_module("nca_kernels.backends.triton.attention_kernels"),
     launch=launch,
     precision=precision,
 )

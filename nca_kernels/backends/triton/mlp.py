@@ -121,8 +121,8 @@ def first_layer(parts, sources, row, exists, weights_ptr, n, N: tl.constexpr, g:
     for s in tl.static_range(2):
         for k in range(0, g.source_sizes[s], g.block_s):
             x = source_rows(sources[s], row[s], exists, k, g.source_sizes[s], g.block_s)
-            w = load_block(weights_ptr + g.source_at[s], k, n, stride, g.block_s, N)
-            acc = dot(x, w, acc, g)
+            ws = load_block(weights_ptr + g.source_at[s], k, n, stride, g.block_s, N)
+            acc = dot(x, ws, acc, g)
     return acc
 
 
@@ -247,8 +247,8 @@ def first_layer_backward(
                 x = source_rows(sources[s], row[s], exists, k, g.source_sizes[s], g.block_s)
                 add_block(grads_ptr + g.source_at[s], k, n, stride, _outer(x, dz, g))
             if g.source_grad[s]:
-                w = load_block(weights_ptr + g.source_at[s], k, n, stride, g.block_s, N)
-                dx = dot(dz, tl.trans(w), tl.zeros((g.rows, g.block_s), tl.float32), g)
+                ws = load_block(weights_ptr + g.source_at[s], k, n, stride, g.block_s, N)
+                dx = dot(dz, tl.trans(ws), tl.zeros((g.rows, g.block_s), tl.float32), g)
                 _add_source_rows(d_sources[s], row[2], exists, k, dx, g.source_sizes[s])
     if g.weight_grad and not g.resident:
         add_vector(grads_ptr + g.bias_at[0], n, tl.sum(dz, axis=0))

@@ -254,13 +254,13 @@ def _clear_source_rows(d_sources, cell, inside, g: tl.constexpr):
     """Zeros for the gradients of the sources, which the tile's active cells add to."""
     for s in tl.static_range(2):
         if g.source_grad[s]:
-            at = tl.reshape(cell, (g.tile,))[:, None]
+            row = tl.reshape(cell, (g.tile,))[:, None]
             there = tl.reshape(inside, (g.tile,))[:, None]
             for k in range(0, g.source_sizes[s], g.block_s):
                 column = k + tl.arange(0, g.block_s)[None, :]
+                at = d_sources[s] + row * g.source_sizes[s] + column
                 zeros = tl.zeros((g.tile, g.block_s), tl.float32)
-                size: tl.constexpr = g.source_sizes[s]
-                tl.store(d_sources[s] + at * size + column, zeros, mask=there & (column < size))
+                tl.store(at, zeros, mask=there & (column < g.source_sizes[s]))
 
 
 @triton.jit

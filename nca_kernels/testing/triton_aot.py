@@ -1,0 +1,162 @@
+"""Compiles Triton kernels ahead of time, for GPUs that need not be there, and reads the result.
+
+Not in a process that has ``TRITON_INTERPRET`` set: nothing compiles in one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import nca_kernels as nk
+from nca_kernels import dispatch
+from nca_kernels.backends import triton as backend
+from nca_kernels.backends.triton.constants import Constants
+from nca_kernels.testing.cases import Case
+from nca_kernels.tuning import Launch
+
+TARGETS: dict[str, tuple[str, Any, int]] = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+TYPES = {
+    "float32": "*fp32",
+    "bfloat16": "*bf16",
+    "uint32": "*u32",
+    "int32": "*i32",
+    "bool": "*i1",
+}
+TENSOR_CORES = re.compile(r"\b(HGMMA|HMMA|UTCHMMA|UTCQMMA|v_mfma)")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel as a call launches it."""
+
+    case: str
+    kernel: Any
+    signature: tuple[str, ...]  # Triton's types of inputs and outputs
+    constants: Constants
+    how: Launch
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+
+def jobs(case: Case, platform: str, fixed: Callable[[Any], Launch] | None = None) -> list[Job]:
+    """The kernels of a step and its gradients (of weights and state), recorded, not run."""
+    found: list[Job] = []
+
+    def record(
+        kernel: Any,
+        inputs: Sequence[Any],
+        outputs: Sequence[Any],
+        grid: tuple[int, ...],
+        g: dict[str, Any],
+        how: Launch,
+        aliases: Any = None,
+    ) -> list[Any]:
+        signature = tuple(TYPES[a.dtype.name] for a in (*inputs, *outputs))
+        found.append(Job(case.name, kernel, signature, Constants(g), how))
+        return [jnp.zeros(o.shape, o.dtype) for o in outputs]
+
+    engine = replace(backend.ENGINE, launch=record, fixed=fixed)
+
+    def load(op: str) -> Any:
+        forward, backward = (kernel.func for kernel in getattr(backend, op))
+        return (
+            lambda call, _, *args: forward(engine, call, platform, *args),
+            lambda call, _, *args: backward(engine, call, platform, *args),
+        )
+
+    name = "triton_recorded"
+    dispatch.register(dispatch.Backend(name=name, summary="records launches", load=load))
+    params, state, key, inputs = case.arguments()
+
+    def loss(layers: Any, state: Any) -> Any:
+        args = nk.RuleParams(params.perception, params.perception_bias, layers)
+        out = nk.step(case.rule, args, state, key, inputs, backend=name)
+        return jnp.sum(out.astype(jnp.float32))
+
+    jax.clear_caches()  # a lowering taken from the cache records nothing
+    jax.jit(jax.value_and_grad(loss, (0, 1))).lower(params.layers, state)
+    return list(dict.fromkeys(found))
+
+
+def compile_job(job: Job, target: str) -> dict[str, Any]:
+    """Compiles for one of ``TARGETS``; what the kernel takes: registers, spills, shared memory."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = job.kernel.arg_names
+    signature = dict(zip(names, (*job.signature, "constexpr"), strict=True))
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(job.signature))}
+    source = ASTSource(
+        fn=job.kernel, signature=signature, constexprs={"g": job.constants}, attrs=aligned
+    )
+    options = {"num_warps": job.how.warps, "num_stages": job.how.stages, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+    read = _amd_usage if target.startswith("gfx") else _nvidia_usage
+    return {
+        "case": job.case,
+        "kernel": job.name,
+        "target": target,
+        "shared_bytes": compiled.metadata.shared,
+        **read(compiled.asm),
+        "launch": asdict(job.how),
+    }
+
+
+def _nvidia_usage(asm: Any) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(asm["cubin"])
+        usage = _tool("cuobjdump", "--dump-resource-usage", str(path))
+        code = _tool("nvdisasm", "-c", str(path))
+    numbers = dict(re.findall(r"\b(REG|STACK):(\d+)", usage))
+    return {
+        "registers": int(numbers["REG"]),
+        "spill_bytes": int(numbers["STACK"]),
+        **_instructions(code, r"\bBAR\.SYNC"),
+    }
+
+
+def _amd_usage(asm: Any) -> dict[str, Any]:
+    code = asm["amdgcn"]
+    numbers = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", code))
+    return {
+        "registers": int(numbers["vgpr_count"]),
+        "spill_bytes": int(numbers["private_segment_fixed_size"]),
+        **_instructions(code, r"\bs_barrier\b"),
+    }
+
+
+def _instructions(code: str, barrier: str) -> dict[str, Any]:
+    tensor = Counter(TENSOR_CORES.findall(code))
+    return {"tensor_instructions": dict(tensor), "barriers": len(re.findall(barrier, code))}
+
+
+def _tool(name: str, *args: str) -> str:
+    """A tool of the CUDA tool-kit that comes with Triton."""
+    import triton
+
+    folder = Path(triton.__file__).parent / "backends/nvidia/bin"
+    environment = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"}
+    run = subprocess.run(
+        [str(folder / name), *args], capture_output=True, text=True, check=True, env=environment
+    )
+    return run.stdout
