@@ -128,7 +128,7 @@ def provenance(command: str) -> dict[str, Any]:
         text=True,
     )
     versions = {}
-    for package in ("jax", "jaxlib", "flax", "cax", "torch", "numpy"):
+    for package in ("jax", "jaxlib", "triton", "jax-triton", "flax", "cax", "torch", "numpy"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -54,12 +54,13 @@ def differentiable_op(op: str) -> Callable[..., Array]:
     ad.primitive_transposes[tangent] = partial(_transpose, backward)
     ad.primitive_jvps[backward] = _no_second_order
     for primitive in (forward, tangent, backward):
-        batching.primitive_batchers[primitive] = partial(_batch, primitive)
+        rule = partial(_batch, primitive, has_tangents=primitive is tangent)
+        batching.primitive_batchers[primitive] = rule
     for primitive, kind in ((forward, "forward"), (backward, "backward")):
-        rule = partial(_lower, kind=kind)
+        lower = partial(_lower, kind=kind)
         for platform in PLATFORMS:
-            mlir.register_lowering(primitive, partial(rule, platform=platform), platform=platform)
-        mlir.register_lowering(primitive, partial(rule, platform="another platform"))
+            mlir.register_lowering(primitive, partial(lower, platform=platform), platform=platform)
+        mlir.register_lowering(primitive, partial(lower, platform="another platform"))
     mlir.register_lowering(tangent, _no_forward_mode)
     tangent.def_impl(_no_forward_mode)
 
@@ -155,13 +156,20 @@ def _no_second_order(primals: Any, tangents: Any, *, call: Call, **params: Any) 
 
 
 def _batch(
-    primitive: Primitive, args: Any, dims: Any, *, call: Call, **params: Any
+    primitive: Primitive,
+    args: Any,
+    dims: Any,
+    *,
+    call: Call,
+    has_tangents: bool,
+    **params: Any,
 ) -> tuple[list[Any], list[int]]:
     """Merges the mapped axis into the group axis of every operand."""
     size = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None)
     state, dim = args[0], dims[0]
     groups = state.shape[0 if dim is None or dim > 0 else 1]
-    shared = _shareable(call, params.get("wrt", ()), len(args))
+    tangents = params["wrt"] if has_tangents else ()
+    shared = _shareable(call, tangents, len(args))
     merged = [
         _merge_axis(a, d, size, groups, s) for a, d, s in zip(args, dims, shared, strict=True)
     ]
@@ -170,13 +178,14 @@ def _batch(
     return outs, [0] * len(outs)
 
 
-def _shareable(call: Call, wrt: tuple[bool, ...], num_args: int) -> list[bool]:
-    """Per argument: operands, then saved arrays and cotangent or tangents of operands."""
+def _shareable(call: Call, tangents: tuple[bool, ...], num_args: int) -> list[bool]:
+    """Per argument: operands, then what is saved, then a cotangent or tangents of operands.
+
+    A tangent has the group axis of its operand; what is saved and cotangents are per group.
+    """
     shared = list(call.shared)
-    tangents = [s for s, w in zip(shared, wrt, strict=False) if w]
-    rest = num_args - len(shared)
-    # A tangent has the group axis of its operand; saved arrays and cotangents are per group.
-    return shared + ([False] * rest + tangents)[-rest:] if rest else shared
+    last = [s for s, t in zip(shared, tangents, strict=False) if t]
+    return shared + [False] * (num_args - len(shared) - len(last)) + last
 
 
 def _merge_axis(array: Array, dim: int | None, size: int, groups: int, shared: bool) -> Array:

@@ -1,7 +1,9 @@
-"""Set up before JAX is imported: several host devices, so that sharding can be tested."""
+"""Set up before JAX and Triton are imported: several host devices, Triton's interpreter."""
 
 import os
 
+# Triton's kernels are interpreted here; what compiles them runs in processes of its own.
+os.environ["TRITON_INTERPRET"] = "1"
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 os.environ.pop("NCA_BACKEND", None)
 flags = os.environ.get("XLA_FLAGS", "")

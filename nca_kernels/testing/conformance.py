@@ -24,8 +24,10 @@ from nca_kernels.testing.compare import assert_close, assert_same_bits, toleranc
 ORACLE = "reference"
 
 
-def value_and_gradients(backend: str, case: Case, args: Arguments) -> tuple[Any, Any]:
-    """The new state and the gradients of (params, state, inputs): the same bits in two calls."""
+def value_and_gradients(
+    backend: str, case: Case, args: Arguments, calls: int = 2
+) -> tuple[Any, Any]:
+    """The new state and the gradients of (params, state, inputs): the same bits in every call."""
 
     def run(params: Any, state: Any, inputs: Any) -> Any:
         return nk.step(case.rule, params, state, args.key, inputs, backend=backend)
@@ -36,7 +38,8 @@ def value_and_gradients(backend: str, case: Case, args: Arguments) -> tuple[Any,
 
     compiled = jax.jit(both)
     first = compiled(args.params, args.state, args.inputs)
-    assert_same_bits(compiled(args.params, args.state, args.inputs), first, "a second call")
+    for _ in range(calls - 1):
+        assert_same_bits(compiled(args.params, args.state, args.inputs), first, "another call")
     return first
 
 
@@ -58,8 +61,9 @@ def _limit(case: Case) -> float:
 # ---- every case ----
 
 
-def check_values_and_gradients(backend: str, case: Case) -> None:
-    out, grads = value_and_gradients(backend, case, case.arguments())
+def check_values_and_gradients(backend: str, case: Case, calls: int = 2) -> None:
+    """Against the oracle; ``calls``: how often, which shows whether the bits are the same."""
+    out, grads = value_and_gradients(backend, case, case.arguments(), calls)
     expected, expected_grads = _expected(case)
     assert_close(out, expected, _limit(case), "state")
     assert_close(grads, expected_grads, _limit(case), "gradient of ")

@@ -22,7 +22,7 @@ import nca_kernels as nk
 from nca_kernels import dispatch
 from nca_kernels.backends import triton as backend
 from nca_kernels.backends.triton.constants import Constants
-from nca_kernels.testing.cases import Case
+from nca_kernels.testing.cases import AttentionCase, Case
 from nca_kernels.tuning import Launch
 
 TARGETS: dict[str, tuple[str, Any, int]] = {
@@ -56,8 +56,18 @@ class Job:
         return self.kernel.fn.__name__
 
 
-def jobs(case: Case, platform: str, fixed: Callable[[Any], Launch] | None = None) -> list[Job]:
-    """The kernels of a step and its gradients (of weights and state), recorded, not run."""
+def jobs(
+    case: Case | AttentionCase,
+    target: str,
+    device: str = "",
+    fixed: Callable[[Any], Launch] | None = None,
+) -> list[Job]:
+    """The kernels of a case, forward and backward, recorded as they would be launched.
+
+    Args:
+        device: whose packaged winners to take; without, launches are the heuristic's.
+        fixed: a launch for every kernel instead.
+    """
     found: list[Job] = []
 
     def record(
@@ -73,7 +83,14 @@ def jobs(case: Case, platform: str, fixed: Callable[[Any], Launch] | None = None
         found.append(Job(case.name, kernel, signature, Constants(g), how))
         return [jnp.zeros(o.shape, o.dtype) for o in outputs]
 
-    engine = replace(backend.ENGINE, launch=record, fixed=fixed)
+    engine = replace(
+        backend.ENGINE,
+        launch=record,
+        fixed=fixed,
+        device=lambda: device,
+        wide_products=lambda: target in ("sm_90", "sm_100"),
+    )
+    platform = "cuda" if target.startswith("sm") else "rocm"
 
     def load(op: str) -> Any:
         forward, backward = (kernel.func for kernel in getattr(backend, op))
@@ -84,16 +101,32 @@ def jobs(case: Case, platform: str, fixed: Callable[[Any], Launch] | None = None
 
     name = "triton_recorded"
     dispatch.register(dispatch.Backend(name=name, summary="records launches", load=load))
+    jax.clear_caches()  # a lowering taken from the cache records nothing
+    _lower_gradient(case, name)
+    return list(dict.fromkeys(found))
+
+
+def _lower_gradient(case: Case | AttentionCase, backend: str) -> None:
+    """Lowers a case's value and its gradients of weights and state, or of all of q, k and v."""
+    if isinstance(case, AttentionCase):
+        arrays = case.arguments()
+
+        def attend(*arrays: Any) -> Any:
+            out = nk.neighborhood_attention(
+                *arrays, case.radius, len(case.grid), backend, padding=case.padding
+            )
+            return jnp.sum(out.astype(jnp.float32))
+
+        jax.jit(jax.value_and_grad(attend, (0, 1, 2))).lower(*arrays)
+        return
     params, state, key, inputs = case.arguments()
 
     def loss(layers: Any, state: Any) -> Any:
         args = nk.RuleParams(params.perception, params.perception_bias, layers)
-        out = nk.step(case.rule, args, state, key, inputs, backend=name)
+        out = nk.step(case.rule, args, state, key, inputs, backend=backend)
         return jnp.sum(out.astype(jnp.float32))
 
-    jax.clear_caches()  # a lowering taken from the cache records nothing
     jax.jit(jax.value_and_grad(loss, (0, 1))).lower(params.layers, state)
-    return list(dict.fromkeys(found))
 
 
 def compile_job(job: Job, target: str) -> dict[str, Any]:

@@ -4,6 +4,8 @@ The backend ``triton_interpreted`` is the backend ``triton`` with its launches r
 callbacks. The interpreter needs a process of its own: ``TRITON_INTERPRET=1`` has to be set before
 Triton is imported, and nothing can be compiled then.
 
+An access outside of the kernel's arrays raises, and memory that is not written holds NaN.
+
 Where the interpreter computes otherwise than a GPU, it is corrected here: products and casts of
 bfloat16, and loops of dynamic length under newer NumPy. Where it is slow without need, it is
 helped: it would patch Triton's language anew for each call of a function.
@@ -63,7 +65,9 @@ def small_tiles(call: Any) -> Launch:
     """Tiles so small that small grids have several, and rows so few that tiles have several."""
     tile = {1: (1, 1, 32), 2: (1, 4, 16), 3: (4, 4, 16)}[call.num_spatial_dims]
     rows = {1: 16, 2: 32, 3: 256}[call.num_spatial_dims]
-    return Launch(tile=tile, rows=rows, block_h=32, programs=3)
+    # Gradients of weights in memory in 2-D, in registers else: both ways run.
+    resident = 0 if call.num_spatial_dims == 2 else 2**14
+    return Launch(tile=tile, rows=rows, block_h=32, programs=3, resident=resident)
 
 
 def launch(
@@ -81,6 +85,7 @@ def launch(
 
 
 _lock = threading.Lock()  # the interpreter's state is global
+_memory: list[tuple[int, int]] = []  # first byte and end of each array of the running kernel
 
 
 def interpret(
@@ -91,13 +96,14 @@ def interpret(
     aliases: dict[int, int],
     *inputs: Any,
 ) -> list[np.ndarray]:
-    """Runs ``kernel`` over the grid. Memory that it does not write holds NaN or -1, to be seen."""
+    """Runs ``kernel`` over the grid on NumPy arrays; returns its outputs."""
     arrays = [np.array(a) for a in inputs]
     results = [np.full(o.shape, _rubbish(o.dtype), o.dtype) for o in outputs]
     for index, output in aliases.items():
         results[output] = arrays[index]
     with _lock:
         _correct_interpreter()
+        _memory[:] = [(a.ctypes.data, a.ctypes.data + a.nbytes) for a in (*arrays, *results)]
         kernel[grid](*map(_Operand, [*arrays, *results]), g=SimpleNamespace(**g))
     return results
 
@@ -188,6 +194,16 @@ def _correct_interpreter() -> None:
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def checked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        _check_bounds(pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        _check_bounds(pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
     patch_language = interpreter._patch_lang
     names = {"tl": tl, "core": tl.core}
     everything = FunctionType((lambda: None).__code__, names)
@@ -204,6 +220,18 @@ def _correct_interpreter() -> None:
     interpreter.interpreter_builder.options = fast
     builder.create_dot, builder.cast_impl = exact_dot, rounding_cast
     builder.create_fp_trunc = builder.create_fp_ext = rounding_cast
+    builder.create_masked_load, builder.create_masked_store = checked_load, checked_store
     interpreter.ReduceOps.generic_reduce = fast_or
     interpreter._patch_lang_tensor = patch_index
     interpreter._patch_lang = patch_once
+
+
+def _check_bounds(pointers: Any, mask: Any) -> None:
+    """The addresses of one access lie within one array of the kernel."""
+    addresses = pointers.data[mask.data.astype(bool)]
+    if not addresses.size:
+        return
+    size = pointers.get_element_ty().primitive_bitwidth // 8 or 1
+    low, high = int(addresses.min()), int(addresses.max()) + size
+    if not any(first <= low and high <= end for first, end in _memory):
+        raise IndexError(f"an access of {addresses.size} elements lies outside of every array")

@@ -25,6 +25,8 @@ class Engine:
         step_kernels, attention_kernels: import and return what holds the kernels, by name.
         launch: ``(kernel, inputs, outputs, grid, constants, how, aliases={})`` runs a kernel.
         precision: ``(Rule.precision, platform)`` as the engine's products take it.
+        wide_products: whether this device's tensor cores take 64 rows at a time.
+        device: the name that winners are looked up by.
         fixed: a launch for every call instead of winners and heuristics, for tests.
     """
 
@@ -33,6 +35,8 @@ class Engine:
     attention_kernels: Callable[[], Any]
     launch: Callable[..., list[Array]]
     precision: Callable[[str, str], str]
+    wide_products: Callable[[], bool] = lambda: False
+    device: Callable[[], str] = lambda: jax.devices()[0].device_kind
     fixed: Callable[[Any], Launch] | None = None
 
 
@@ -43,15 +47,23 @@ def step_launch(
     if engine.fixed is not None:
         return engine.fixed(call)
     problem = f"{engine.name} {problem_name(call, operands)}"
-    return winner(device_kind(), kernel, problem) or heuristic(kernel, call, operands)
+    found = winner(engine.device(), kernel, problem)
+    if found is not None:
+        return found
+    precision = engine.precision(call.rule.precision, platform)
+    return heuristic(
+        kernel, call, operands, precision in ("ieee", "tf32x3"), engine.wide_products()
+    )
 
 
 def attention_launch(engine: Engine, call: Any, operands: AttentionOperands) -> Launch:
     """The launch of the kernels of attention for this call."""
     heads, size = operands.query.shape[-2:]
+    if engine.fixed is not None:
+        return engine.fixed(call)
     dims = call.num_spatial_dims
     problem = f"{engine.name} {dims}d radius {call.radius} heads {heads} size {size}"
-    found = winner(device_kind(), "neighborhood_attention", problem)
+    found = winner(engine.device(), "neighborhood_attention", problem)
     return found or Launch(rows=max(16, min(128, 2**12 // block(size))))
 
 
@@ -69,33 +81,50 @@ def problem_name(call: Any, operands: Operands) -> str:
     )
 
 
-def device_kind() -> str:
-    """The name of the GPU, as winners are filed under; of another device, its name."""
-    return jax.devices()[0].device_kind
+def heuristic(
+    kernel: str, call: Any, operands: Operands, precise: bool, wide_products: bool
+) -> Launch:
+    """A launch without spills for common sizes, as compiled ahead of time, that works for all.
 
-
-def heuristic(kernel: str, call: Any, operands: Operands) -> Launch:
-    """A launch that compiles without spills for common sizes, and works for all."""
-    block_c = block(operands.state.shape[-1])
-    taps = operands.taps
-    dense = taps is not None and taps.shape[-2] != 1
-    width = 0 if taps is None else block_c * (taps.shape[-1] // operands.state.shape[-1])
-    if dense:
-        width = block(taps.shape[-1])
-    cells = max(16, min(256, 2**13 // block_c))
-    tile = {
-        1: (1, 1, cells),
-        2: (1, cells // 16, 16),
-        3: (max(min(4, cells // 32), 1), max(min(4, cells // 64), 1), 16),
-    }[call.num_spatial_dims]
-    grid = (1, 1, *operands.state.shape[2:-1])[-3:]
-    z, y, x = (min(t, 1 << (n - 1).bit_length()) for t, n in zip(tile, grid, strict=True))
-    tile = (z, y, max(x, RUN))
-    rows = max(16, min(64, 2**12 // max(width, block_c, 1)))
-    hidden = max((weight.shape[-1] for weight, _ in operands.layers[:-1]), default=16)
+    Args:
+        precise: products take three times the registers, see ``Engine.precision``.
+        wide_products: the tensor cores want 64 rows at a time (Hopper and newer).
+    """
+    state, taps = operands.state, operands.taps
+    block_c = block(state.shape[-1])
+    width = block_c  # of all the parts of a row's perception
+    if taps is not None:
+        dense = taps.shape[-2] != 1
+        width = block(taps.shape[-1]) if dense else block_c * (taps.shape[-1] // state.shape[-1])
     backward = kernel == "step_backward"
-    block_h = min(block(hidden), 64 if backward else 128, max(16, 2**13 // max(block_c, 64)))
-    return Launch(tile=tile, rows=rows, block_h=block_h, warps=4, unroll=3)
+    rows = (64 if wide_products and not precise else 32) // (2 if backward and precise else 1)
+    block_h = 32 if backward else 64
+    if wide_products and not precise:
+        block_h *= 2
+    if width > 128:  # less at a time, so that a row's parts still fit
+        rows, block_h = (16, 16) if backward else (16, 32)
+    hidden = max((weight.shape[-1] for weight, _ in operands.layers[:-1]), default=16)
+    narrow = width > 128 and backward
+    return Launch(
+        tile=_tile(call.num_spatial_dims, state.shape[2:-1], block_c),
+        rows=max(16, min(rows, 2**13 // width)) if width <= 512 else 16,
+        block_h=min(block(hidden), max(16, min(block_h, 2**15 // max(width, block_c)))),
+        stages=1 if backward else 2,
+        unroll=1 if narrow else 3,
+    )
+
+
+def _tile(dims: int, grid: tuple[int, ...], block_c: int) -> tuple[int, int, int]:
+    """About 256 cells, fewer of wide ones, no larger than the grid needs."""
+    runs = max(1, min(256, 2**13 // block_c) // RUN)
+    tile = {
+        1: (1, 1, runs * RUN),
+        2: (1, runs, RUN),
+        3: (min(4, max(runs // 2, 1)), max(runs // 4, 1), RUN),
+    }[dims]
+    grid = (1, 1, *grid)[-3:]
+    z, y, x = (min(t, 1 << (n - 1).bit_length()) for t, n in zip(tile, grid, strict=True))
+    return z, y, max(x, RUN)
 
 
 def unsupported_by_tiles(call: Any, avals: Sequence[Any]) -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from nca_kernels.backends.triton.launch import launch
+from nca_kernels.backends.triton.launch import capability, launch
 from nca_kernels.tiled.configuration import Engine, unsupported_by_tiles
 
 # What Rule.precision is to a product of float32 blocks. The default is what XLA does.
@@ -27,6 +27,7 @@ ENGINE = Engine(
     attention_kernels=lambda: import_module("nca_kernels.backends.triton.attention_kernels"),
     launch=launch,
     precision=precision,
+    wide_products=lambda: capability() >= 90,
 )
 
 

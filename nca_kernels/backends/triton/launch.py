@@ -34,9 +34,8 @@ def launch(
     shapes: dict[str, Any] = {
         "out_type" if version(jax_triton) >= (0, 4) else "out_shape": list(outputs)
     }
-    capability = os.environ.get(ARCHITECTURE)
-    if capability and version(jax_triton) < (0, 4):
-        shapes["compute_capability"] = int(capability)
+    if os.environ.get(ARCHITECTURE) and version(jax_triton) < (0, 4):
+        shapes["compute_capability"] = capability()
     return jax_triton.triton_call(
         *inputs,
         kernel=kernel,
@@ -48,6 +47,15 @@ def launch(
         g=Constants(g),
         **shapes,
     )
+
+
+def capability() -> int:
+    """The CUDA compute capability to compile for, as 90; 0 of a GPU that has none."""
+    named = os.environ.get(ARCHITECTURE)
+    if named:
+        return int(named)
+    major, _, minor = str(getattr(jax.devices()[0], "compute_capability", "0")).partition(".")
+    return 10 * int(major) + int(minor or 0) if major.isdigit() else 0
 
 
 def load() -> Any:
@@ -68,6 +76,8 @@ def version(package: Any) -> tuple[int, ...]:
 
 def missing() -> str | None:
     """Why kernels cannot be compiled in this process, or None."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "TRITON_INTERPRET is set, and Triton compiles nothing then: unset it"
     for package in ("triton", "jax_triton"):
         try:
             load() if package == "jax_triton" else __import__(package)

@@ -1,0 +1,62 @@
+"""The Triton kernels in Triton's interpreter, through the same cases as every backend."""
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed (it is for Linux only)")
+
+from nca_kernels.testing import (
+    ATTENTION,
+    ATTENTION_CHECKS,
+    CONFORMANCE,
+    TRANSFORMATION_CHECKS,
+    triton_host,
+)
+from nca_kernels.testing.conformance import (
+    check_fate_hangs_on_dead_neighbours,
+    check_mask,
+    check_values_and_gradients,
+)
+
+triton_host.register()
+BACKEND = triton_host.NAME
+BY_NAME = {case.name: case for case in CONFORMANCE}
+ATTENTION_BY_NAME = {case.name: case for case in ATTENTION}
+
+
+@pytest.mark.parametrize("case", CONFORMANCE, ids=str)
+def test_values_and_gradients(case):
+    check_values_and_gradients(BACKEND, case, calls=1)
+
+
+def test_the_same_bits_twice():
+    check_values_and_gradients(BACKEND, BY_NAME["plane_replicate"], calls=2)
+
+
+@pytest.mark.parametrize("name", ["line", "plane_batch_2x3", "rarely_fires", "volume"])
+def test_mask(name):
+    check_mask(BACKEND, BY_NAME[name])
+
+
+def test_fate_hangs_on_dead_neighbours():
+    check_fate_hangs_on_dead_neighbours(BACKEND)
+
+
+# Callbacks to the host, which the interpreter is called through, cannot be exported.
+@pytest.mark.parametrize("check", sorted(set(TRANSFORMATION_CHECKS) - {"export"}))
+def test_transformations(check):
+    TRANSFORMATION_CHECKS[check](BACKEND, BY_NAME["line"])
+
+
+@pytest.mark.parametrize("check", ["update", "gradients_under_vmap"])
+def test_transformations_with_inputs(check):
+    TRANSFORMATION_CHECKS[check](BACKEND, BY_NAME["inputs_per_sample"])
+
+
+@pytest.mark.parametrize("case", ATTENTION, ids=str)
+def test_attention(case):
+    ATTENTION_CHECKS["values_and_gradients"](BACKEND, case)
+
+
+@pytest.mark.parametrize("check", sorted(set(ATTENTION_CHECKS) - {"export"}))
+def test_attention_transformations(check):
+    ATTENTION_CHECKS[check](BACKEND, ATTENTION_BY_NAME["plane"])
