@@ -27,9 +27,21 @@ for backend in (
         missing=_ask("triton.launch", "missing"),
         unsupported=_ask("triton.engine", "unsupported"),
         markers={
-            "step": ("step_forward", "step_backward"),
-            "neighborhood_attention": ("attention_forward", "attention_backward"),
+            "step": ("@nca_triton_step_forward", "@nca_triton_step_backward"),
+            "neighborhood_attention": (
+                "@nca_triton_attention_forward",
+                "@nca_triton_attention_backward_query",
+            ),
         },
+    ),
+    Backend(
+        name="pallas",
+        summary="the same kernels in Pallas, lowered through Triton",
+        load=_loader("pallas"),
+        platforms=("cuda", "rocm"),
+        missing=_ask("pallas.launch", "missing"),
+        unsupported=_ask("pallas.engine", "unsupported"),
+        markers={"step": ("nca_pallas_step_forward", "nca_pallas_step_backward")},
     ),
     Backend(
         name="xla",

@@ -99,7 +99,7 @@ def heuristic(
     backward = kernel == "step_backward"
     rows = (64 if wide_products and not precise else 32) // (2 if backward and precise else 1)
     block_h = 32 if backward else 64
-    if wide_products and not precise:
+    if wide_products and not precise and width < 64:
         block_h *= 2
     if width > 128:  # less at a time, so that a row's parts still fit
         rows, block_h = (16, 16) if backward else (16, 32)

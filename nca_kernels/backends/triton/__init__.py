@@ -3,11 +3,9 @@
 from functools import partial
 
 from nca_kernels.backends.triton.engine import ENGINE
-from nca_kernels.tiled import attention
-from nca_kernels.tiled import step as tiled_step
+from nca_kernels.tiled.attention import backward as attention_backward
+from nca_kernels.tiled.attention import forward as attention_forward
+from nca_kernels.tiled.step import backward, forward
 
-step = update = (partial(tiled_step.forward, ENGINE), partial(tiled_step.backward, ENGINE))
-neighborhood_attention = (
-    partial(attention.forward, ENGINE),
-    partial(attention.backward, ENGINE),
-)
+step = update = (partial(forward, ENGINE), partial(backward, ENGINE))
+neighborhood_attention = (partial(attention_forward, ENGINE), partial(attention_backward, ENGINE))

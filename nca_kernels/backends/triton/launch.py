@@ -36,17 +36,22 @@ def launch(
     }
     if os.environ.get(ARCHITECTURE) and version(jax_triton) < (0, 4):
         shapes["compute_capability"] = capability()
-    return jax_triton.triton_call(
-        *inputs,
-        kernel=kernel,
-        grid=grid,
-        num_warps=how.warps,
-        num_stages=how.stages,
-        enable_fp_fusion=True,
-        input_output_aliases=aliases or {},
-        g=Constants(g),
-        **shapes,
-    )
+
+    def call(*inputs: Any) -> list[Any]:
+        return jax_triton.triton_call(
+            *inputs,
+            kernel=kernel,
+            grid=grid,
+            num_warps=how.warps,
+            num_stages=how.stages,
+            enable_fp_fusion=True,
+            input_output_aliases=aliases or {},
+            g=Constants(g),
+            **shapes,
+        )
+
+    call.__name__ = f"nca_triton_{kernel.fn.__name__}"  # shows in the lowered module
+    return jax.jit(call)(*inputs)
 
 
 def capability() -> int:

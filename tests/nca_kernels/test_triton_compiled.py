@@ -1,0 +1,68 @@
+"""The Triton kernels, compiled ahead of time for GPUs that are not here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed (it is for Linux only)")
+
+ROOT = Path(__file__).parents[2]
+SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+TENSOR = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
+# Two registers of a few threads; which of the versions of Triton has them varies.
+SPILLED = 8
+# Wide states on the oldest cards: see the table in benchmarks/results/aot.
+SPILLED_OF = {("diffusing", "sm_80"): 80}
+AWKWARD = (
+    "line",
+    "three_hidden",
+    "no_hidden",
+    "dense_replicate",
+    "inputs_per_cell",
+    "inputs_per_sample",
+    "kernel_beyond_grid_circular",
+    "volume_circular",
+    "bfloat16",
+    "attention_bfloat16",
+)
+
+
+def compiled(tmp_path, *arguments):
+    """Rows of ``benchmarks.aot``, in a process that compiles: this one interprets."""
+    path = tmp_path / "rows.json"
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.aot", "--json", str(path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [*command, "--precisions", "default", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("case", ["growing", "self_autoencoding", "diffusing"])
+def test_kernels_compile_for_every_target(tmp_path, case):
+    """Within a device's shared memory, with tensor cores, without spills where that counts."""
+    rows = compiled(tmp_path, "--cases", case)
+    assert {row["target"] for row in rows} == set(SHARED_BYTES)
+    for row in rows:
+        name = f"{row['case']} {row['kernel']} {row['target']}"
+        assert row["shared_bytes"] <= SHARED_BYTES[row["target"]], name
+        if row["target"] in ("sm_80", "sm_90"):
+            limit = SPILLED_OF.get((case, row["target"]), SPILLED)
+            assert row["spill_bytes"] <= limit, name
+        if row["kernel"] == "step_forward" and case == "growing":
+            assert row["tensor_instructions"].get(TENSOR[row["target"]]), name
+
+
+def test_awkward_cases_compile(tmp_path):
+    """Paths through the kernels that the benchmark cases do not take."""
+    rows = compiled(tmp_path, "--cases", *AWKWARD, "--targets", "sm_80")
+    assert len(rows) > 3 * len(AWKWARD)
