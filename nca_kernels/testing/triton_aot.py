@@ -111,9 +111,9 @@ def _lower_gradient(case: Case | AttentionCase, backend: str) -> None:
     if isinstance(case, AttentionCase):
         arrays = case.arguments()
 
-        def attend(*arrays: Any) -> Any:
+        def attend(q: Any, k: Any, v: Any) -> Any:
             out = nk.neighborhood_attention(
-                *arrays, case.radius, len(case.grid), backend, padding=case.padding
+                q, k, v, case.radius, len(case.grid), backend, padding=case.padding
             )
             return jnp.sum(out.astype(jnp.float32))
 

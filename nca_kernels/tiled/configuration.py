@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,8 @@ from jax import Array
 
 from nca_kernels.rule import AttentionOperands, Operands
 from nca_kernels.tiled.geometry import RUN, block
-from nca_kernels.tuning import Launch, winner
+from nca_kernels.tiled.tuner import tuned
+from nca_kernels.tuning import TUNE, Launch, winner
 
 WIDEST = 1024  # channels, or outputs of dense taps
 
@@ -47,13 +49,15 @@ def step_launch(
     if engine.fixed is not None:
         return engine.fixed(call)
     problem = f"{engine.name} {problem_name(call, operands)}"
-    found = winner(engine.device(), kernel, problem)
+    tuning = os.environ.get(TUNE) == "1"
+    found = None if tuning else winner(engine.device(), kernel, problem)
     if found is not None:
         return found
-    precision = engine.precision(call.rule.precision, platform)
-    return heuristic(
-        kernel, call, operands, precision in ("ieee", "tf32x3"), engine.wide_products()
-    )
+    precise = engine.precision(call.rule.precision, platform) in ("ieee", "tf32x3")
+    guess = heuristic(kernel, call, operands, precise, engine.wide_products())
+    if not tuning:
+        return guess
+    return tuned(engine, kernel, problem, call, platform, operands, guess)
 
 
 def attention_launch(engine: Engine, call: Any, operands: AttentionOperands) -> Launch:

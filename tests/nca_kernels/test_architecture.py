@@ -11,7 +11,9 @@ ROOT = Path(__file__).parents[2]
 CORE = {"nca_kernels.rule", "nca_kernels.perception", "nca_kernels.fire_mask"}
 # What backends that work tile by tile share.
 TILED = {
-    f"nca_kernels.tiled.{m}" for m in ("geometry", "weights", "configuration", "step", "attention")
+    f"nca_kernels.tiled.{path.stem}"
+    for path in (ROOT / "nca_kernels/tiled").glob("*.py")
+    if path.stem != "__init__"
 }
 TILED |= {"nca_kernels.tuning"}
 
