@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CONSTRAINTS ?=
 CONSTRAIN := $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
-.PHONY: help demo test check bench gpu clean
+.PHONY: help demo test check bench gpu aot clean
 
 help:
 	@echo "make demo   train a Growing NCA on the packaged target and show it (under 6 minutes)"
@@ -16,6 +16,7 @@ help:
 	@echo "make check  formatting, lint and types"
 	@echo "make bench  against the reference, CAX and PyTorch on this machine; writes results"
 	@echo "make gpu    conformance and timings on a GPU, with the Python that has its JAX"
+	@echo "make aot    registers, spills and shared memory of the Triton kernels; needs no GPU"
 	@echo "make clean  remove virtual environments and caches"
 
 # One stamp for each set of extras.
@@ -28,7 +29,14 @@ $(VENV)/installed-%: pyproject.toml
 demo: $(VENV)/installed-models
 	$(BIN)/nca demo --out $(DEMO_OUT) $(if $(wildcard $(DEMO_OUT)/config.json),--resume)
 
-test: $(VENV)/installed-models,test
+# jax-triton can be imported only where JAX's CUDA plugin is, which works without a GPU. Where it
+# cannot be had, the tests that need it skip and say so.
+$(VENV)/cuda-plugin: $(VENV)/installed-models,test
+	@version=$$($(BIN)/python -c "import jax; print(jax.__version__)"); \
+	  $(PIP) --no-deps jax-cuda13-plugin==$$version || echo "no CUDA plugin of JAX $$version"
+	@touch $@
+
+test: $(VENV)/installed-models,test $(VENV)/cuda-plugin
 	$(BIN)/python -m pytest tests -n 2 --dist worksteal $(PYTEST_ARGS)
 
 check: $(VENV)/installed-models,test,check
@@ -44,7 +52,11 @@ bench: $(VENV)/installed-models,test,peers
 gpu:
 	@$(PYTHON) -c "import jax" 2>/dev/null || { \
 	  echo "$(PYTHON) has no JAX: name the Python whose JAX sees the GPU, make gpu PYTHON=..." >&2; exit 2; }
-	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu --save
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu --save $(GPU_ARGS)
+
+# What the Triton kernels take, compiled ahead of time; needs no GPU.
+aot: $(VENV)/installed-models,test $(VENV)/cuda-plugin
+	$(BIN)/python -m benchmarks.aot --save
 
 clean:
 	rm -rf .venv* .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks out

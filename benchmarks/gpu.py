@@ -1,20 +1,30 @@
-"""Everything that needs a GPU, in one command: conformance, then timings against the reference.
+"""Everything that needs a GPU, in one command of under nine minutes; ``make gpu`` runs it.
 
-``make gpu`` runs it with the Python whose JAX sees the GPU; it needs jax and numpy only, and
-works offline. With ``--save`` the figures go to ``benchmarks/results/<device>/gpu.json``.
+Conformance of every kernel backend (values, gradients, masks, determinism), then timings against
+the reference path and the device's measured limit, then peak memory of training. It needs the
+Python whose JAX sees the GPU, jax and numpy, and for the Triton kernels triton and jax-triton;
+nothing is downloaded. With ``--save`` all goes to ``benchmarks/results/<device>/gpu.json``, and
+the table that is printed last to ``gpu.md``. ``--tune`` first looks for the fastest launches of
+the benchmark cases, which takes much longer, and puts them where winners are packaged.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import statistics
+import subprocess
 import sys
+import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 
 import nca_kernels as nk
+from benchmarks import roofline
 from benchmarks.measure import (
     ROOT,
     STEPS,
@@ -26,75 +36,262 @@ from benchmarks.measure import (
     provenance,
     write_json,
 )
-from nca_kernels.testing import BENCHMARKS, CHECKS, CONFORMANCE, TRANSFORMATION_CHECKS
+from nca_kernels import tuning
+from nca_kernels.testing import (
+    ATTENTION,
+    ATTENTION_CHECKS,
+    BENCHMARKS,
+    CHECKS,
+    CONFORMANCE,
+    TRANSFORMATION_CHECKS,
+    Case,
+)
+from nca_kernels.testing.conformance import check_fate_hangs_on_dead_neighbours
 
 TRANSFORMED = ("plane", "inputs_per_sample", "volume")
+MEMORY_STEPS = 64
+MINUTES = 9.0
 
 
-def conformance(backend: str) -> list[dict[str, Any]]:
-    """Every check that fails, with its message."""
+# ---- conformance: in several processes, because compiling is what takes the time ----
+
+
+def checks(backend: str) -> list[tuple[str, Any]]:
+    """(name, what to call) of every check of a backend on this machine."""
+    several = len(jax.devices()) > 1
     by_name = {case.name: case for case in CONFORMANCE}
-    jobs = [(name, check, case) for name, check in CHECKS.items() for case in CONFORMANCE]
+    found: list[tuple[str, Any]] = [
+        (f"{name} {case}", partial(check, backend, case))
+        for name, check in CHECKS.items()
+        for case in CONFORMANCE
+    ]
+    found.append(("fate", partial(check_fate_hangs_on_dead_neighbours, backend)))
     for name, check in TRANSFORMATION_CHECKS.items():
-        if name == "shard_map" and len(jax.devices()) < 2:
-            print(f"  {backend}: shard_map skipped: it needs two devices")
-            continue
-        jobs += [(name, check, by_name[case]) for case in TRANSFORMED]
-    failures = []
-    for name, check, case in jobs:
+        if several or name != "shard_map":
+            found += [(f"{name} {c}", partial(check, backend, by_name[c])) for c in TRANSFORMED]
+    for name, attention_check in ATTENTION_CHECKS.items():
+        if several or name != "shard_map":
+            cases = ATTENTION if name == "values_and_gradients" else ATTENTION[2:3]
+            found += [
+                (f"attention {name} {c.name}", partial(attention_check, backend, c)) for c in cases
+            ]
+    return found
+
+
+def run_part(backend: str, part: int, parts: int) -> None:
+    """A child's share of the checks; prints one JSON line a check."""
+    for name, check in checks(backend)[part::parts]:
+        start, error = time.perf_counter(), ""
         try:
-            check(backend, case)
-        except Exception as error:
-            failures.append({"check": name, "case": case.name, "error": str(error)[:500]})
-            print(f"  FAILED {backend} {name} {case.name}: {str(error)[:200]}")
-    print(f"  {backend}: {len(jobs) - len(failures)} passed, {len(failures)} failed")
-    return failures
+            check()
+        except Exception as failure:
+            error = f"{type(failure).__name__}: {str(failure)[-500:]}"
+        row = {"check": name, "seconds": time.perf_counter() - start, "error": error}
+        print(json.dumps(row), flush=True)
 
 
-def timings(backend: str, rounds: int) -> list[dict[str, Any]]:
-    """Nanoseconds per cell-step and the ratio to the reference, interleaved."""
-    growing = BENCHMARKS[0]
-    large = replace(growing, name="growing_1024", grid=(1024, 1024), batch=(1,))
+def conformance(backend: str, deadline: float) -> dict[str, Any]:
+    """Counts, failures, and what a deadline left out."""
+    parts = max(1, min(8, (os.cpu_count() or 2) // 2))
+    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    command = [sys.executable, "-m", "benchmarks.gpu", "--part", backend]
+    children = [
+        subprocess.Popen(
+            [*command, str(i), str(parts)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        )
+        for i in range(parts)
+    ]
     rows = []
-    for case in (*BENCHMARKS, large):
-        for mode in ("forward", "training"):
-            runs = {b: jax_run(case, b, mode, STEPS) for b in (backend, "reference")}
-            times = interleaved(runs, rounds)
-            row: dict[str, Any] = {
-                "case": case.name,
-                "mode": mode,
-                "backend": backend,
-                "ns": 1e9 * statistics.median(times[backend]) / (cells(case) * STEPS),
-                "x_reference": median_ratio(times["reference"], times[backend]),
-            }
-            print(
-                "  {case:18} {mode:9} {backend:8} {ns:9.3f} ns  {x_reference:6.2f}x".format(**row)
-            )
-            rows.append(row)
+    for child in children:
+        try:
+            out, _ = child.communicate(timeout=max(1.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            out, _ = child.communicate()
+        rows += [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    failed = [row for row in rows if row["error"]]
+    left = len(checks(backend)) - len(rows)
+    for row in failed:
+        print(f"  FAILED {backend} {row['check']}: {row['error'][:300]}")
+    print(f"  {backend}: {len(rows) - len(failed)} passed, {len(failed)} failed, {left} not run")
+    return {"passed": len(rows) - len(failed), "failed": failed, "not_run": left}
+
+
+# ---- timings ----
+
+
+def timed_cases() -> list[Case]:
+    growing = BENCHMARKS[0]
+    return [
+        replace(growing, name="growing_seed", batch=(1,)),
+        *BENCHMARKS,
+        replace(growing, name="growing_1024", grid=(1024, 1024), batch=(1,)),
+        replace(growing, name="growing_2048", grid=(2048, 2048), batch=(1,)),
+    ]
+
+
+def timings(
+    case: Case, mode: str, backends: list[str], rounds: int, peak: roofline.Peak
+) -> list[dict[str, Any]]:
+    """Interleaved rounds of all backends; ratios to the reference, fractions of the limit."""
+    runs = {}
+    for backend in (*backends, "reference"):
+        try:
+            run = jax_run(case, backend, mode, STEPS)
+            run()
+            runs[backend] = run
+        except Exception as error:  # out of memory, a launch that does not fit, ...
+            print(f"  {case.name} {mode} {backend}: {str(error).splitlines()[-1][:150]}")
+    times = interleaved(runs, rounds)
+    rows = []
+    for backend, own in times.items():
+        step = statistics.median(own) / STEPS
+        row = {
+            "case": case.name,
+            "mode": mode,
+            "backend": backend,
+            "us_per_step": 1e6 * step,
+            "ps_per_cell": 1e12 * step / cells(case),
+            "percent_of_limit": 100
+            * roofline.fraction(case, mode, peak, "tensorfloat32", step / cells(case)),
+        }
+        if "reference" in times:
+            row["x_reference"] = median_ratio(times["reference"], own)
+        rows.append(row)
     return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| case | mode | backend | us a step | ps a cell | % of limit | x reference |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        ratio = f"{row['x_reference']:.1f}" if "x_reference" in row else "-"
+        lines.append(
+            f"| {row['case']} | {row['mode']} | {row['backend']} | {row['us_per_step']:.1f} "
+            f"| {row['ps_per_cell']:.1f} | {row['percent_of_limit']:.0f} | {ratio} |"
+        )
+    return "\n".join(lines)
+
+
+# ---- memory ----
+
+
+def peak_memory(backend: str, size: int) -> None:
+    """A child: peak bytes of a training step of ``size**2`` cells, in states of that size."""
+    case = replace(BENCHMARKS[0], grid=(size, size), batch=(1,))
+    jax_run(case, backend, "training", MEMORY_STEPS)()
+    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+    state = cells(case) * case.channels * 4
+    print(json.dumps({"backend": backend, "peak_bytes": peak, "states": peak / state}))
+
+
+def memory(backends: list[str], size: int) -> list[dict[str, Any]]:
+    """Peak memory with every state kept (``checkpoint="all"``), each in its own process."""
+    rows = []
+    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    for backend in backends:
+        command = [sys.executable, "-m", "benchmarks.gpu", "--memory", backend, str(size)]
+        out = subprocess.run(command, capture_output=True, text=True, env=environment)
+        lines = [line for line in out.stdout.splitlines() if line.startswith("{")]
+        rows += [json.loads(line) for line in lines]
+        if lines:
+            print(f"  {backend}: {rows[-1]['states']:.1f} states for {MEMORY_STEPS} steps")
+        else:
+            print(f"  {backend}: {out.stderr.splitlines()[-1:]}")
+    return rows
+
+
+# ---- the command ----
+
+
+def tune() -> None:
+    """Winners of the benchmark cases, into the package."""
+    os.environ[tuning.TUNE], os.environ[tuning.FOLDER] = "1", str(tuning.PACKAGED)
+    for case in timed_cases()[1:]:
+        print(f"tuning {case.name} ...", flush=True)
+        jax_run(case, "triton", "training", STEPS)()
+    del os.environ[tuning.TUNE]
+    jax.clear_caches()
+
+
+def report(options: argparse.Namespace, deadline: float) -> int:
+    ours = options.backends or [
+        b.name for b in nk.backends() if b.available and b.name != "reference"
+    ]
+    print(f"conformance on {device_name()}: {', '.join(ours)}", flush=True)
+    found = {backend: conformance(backend, deadline - 180) for backend in ours}
+    print("the limit of this device", flush=True)
+    peak = roofline.measure_peak(*options.peak)
+    print(f"  copy {peak.bytes / 1e12:.2f} TB/s, " + ", ".join(
+        f"{name} {flops / 1e12:.0f} TFLOP/s" for name, flops in peak.flops.items()
+    ))  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    left_out = []
+    for case in timed_cases():
+        for mode in ("forward", "training"):
+            if time.monotonic() > deadline - 45:
+                left_out.append(f"{case.name} {mode}")
+                continue
+            rows += timings(case, mode, ours, options.rounds, peak)
+    print(f"peak memory, {options.size}x{options.size}, {MEMORY_STEPS} steps", flush=True)
+    kept = memory(ours, options.size)
+    text = table(rows)
+    if left_out:
+        text += f"\n\nNot timed for lack of time: {', '.join(left_out)}."
+    if options.save:
+        folder = ROOT / "results" / device_name()
+        content = {
+            **provenance("make gpu"),
+            "conformance": found,
+            "peak": peak._asdict(),
+            "rows": rows,
+            "memory": kept,
+            "not_timed": left_out,
+        }
+        write_json(folder / "gpu.json", content)
+        (folder / "gpu.md").write_text(text + "\n")
+    print(f"\n{STEPS} steps, medians of {options.rounds} interleaved rounds; the limit counts "
+          f"every cell as if it fired, products in TF32\n\n{text}")  # fmt: skip
+    return 1 if any(f["failed"] for f in found.values()) else 0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--save", action="store_true")
+    parser.add_argument("--tune", action="store_true")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--minutes", type=float, default=MINUTES)
+    parser.add_argument("--backends", nargs="+", help="instead of all that are available")
+    parser.add_argument("--size", type=int, default=1024, help="of the grid for peak memory")
+    parser.add_argument("--peak", type=int, nargs=2, default=(8192, 4096), metavar="N")
+    parser.add_argument("--part", nargs=3, metavar=("BACKEND", "I", "N"), help="of the checks")
+    parser.add_argument("--memory", nargs=2, metavar=("BACKEND", "SIZE"), help="measured alone")
+    parser.add_argument("--any-device", action="store_true", help="to try the command itself")
     options = parser.parse_args()
-    if jax.default_backend() != "gpu":
+    deadline = time.monotonic() + 60 * options.minutes
+    alone = options.part or options.memory
+    if jax.default_backend() != "gpu" and not (options.any_device or alone):
         print(
             f"no GPU: JAX runs on {jax.default_backend()}; make gpu needs a machine with one, "
             "and PYTHON=... naming the Python whose JAX sees it",
             file=sys.stderr,
         )
         return 2
-    ours = [b.name for b in nk.backends() if b.available and b.name != "reference"]
-    print(f"conformance on {device_name()}: {', '.join(ours)}")
-    failures = {backend: conformance(backend) for backend in ours}
-    print(f"per cell-step, {STEPS} steps, median of {options.rounds} interleaved rounds")
-    rows = [row for backend in ours for row in timings(backend, options.rounds)]
-    if options.save:
-        content = {**provenance("make gpu"), "failures": failures, "rows": rows}
-        write_json(ROOT / "results" / device_name() / "gpu.json", content)
-    return 1 if any(failures.values()) else 0
+    if options.part:
+        run_part(options.part[0], *map(int, options.part[1:]))
+        return 0
+    if options.memory:
+        peak_memory(options.memory[0], int(options.memory[1]))
+        return 0
+    if options.tune:
+        tune()
+    return report(options, deadline)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -39,7 +40,7 @@ def tuned(
         return _tuned[device, kernel, problem]
     with jax.ensure_compile_time_eval():
         run = _runner(engine, kernel, call, platform, operands)
-        times = {how: seconds(lambda how=how: run(how)) for how in candidates(heuristic)}
+        times = {how: seconds(partial(run, how)) for how in candidates(heuristic)}
     best = min(times, key=lambda how: times[how])
     if times[best] == float("inf"):
         raise RuntimeError(f"no launch of {kernel} runs on {device} for {problem}")

@@ -1,0 +1,79 @@
+"""What a step costs at least, and how fast this device is at most: the distance is the score."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.measure import interleaved
+from nca_kernels.testing import Case
+
+
+class Work(NamedTuple):
+    """Of one cell and step: floating-point operations of the MLP's products, bytes moved."""
+
+    flops: float
+    bytes: float
+
+
+def work(case: Case, mode: str) -> Work:
+    """Dense work (every cell fires): forward, or forward and backward with recomputation.
+
+    The state is read and written once, and once more with its cotangent on the way back.
+    """
+    widths = (case.perception_size + case.inputs, *case.hidden, case.channels)
+    macs = sum(n * m for n, m in pairwise(widths))
+    itemsize = jnp.dtype(case.dtype).itemsize
+    forward = Work(2 * macs, 2 * itemsize * case.channels)
+    if mode == "forward":
+        return forward
+    # Back: hidden layers again, then the gradients of inputs and of weights of every layer.
+    again = 2 * (macs - widths[-2] * widths[-1])
+    return Work(forward.flops + again + 4 * macs, forward.bytes + 3 * itemsize * case.channels)
+
+
+class Peak(NamedTuple):
+    """Measured on this device: FLOP/s of products by precision, bytes/s of a copy."""
+
+    flops: dict[str, float]
+    bytes: float
+
+    def seconds(self, needed: Work, precision: str) -> float:
+        """Time of one cell and step at the limit."""
+        return max(needed.flops / self.flops[precision], needed.bytes / self.bytes)
+
+
+def measure_peak(size: int = 8192, megabytes: int = 4096, rounds: int = 10) -> Peak:
+    """Products of ``[size, size]`` and a copy of so many megabytes, best of ``rounds``."""
+    key = jax.random.key(0)
+    a = jax.random.normal(key, (size, size))
+    flops = {}
+    for name, dtype, precision in (
+        ("float32", "float32", "highest"),
+        ("tensorfloat32", "float32", "tensorfloat32"),
+        ("bfloat16", "bfloat16", None),
+    ):
+        flops[name] = 2 * size**3 / best(_product(precision), a.astype(dtype), rounds)
+    data = jnp.zeros((megabytes * 2**18,), jnp.float32)
+    return Peak(flops, 2 * data.nbytes / best(jax.jit(lambda x: x + 1), data, rounds))
+
+
+def _product(precision: str | None) -> Callable[[Any], Any]:
+    return jax.jit(lambda a: jnp.dot(a, a, precision=precision))
+
+
+def best(run: Callable[[Any], Any], argument: Any, rounds: int) -> float:
+    """Seconds of the fastest of ``rounds`` calls."""
+    times = interleaved({"": lambda: jax.block_until_ready(run(argument))}, rounds)
+    return min(times[""])
+
+
+def fraction(case: Case, mode: str, peak: Peak, precision: str, seconds_per_cell: float) -> float:
+    """Of the limit of the device, counting every cell as if it fired."""
+    reached = peak.seconds(work(case, mode), precision) / seconds_per_cell
+    return reached if math.isfinite(reached) else 0.0
