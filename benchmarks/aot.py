@@ -27,6 +27,7 @@ from nca_kernels.testing.triton_aot import TARGETS, compile_job, jobs
 
 PRECISIONS = ("default", "float32", "bfloat16")
 CASES: dict[str, Case | AttentionCase] = {c.name: c for c in (*CONFORMANCE, *BENCHMARKS)}
+CASES |= {f"update_{c.name}": replace(c, name=f"update_{c.name}") for c in CONFORMANCE}
 CASES |= {f"attention_{c.name}": c for c in ATTENTION}
 CASES |= {c.name: c for c in BENCHMARKS}
 DEFAULT = (*(c.name for c in BENCHMARKS), "attention_three_heads")
@@ -38,14 +39,16 @@ def at_precision(case: Case | AttentionCase, precision: str) -> Case | Attention
     return replace(case, rule=replace(case.rule, precision=precision))
 
 
-def all_jobs(cases: list[str], targets: list[str], precisions: list[str]) -> Iterator[tuple]:
+def all_jobs(
+    cases: list[str], targets: list[str], precisions: list[str], **constants: Any
+) -> Iterator[tuple]:
     """(target, precision, job) of every kernel, each launch once."""
     devices = ["", *(path.stem for path in sorted(tuning.PACKAGED.glob("*.json")))]
     for target in targets:
         for precision in precisions:
             for name in cases:
                 case = at_precision(CASES[name], precision)
-                found = [job for d in devices if case for job in jobs(case, target, d)]
+                found = [j for d in devices if case for j in jobs(case, target, d, **constants)]
                 for job in dict.fromkeys(found):
                     yield target, precision, job
 
@@ -64,11 +67,13 @@ def main() -> int:
     parser.add_argument("--cases", nargs="+", default=list(DEFAULT), choices=sorted(CASES))
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
+    parser.add_argument("--wide", action="store_true", help="64-bit indices, as of huge states")
     parser.add_argument("--save", action="store_true")
     parser.add_argument("--json", type=Path, help="write the rows there")
     options = parser.parse_args()
     rows = []
-    work = list(all_jobs(options.cases, options.targets, options.precisions))
+    constants = {"wide": True} if options.wide else {}
+    work = list(all_jobs(options.cases, options.targets, options.precisions, **constants))
     for target, precision, job in tqdm(work, disable=None, unit="kernel"):
         rows.append({**compile_job(job, target), "precision": precision})
         tqdm.write(line(rows[-1]), file=sys.stdout)

@@ -61,12 +61,14 @@ def jobs(
     target: str,
     device: str = "",
     fixed: Callable[[Any], Launch] | None = None,
+    **constants: Any,
 ) -> list[Job]:
     """The kernels of a case, forward and backward, recorded as they would be launched.
 
     Args:
         device: whose packaged winners to take; without, launches are the heuristic's.
         fixed: a launch for every kernel instead.
+        constants: of the kernels, instead of those that follow from the case.
     """
     found: list[Job] = []
 
@@ -80,7 +82,7 @@ def jobs(
         aliases: Any = None,
     ) -> list[Any]:
         signature = tuple(TYPES[a.dtype.name] for a in (*inputs, *outputs))
-        found.append(Job(case.name, kernel, signature, Constants(g), how))
+        found.append(Job(case.name, kernel, signature, Constants({**g, **constants}), how))
         return [jnp.zeros(o.shape, o.dtype) for o in outputs]
 
     engine = replace(
@@ -107,7 +109,7 @@ def jobs(
 
 
 def _lower_gradient(case: Case | AttentionCase, backend: str) -> None:
-    """Lowers a case's value and its gradients of weights and state, or of all of q, k and v."""
+    """Lowers a case's value and gradients: of a step, or of an update where its name says so."""
     if isinstance(case, AttentionCase):
         arrays = case.arguments()
 
@@ -120,13 +122,33 @@ def _lower_gradient(case: Case | AttentionCase, backend: str) -> None:
         jax.jit(jax.value_and_grad(attend, (0, 1, 2))).lower(*arrays)
         return
     params, state, key, inputs = case.arguments()
+    if case.name.startswith("update"):
 
-    def loss(layers: Any, state: Any) -> Any:
-        args = nk.RuleParams(params.perception, params.perception_bias, layers)
-        out = nk.step(case.rule, args, state, key, inputs, backend=backend)
+        def updated(layers: Any, state: Any, perception: Any, inputs: Any) -> Any:
+            dims = len(case.grid)
+            out = nk.update(
+                case.rule, layers, state, perception, key, inputs, backend, num_spatial_dims=dims
+            )
+            return jnp.sum(out)
+
+        perception = jnp.zeros((*state.shape[:-1], case.perception_size))
+        wanted = (0, 1, 2) if inputs is None else (0, 1, 2, 3)
+        args = (params.layers, state, perception, inputs)
+        jax.jit(jax.value_and_grad(updated, wanted)).lower(*args)
+        return
+
+    def loss(params: Any, state: Any, inputs: Any) -> Any:
+        out = nk.step(case.rule, params, state, key, inputs, backend=backend)
         return jnp.sum(out.astype(jnp.float32))
 
-    jax.jit(jax.value_and_grad(loss, (0, 1))).lower(params.layers, state)
+    def with_named_filters(layers: Any, *rest: Any) -> Any:  # which are not trained
+        return loss(nk.RuleParams(params.perception, params.perception_bias, layers), *rest)
+
+    named = isinstance(case.filters, tuple)
+    fun = jax.value_and_grad(
+        with_named_filters if named else loss, (0, 1, 2)[: 2 + bool(case.inputs)]
+    )
+    jax.jit(fun).lower(params.layers if named else params, state, inputs)
 
 
 def compile_job(job: Job, target: str) -> dict[str, Any]:

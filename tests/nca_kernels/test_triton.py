@@ -1,9 +1,15 @@
 """The Triton kernels in Triton's interpreter, through the same cases as every backend."""
 
+from dataclasses import replace
+from functools import partial
+
+import jax
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed (it is for Linux only)")
 
+import nca_kernels as nk
+from nca_kernels import dispatch
 from nca_kernels.testing import (
     ATTENTION,
     ATTENTION_CHECKS,
@@ -11,11 +17,13 @@ from nca_kernels.testing import (
     TRANSFORMATION_CHECKS,
     triton_host,
 )
+from nca_kernels.testing.compare import assert_close
 from nca_kernels.testing.conformance import (
     check_fate_hangs_on_dead_neighbours,
     check_mask,
     check_values_and_gradients,
 )
+from nca_kernels.tiled.step import backward, forward
 
 triton_host.register()
 BACKEND = triton_host.NAME
@@ -35,6 +43,28 @@ def test_the_same_bits_twice():
 @pytest.mark.parametrize("name", ["line", "plane_batch_2x3", "rarely_fires", "volume"])
 def test_mask(name):
     check_mask(BACKEND, BY_NAME[name])
+
+
+def test_a_mask_drawn_by_jax():
+    """Another generator's bits are not the kernel's: it takes the mask as it is."""
+    case = BY_NAME["line"]
+    params, state, _, _ = case.arguments()
+    key = jax.random.key(3, impl="rbg")
+    run = partial(nk.step, case.rule, params, state, key)
+    assert_close(run(backend=BACKEND), run(backend="reference"), 1e-5, "state")
+
+
+def test_indices_beyond_32_bits():
+    """The kernels of states of more than 2**31 numbers, on a small one."""
+    engine = dispatch._registry[BACKEND].load("step")[0].args[0]
+
+    def launch(kernel, inputs, outputs, grid, g, how, aliases=None):
+        return triton_host.launch(kernel, inputs, outputs, grid, {**g, "wide": True}, how, aliases)
+
+    wide = replace(engine, launch=launch)
+    both = (partial(forward, wide), partial(backward, wide))
+    dispatch.register(dispatch.Backend("triton_wide", "64-bit indices", lambda op: both))
+    check_values_and_gradients("triton_wide", BY_NAME["plane"], calls=1)
 
 
 def test_fate_hangs_on_dead_neighbours():

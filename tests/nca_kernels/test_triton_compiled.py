@@ -27,6 +27,7 @@ AWKWARD = (
     "kernel_beyond_grid_circular",
     "volume_circular",
     "bfloat16",
+    "update_inputs_per_cell",
     "attention_bfloat16",
 )
 
@@ -66,3 +67,8 @@ def test_awkward_cases_compile(tmp_path):
     """Paths through the kernels that the benchmark cases do not take."""
     rows = compiled(tmp_path, "--cases", *AWKWARD, "--targets", "sm_80")
     assert len(rows) > 3 * len(AWKWARD)
+
+
+def test_indices_beyond_32_bits_compile(tmp_path):
+    cases = ("plane_circular", "attention_circular")
+    assert compiled(tmp_path, "--cases", *cases, "--targets", "sm_80", "--wide")

@@ -154,6 +154,8 @@ def hidden_layer(
 @triton.jit
 def keep_hidden(parts, sources, row, exists, scratch_ptr, weights_ptr, g: tl.constexpr):
     """All hidden layers but the last, before their activation, to scratch."""
+    if g.layers > 2:
+        tl.debug_barrier()  # others may still read those of the block of rows before
     for layer in tl.static_range(g.layers - 2):
         for n in range(0, g.padded_widths[layer], g.block_h):
             z = hidden_layer(layer, parts, sources, row, exists, scratch_ptr, weights_ptr, n, g)

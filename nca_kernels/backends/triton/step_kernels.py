@@ -233,9 +233,13 @@ def step_backward(
                 keep_perception_gradient(d_before, lane, exists, scratch_ptr, g)
             tl.debug_barrier()  # before others read the scratch, or add to the same sums
         if g.state_grad:
+            first_place = program * 0 + tile
+            if g.wide:
+                first_place = first_place.to(tl.int64)
             _tile_gradient(
-                cotangent_ptr, alive_ptr, d_state_ptr, overlap_ptr + tile * g.places * g.channels,
-                weights_ptr, scratch_ptr, count, sample, z0, y0, x0, g,
+                cotangent_ptr, alive_ptr, d_state_ptr,
+                overlap_ptr + first_place * g.places * g.channels, weights_ptr, scratch_ptr,
+                count, sample, z0, y0, x0, g,
             )  # fmt: skip
         tl.debug_barrier()
     if g.weight_grad:
@@ -295,8 +299,8 @@ def _tile_gradient(
         tl.store(d_state_ptr + at, total.to(d_state_ptr.dtype.element_ty), mask=mask)
         if g.places > g.tile:
             if count > 0:
-                at = place[:, None] * g.channels + channel
-                tl.store(overlap_ptr + at, acc, mask=(exists & ~own)[:, None] & real)
+                around = place[:, None] * g.channels + channel
+                tl.store(overlap_ptr + around, acc, mask=(exists & ~own)[:, None] & real)
 
 
 @triton.jit
