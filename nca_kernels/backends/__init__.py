@@ -41,7 +41,13 @@ for backend in (
         platforms=("cuda", "rocm"),
         missing=_ask("pallas.launch", "missing"),
         unsupported=_ask("pallas.engine", "unsupported"),
-        markers={"step": ("nca_pallas_step_forward", "nca_pallas_step_backward")},
+        markers={
+            "step": ("nca_pallas_step_forward", "nca_pallas_step_backward"),
+            "neighborhood_attention": (
+                "nca_pallas_attention_forward",
+                "nca_pallas_attention_backward_query",
+            ),
+        },
     ),
     Backend(
         name="xla",

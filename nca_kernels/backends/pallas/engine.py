@@ -1,0 +1,53 @@
+"""The Pallas kernels as an engine of :mod:`nca_kernels.tiled`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import jax
+
+from nca_kernels.backends.pallas.launch import launch
+from nca_kernels.tiled.attention import attention_constants
+from nca_kernels.tiled.configuration import Engine, heuristic, unsupported_by_tiles
+from nca_kernels.tiled.geometry import step_constants
+from nca_kernels.tuning import Launch
+
+# What Rule.precision is to a product of float32 blocks. The default is what XLA does.
+PRECISIONS = {
+    "cuda": {"default": "tf32", "float32": "tf32x3", "tensorfloat32": "tf32"},
+    "rocm": {"default": "ieee", "float32": "ieee", "tensorfloat32": "ieee"},
+    "cpu": {"default": "ieee", "float32": "ieee", "tensorfloat32": "ieee"},
+}
+
+
+def precision(name: str, platform: str) -> str:
+    return "bfloat16" if name == "bfloat16" else PRECISIONS[platform][name]
+
+
+ENGINE = Engine(
+    name="pallas",
+    step_kernels=lambda: import_module("nca_kernels.backends.pallas.step_kernels"),
+    attention_kernels=lambda: import_module("nca_kernels.backends.pallas.attention_kernels"),
+    launch=launch,
+    precision=precision,
+)
+
+
+def unsupported(call: Any, avals: Sequence[Any]) -> str | None:
+    """Why these kernels cannot run a call, or None."""
+    return unsupported_by_tiles(call, avals) or _too_large(call, avals)
+
+
+def _too_large(call: Any, avals: Sequence[Any]) -> str | None:
+    """Positions are int32: without x64, JAX has no wider integers."""
+    operands = jax.tree.unflatten(call.treedef, avals[: call.treedef.num_leaves])
+    if call.op == "neighborhood_attention":
+        g = attention_constants(call, operands, Launch())
+    else:
+        how = heuristic("step_backward", call, operands, precise=True, wide_products=False)
+        g = step_constants(call, operands, how, "ieee")
+    if g["wide"]:
+        return "it takes arrays of less than 2**31 elements, those of its own included"
+    return None
