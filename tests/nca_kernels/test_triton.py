@@ -10,6 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed (it is for Linux o
 
 import nca_kernels as nk
 from nca_kernels import dispatch
+from nca_kernels.backends.triton.launch import missing
 from nca_kernels.testing import (
     ATTENTION,
     ATTENTION_CHECKS,
@@ -47,10 +48,7 @@ def test_mask(name):
 
 def test_a_mask_drawn_by_jax():
     """Another generator's bits are not the kernel's: it takes the mask as it is."""
-    case = BY_NAME["line"]
-    params, state, _, _ = case.arguments()
-    key = jax.random.key(3, impl="rbg")
-    run = partial(nk.step, case.rule, params, state, key)
+    run = partial(nk.step, *_arguments()[:3], jax.random.key(3, impl="rbg"))
     assert_close(run(backend=BACKEND), run(backend="reference"), 1e-5, "state")
 
 
@@ -65,6 +63,21 @@ def test_indices_beyond_32_bits():
     both = (partial(forward, wide), partial(backward, wide))
     dispatch.register(dispatch.Backend("triton_wide", "64-bit indices", lambda op: both))
     check_values_and_gradients("triton_wide", BY_NAME["plane"], calls=1)
+
+
+def test_says_what_is_missing(monkeypatch):
+    """Without a GPU "auto" must not choose it, also when lowering for one."""
+    assert "TRITON_INTERPRET is set" in missing()
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert missing() is not None
+    with pytest.raises(nk.BackendUnavailable, match="cannot run here: "):
+        nk.step(*_arguments(), backend="triton")
+
+
+def _arguments():
+    case = BY_NAME["line"]
+    args = case.arguments()
+    return case.rule, args.params, args.state, args.key
 
 
 def test_fate_hangs_on_dead_neighbours():

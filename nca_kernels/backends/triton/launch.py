@@ -90,4 +90,13 @@ def missing() -> str | None:
             if package == "jax_triton" and "GPU support" in str(error):
                 return "jax-triton needs JAX with CUDA or ROCm: pip install 'jax[cuda13]'"
             return f"{package} is not installed: pip install triton jax-triton"
+    if not os.environ.get(ARCHITECTURE) and not _has_gpu():
+        return f"there is no GPU: to compile for one, set {ARCHITECTURE}, as 90 for an H200"
     return None
+
+
+def _has_gpu() -> bool:
+    try:
+        return bool(jax.devices("gpu"))
+    except RuntimeError:
+        return False
