@@ -111,11 +111,16 @@ def heuristic(
     narrow = width > 128 and backward
     return Launch(
         tile=_tile(call.num_spatial_dims, state.shape[2:-1], block_c),
-        rows=max(16, min(rows, 2**13 // width)) if width <= 512 else 16,
-        block_h=min(block(hidden), max(16, min(block_h, 2**15 // max(width, block_c)))),
+        rows=_power_of_two(min(rows, 2**13 // width)),
+        block_h=min(block(hidden), _power_of_two(min(block_h, 2**15 // width))),
         stages=1 if backward else 2,
         unroll=1 if narrow else 3,
     )
+
+
+def _power_of_two(size: int) -> int:
+    """The largest that is not above ``size``, but at least 16."""
+    return max(16, 1 << (size.bit_length() - 1) if size else 0)
 
 
 def _tile(dims: int, grid: tuple[int, ...], block_c: int) -> tuple[int, int, int]:

@@ -227,7 +227,7 @@ def test_forward_mode_says_to_use_reverse_mode():
 def test_environment_names_the_backend(monkeypatch):
     monkeypatch.setenv("NCA_BACKEND", "nonsense")
     with pytest.raises(
-        ValueError, match="environment variable NCA_BACKEND must be one of auto, xla"
+        ValueError, match="variable NCA_BACKEND must be one of auto, triton, pallas"
     ):
         step()
     monkeypatch.setenv("NCA_BACKEND", "reference")

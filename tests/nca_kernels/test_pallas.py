@@ -27,13 +27,11 @@ BY_NAME = {case.name: case for case in CONFORMANCE}
 # dimensions, taps and layers of every kind, and where the kernels take another way.
 CASES = (
     "line",
-    "plane",
     "plane_replicate",
     "plane_reflect",
     "kernel_beyond_grid_circular",
     "even_kernel_circular",
     "dense_replicate",
-    "dense_circular_line",
     "perception_bias",
     "no_hidden",
     "two_hidden",
@@ -52,7 +50,7 @@ CHECKED = ("kernel_beyond_grid", "volume")
 MASKS = ("line", "plane_batch_2x3", "volume")
 TRANSFORMATIONS = (
     ("update", "plane"),
-    ("gradients_under_vmap", "plane"),
+    ("gradients_under_vmap", "line"),
     ("rollout", "line_no_batch"),
     ("kernel_ran", "inputs_per_sample"),
     ("shard_map", "line_no_batch"),

@@ -3,6 +3,8 @@
 import json
 import time
 from dataclasses import asdict, replace
+from itertools import product
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +12,10 @@ import pytest
 
 import nca_kernels as nk
 from nca_kernels import dispatch, tuning
-from nca_kernels.testing import BENCHMARKS, CONFORMANCE
+from nca_kernels.rule import Operands
+from nca_kernels.testing import CONFORMANCE
 from nca_kernels.tiled import step, tuner
-from nca_kernels.tiled.configuration import Engine
+from nca_kernels.tiled.configuration import Engine, heuristic
 from nca_kernels.tuning import Launch
 
 CASE = next(case for case in CONFORMANCE if case.name == "plane")
@@ -94,5 +97,24 @@ def test_candidates_hold_the_heuristic_and_no_launch_twice():
     assert replace(Launch(), warps=8) in found
 
 
-def test_every_benchmark_has_a_problem_of_its_own():
-    assert len({case.name for case in BENCHMARKS}) == len(BENCHMARKS)
+@pytest.mark.parametrize("channels", [1, 3, 16, 64, 130, 300, 700])
+@pytest.mark.parametrize("kernel", ["step_forward", "step_backward"])
+def test_heuristic_is_made_of_powers_of_two(channels, kernel):
+    """Of any widths, at any precision: blocks of other sizes do not compile."""
+    for precise, wide in product((False, True), repeat=2):
+        for hidden in (1, 100, 1000):
+            case = replace(CASE, channels=channels, hidden=(hidden,))
+            shapes = jax.eval_shape(lambda case=case: operands_of(case))
+            how = heuristic(kernel, CALL, shapes, precise, wide)
+            sizes = (*how.tile, how.rows, how.block_h, how.warps)
+            assert all(n & (n - 1) == 0 for n in sizes), how
+            assert min(how.tile[2], how.rows, how.block_h) >= 16
+
+
+CALL = SimpleNamespace(num_spatial_dims=2)
+
+
+def operands_of(case):
+    params, state, _, _ = case.arguments()
+    weights = jax.tree.map(lambda w: w[None], (params.perception, None, params.layers))
+    return Operands(state[None], None, None, None, *weights)
