@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 
 import jax
 import pytest
@@ -32,7 +33,11 @@ BY_NAME = {case.name: case for case in CONFORMANCE}
 ATTENTION_BY_NAME = {case.name: case for case in ATTENTION}
 
 
-@pytest.mark.parametrize("case", CONFORMANCE, ids=str)
+# All with the version of the machine with the H200; elsewhere a third, as the interpreter is slow.
+CASES = CONFORMANCE if version("triton").startswith("3.6.") else CONFORMANCE[::3]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_values_and_gradients(case):
     check_values_and_gradients(BACKEND, case, calls=1)
 
