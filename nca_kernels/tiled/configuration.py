@@ -16,6 +16,17 @@ from nca_kernels.tiled.tuner import tuned
 from nca_kernels.tuning import TUNE, Launch, winner
 
 WIDEST = 1024  # channels, or outputs of dense taps
+# What Rule.precision is to a product of float32 blocks. The default is what XLA does.
+PRECISIONS = {
+    "cuda": {"default": "tf32", "float32": "tf32x3", "tensorfloat32": "tf32"},
+    "rocm": {"default": "ieee", "float32": "ieee", "tensorfloat32": "ieee"},
+    "cpu": {"default": "ieee", "float32": "ieee", "tensorfloat32": "ieee"},
+}
+
+
+def product_precision(precision: str, platform: str) -> str:
+    """``Rule.precision`` as Triton's products take it: bfloat16, tf32, tf32x3 or ieee."""
+    return "bfloat16" if precision == "bfloat16" else PRECISIONS[platform][precision]
 
 
 @dataclass(frozen=True)
@@ -36,7 +47,7 @@ class Engine:
     step_kernels: Callable[[], Any]
     attention_kernels: Callable[[], Any]
     launch: Callable[..., list[Array]]
-    precision: Callable[[str, str], str]
+    precision: Callable[[str, str], str] = product_precision
     wide_products: Callable[[], bool] = lambda: False
     device: Callable[[], str] = lambda: jax.devices()[0].device_kind
     fixed: Callable[[Any], Launch] | None = None

@@ -14,24 +14,11 @@ from nca_kernels.tiled.configuration import Engine, heuristic, unsupported_by_ti
 from nca_kernels.tiled.geometry import step_constants
 from nca_kernels.tuning import Launch
 
-# What Rule.precision is to a product of float32 blocks. The default is what XLA does.
-PRECISIONS = {
-    "cuda": {"default": "tf32", "float32": "tf32x3", "tensorfloat32": "tf32"},
-    "rocm": {"default": "ieee", "float32": "ieee", "tensorfloat32": "ieee"},
-    "cpu": {"default": "ieee", "float32": "ieee", "tensorfloat32": "ieee"},
-}
-
-
-def precision(name: str, platform: str) -> str:
-    return "bfloat16" if name == "bfloat16" else PRECISIONS[platform][name]
-
-
 ENGINE = Engine(
     name="pallas",
     step_kernels=lambda: import_module("nca_kernels.backends.pallas.step_kernels"),
     attention_kernels=lambda: import_module("nca_kernels.backends.pallas.attention_kernels"),
     launch=launch,
-    precision=precision,
 )
 
 

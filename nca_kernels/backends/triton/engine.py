@@ -9,24 +9,11 @@ from typing import Any
 from nca_kernels.backends.triton.launch import capability, launch
 from nca_kernels.tiled.configuration import Engine, unsupported_by_tiles
 
-# What Rule.precision is to a product of float32 blocks. The default is what XLA does.
-PRECISIONS = {
-    "cuda": {"default": "tf32", "float32": "tf32x3", "tensorfloat32": "tf32"},
-    "rocm": {"default": "ieee", "float32": "ieee", "tensorfloat32": "ieee"},
-    "cpu": {"default": "ieee", "float32": "ieee", "tensorfloat32": "ieee"},
-}
-
-
-def precision(name: str, platform: str) -> str:
-    return "bfloat16" if name == "bfloat16" else PRECISIONS[platform][name]
-
-
 ENGINE = Engine(
     name="triton",
     step_kernels=lambda: import_module("nca_kernels.backends.triton.step_kernels"),
     attention_kernels=lambda: import_module("nca_kernels.backends.triton.attention_kernels"),
     launch=launch,
-    precision=precision,
     wide_products=lambda: capability() >= 90,
 )
 
