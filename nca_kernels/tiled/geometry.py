@@ -21,7 +21,7 @@ def block(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def grid_of(call: Any, operands: Operands) -> tuple[int, int, int]:
+def grid_of(operands: Operands) -> tuple[int, int, int]:
     """(depth, height, width); missing axes have one cell."""
     shape = operands.state.shape[2:-1]
     return (1,) * (3 - len(shape)) + tuple(shape)
@@ -37,7 +37,7 @@ def step_constants(
     """The constants of a ``step`` or ``update``; ``wanted``: gradients asked for, as flags."""
     groups, batch = operands.state.shape[:2]
     channels = operands.state.shape[-1]
-    values = _grid_constants(grid_of(call, operands), batch, operands, launch)
+    values = _grid_constants(grid_of(operands), batch, operands, launch)
     values |= _rule_constants(call.rule, channels, values, operands)
     values |= _layer_constants(operands, launch, values)
     values |= _gradient_constants(wanted)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
 
 from nca_kernels.backends.triton.launch import capability, launch
 from nca_kernels.tiled.configuration import Engine, unsupported_by_tiles
@@ -16,8 +14,4 @@ ENGINE = Engine(
     launch=launch,
     wide_products=lambda: capability() >= 90,
 )
-
-
-def unsupported(call: Any, avals: Sequence[Any]) -> str | None:
-    """Why these kernels cannot run a call, or None."""
-    return unsupported_by_tiles(call, avals)
+unsupported = unsupported_by_tiles

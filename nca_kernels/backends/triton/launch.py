@@ -25,7 +25,6 @@ def launch(
 ) -> list[Any]:
     """Runs ``kernel(*inputs, *outputs, g)`` over the grid; returns the outputs.
 
-
     Args:
         aliases: inputs, by their index, that are written in place as outputs.
     """
