@@ -19,8 +19,8 @@ help:
 	@echo "make aot    registers, spills and shared memory of the Triton kernels; needs no GPU"
 	@echo "make clean  remove virtual environments and caches"
 
-# One stamp for each set of extras.
-$(VENV)/installed-%: pyproject.toml
+# One stamp for each set of extras. The install compiles the native kernels, if it can.
+$(VENV)/installed-%: pyproject.toml $(wildcard nca_kernels/backends/cpu/src/*)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing nca-kernels[$*] into $(VENV) ..."
 	@$(PIP) $(CONSTRAIN) --editable ".[$*]"
@@ -59,5 +59,5 @@ aot: $(VENV)/installed-models,test $(VENV)/cuda-plugin
 	$(BIN)/python -m benchmarks.aot --save
 
 clean:
-	rm -rf .venv* .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks out
+	rm -rf .venv* .pytest_cache .mypy_cache .ruff_cache .benchmarks out
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -50,6 +50,21 @@ for backend in (
         },
     ),
     Backend(
+        name="cpu",
+        summary="fused C++ through XLA's FFI: only cells that fire and live, on all cores",
+        load=_loader("cpu"),
+        platforms=("cpu",),
+        missing=_ask("cpu.library", "missing"),
+        unsupported=_ask("cpu", "unsupported"),
+        markers={
+            "step": ("@nca_cpu_step_forward", "@nca_cpu_step_backward"),
+            "neighborhood_attention": (
+                "@nca_cpu_attention_forward",
+                "@nca_cpu_attention_backward",
+            ),
+        },
+    ),
+    Backend(
         name="xla",
         summary="fused by XLA: shifted slices and matrix products, hand-written backward",
         load=_loader("xla"),

@@ -25,7 +25,14 @@ ORACLE = "reference"
 # JAX promises nothing about how these calls will be read in later versions of it.
 KERNEL_CALLS = [
     jax.export.DisabledSafetyCheck.custom_call(name)
-    for name in ("triton_kernel_call", "__gpu$xla.gpu.triton")
+    for name in (
+        "triton_kernel_call",
+        "__gpu$xla.gpu.triton",
+        "nca_cpu_step_forward",
+        "nca_cpu_step_backward",
+        "nca_cpu_attention_forward",
+        "nca_cpu_attention_backward",
+    )
 ]
 
 

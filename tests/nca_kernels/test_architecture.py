@@ -66,6 +66,7 @@ def test_backends_import_the_core_and_themselves(path):
 def test_dispatch_never_names_a_backend(name):
     path = ROOT / f"nca_kernels/{name}.py"
     backends = {p.name for p in (ROOT / "nca_kernels/backends").iterdir() if p.is_dir()}
+    backends -= {"cpu"}  # which is a platform of JAX, too
     strings = {
         n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)
     }

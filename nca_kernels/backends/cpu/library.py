@@ -1,0 +1,86 @@
+"""Finds the compiled kernels and hands them to JAX."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+import jax
+
+ENVIRONMENT = "NCA_CPU_LIBRARY"  # another build of the library, such as one with sanitizers
+NAMES = ("libnca_cpu.so", "libnca_cpu.dylib")
+HANDLERS = ("step_forward", "step_backward", "attention_forward", "attention_backward")
+HOW_TO_GET_IT = (
+    "install GCC or Clang (apt install g++, xcode-select --install), then "
+    "pip install --force-reinstall --no-deps nca-kernels, or pip install . in a checkout"
+)
+
+
+def missing() -> str | None:
+    """Why the kernels cannot run in this process, or None."""
+    try:
+        load()
+    except OSError as error:
+        return f"{error}: {HOW_TO_GET_IT}"
+    return None
+
+
+@cache
+def load() -> ctypes.CDLL:
+    """The library, its handlers registered with JAX.
+
+    Raises:
+        OSError: if it was not built, or does not load here.
+    """
+    library = ctypes.CDLL(str(path()))
+    if not all(hasattr(library, target(handler)) for handler in HANDLERS):
+        raise OSError(f"{path()} was built for another version of nca-kernels")
+    for handler in HANDLERS:
+        capsule = jax.ffi.pycapsule(getattr(library, target(handler)))
+        jax.ffi.register_ffi_target(target(handler), capsule, platform="cpu")
+    library.nca_cpu_instruction_sets.restype = ctypes.c_char_p
+    library.nca_cpu_use.restype = ctypes.c_bool
+    library.nca_cpu_use.argtypes = [ctypes.c_char_p]
+    return library
+
+
+def target(handler: str) -> str:
+    """The name of a handler, in the library and in JAX."""
+    return f"nca_cpu_{handler}"
+
+
+def path() -> Path:
+    """Where the library is: beside this file, or where an editable install has put it."""
+    if os.environ.get(ENVIRONMENT):
+        return Path(os.environ[ENVIRONMENT])
+    here = Path(__file__).parent
+    folders = [here]
+    try:
+        installed = metadata.distribution("nca-kernels")
+        folders.append(Path(str(installed.locate_file(here.relative_to(here.parents[2])))))
+    except metadata.PackageNotFoundError:
+        pass
+    for folder in folders:
+        for name in NAMES:
+            if (folder / name).exists():
+                return folder / name
+    raise OSError("the native kernels were not built when nca-kernels was installed")
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """The sets that this machine can run, the best first: of avx512, avx2 and portable."""
+    return tuple(load().nca_cpu_instruction_sets().decode().split())
+
+
+def use(instruction_set: str) -> None:
+    """Runs that set from now on, in the whole process; the best one runs by itself.
+
+    Raises:
+        ValueError: for one that this machine has not.
+    """
+    if not load().nca_cpu_use(instruction_set.encode()):
+        sets = ", ".join(instruction_sets())
+        raise ValueError(f"instruction_set must be one of {sets} here, got {instruction_set!r}")

@@ -1,0 +1,66 @@
+// Activations and their derivatives, over a block of rows.
+#pragma once
+
+#include "vector.hpp"
+
+namespace nca::NCA_ISA {
+
+struct Both {
+  Vec value, slope;
+};
+
+NCA_INLINE Both activate(Activation kind, Vec x) {
+  switch (kind) {
+    case Activation::relu:
+      return {select(x > 0.0f, x, Vec{}), select(x > 0.0f, splat(1.0f), Vec{})};
+    case Activation::leaky_relu:
+      return {select(x >= 0.0f, x, 0.01f * x), select(x >= 0.0f, splat(1.0f), splat(0.01f))};
+    case Activation::tanh: {
+      const Vec t = tanh(x);
+      return {t, 1.0f - t * t};
+    }
+    case Activation::silu: {
+      const Vec s = sigmoid(x);
+      return {x * s, s * (1.0f + x * (1.0f - s))};
+    }
+    case Activation::gelu: {
+      const Vec square = x * x;
+      const Vec t = tanh(0.7978845608028654f * x * (1.0f + 0.044715f * square));
+      const Vec inner = 0.7978845608028654f * (1.0f + 3 * 0.044715f * square);
+      return {0.5f * x * (1.0f + t), 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * inner};
+    }
+    default:
+      return {x, splat(1.0f)};
+  }
+}
+
+// values [rows, columns of stride] in place; slopes, if wanted, into an array of the same form.
+template <Activation kind, bool wants_slopes>
+void activate_rows(Index rows, Index columns, Index stride, float* values, float* slopes) {
+  for (Index r = 0; r < rows; ++r)
+    for (Index c = 0; c < columns; c += kLanes) {
+      const Both both = activate(kind, load(values + r * stride + c));
+      store(values + r * stride + c, both.value);
+      if (wants_slopes) store(slopes + r * stride + c, both.slope);
+    }
+}
+
+template <bool wants_slopes>
+void activate_rows(Activation kind, Index rows, Index columns, Index stride, float* values,
+                   float* slopes) {
+  switch (kind) {
+#define NCA_CASE(name)                                                                      \
+  case Activation::name:                                                                    \
+    return activate_rows<Activation::name, wants_slopes>(rows, columns, stride, values, slopes);
+    NCA_CASE(relu)
+    NCA_CASE(gelu)
+    NCA_CASE(silu)
+    NCA_CASE(tanh)
+    NCA_CASE(leaky_relu)
+#undef NCA_CASE
+    case Activation::identity:
+      return;
+  }
+}
+
+}  // namespace nca::NCA_ISA

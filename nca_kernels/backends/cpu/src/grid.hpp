@@ -1,0 +1,202 @@
+// Borders, tiles of cells, and rows of flags.
+//
+// A tile is a box of whole rows along x. Its state is copied into a box with a margin for the
+// taps, in float32 with padded channels: borders, dtypes and odd numbers of channels end there.
+#pragma once
+
+#include <algorithm>
+
+#include "vector.hpp"
+
+namespace nca::NCA_ISA {
+
+// Which cell lies at position p of an axis; -1 for none.
+NCA_INLINE Index at_border(Index p, Index size, Padding padding) {
+  if (p >= 0 && p < size) return p;
+  switch (padding) {
+    case Padding::circular:
+      return (p % size + size) % size;
+    case Padding::replicate:
+      return p < 0 ? 0 : size - 1;
+    case Padding::reflect: {
+      const Index period = std::max<Index>(2 * (size - 1), 1);
+      const Index there = (p % period + period) % period, back = (-p % period + period) % period;
+      return std::min(there, back);
+    }
+    default:
+      return -1;
+  }
+}
+
+struct Tiles {
+  Index size[2] = {1, 1}, count[2], of_sample;  // z, y; cells along x are never split
+
+  // Cells a tile: few enough for its box to stay in the L2 cache, and for enough tiles to go
+  // round; of such tiles, those with the smallest margin. Of the shape alone: the same bits for
+  // any number of threads.
+  explicit Tiles(const Step& step) {
+    const Index depth = step.size[0], height = step.size[1], width = step.size[2];
+    const Index all = step.groups * step.batch * step.cells;
+    const Index target = std::clamp<Index>(all / 32, 256, 2048);
+    double least = 0;
+    for (Index z = 1; z <= std::min<Index>(depth, 64); ++z) {
+      const Index y = std::clamp<Index>(target / (z * width), 1, height);
+      if (z > 1 && z * y * width > 2 * target) break;
+      const double margin = (1 + (step.kernel[0] - 1) / double(z)) *
+                            (1 + (step.kernel[1] - 1) / double(y));
+      if (z == 1 || margin < least) least = margin, size[0] = z, size[1] = y;
+    }
+    for (int axis = 0; axis < 2; ++axis)
+      count[axis] = (step.size[axis] + size[axis] - 1) / size[axis];
+    of_sample = count[0] * count[1];
+  }
+};
+
+struct Tile {
+  Index sample, first[2], size[2];  // z, y
+
+  Tile(const Step& step, const Tiles& tiles, Index sample, Index index) : sample(sample) {
+    const Index at[2] = {index / tiles.count[1], index % tiles.count[1]};
+    for (int axis = 0; axis < 2; ++axis) {
+      first[axis] = at[axis] * tiles.size[axis];
+      size[axis] = std::min(tiles.size[axis], step.size[axis] - first[axis]);
+    }
+  }
+  Index cells(const Step& step) const { return size[0] * size[1] * step.size[2]; }
+  // The first cell of row (z, y) of the tile, in its sample.
+  Index row(const Step& step, Index z, Index y) const {
+    return ((first[0] + z) * step.size[1] + first[1] + y) * step.size[2];
+  }
+};
+
+// ---- boxes ----
+
+struct Box {
+  Index size[3], padded;  // positions along z, y, x of the largest tile; floats a cell
+
+  Box(const Step& step, const Tiles& tiles)
+      : size{tiles.size[0] + step.kernel[0] - 1, tiles.size[1] + step.kernel[1] - 1,
+             step.size[2] + step.kernel[2] - 1},
+        padded(round_up(step.channels, kLanes)) {}
+  Index at(Index z, Index y, Index x) const { return ((z * size[1] + y) * size[2] + x) * padded; }
+  Index floats() const { return size[0] * size[1] * size[2] * padded; }
+};
+
+template <class T>
+NCA_INLINE void widen(const T* from, float* to, Index channels, Index padded) {
+  Index c = 0;
+  for (; c + kLanes <= channels; c += kLanes) store(to + c, load(from + c));
+  if (c < padded) store(to + c, load_part(from + c, channels - c));
+}
+
+// The state of a tile and its margin, borders resolved. sample: [cells, C].
+template <class T>
+void fill_box(const Step& step, const Tile& tile, const Box& box, const T* sample, float* to) {
+  const Index channels = step.channels, width = step.size[2], padded = box.padded;
+  for (Index pz = 0; pz < tile.size[0] + step.kernel[0] - 1; ++pz)
+    for (Index py = 0; py < tile.size[1] + step.kernel[1] - 1; ++py) {
+      float* row = to + box.at(pz, py, 0);
+      const Index z = at_border(tile.first[0] + pz - step.before[0], step.size[0], step.padding);
+      const Index y = at_border(tile.first[1] + py - step.before[1], step.size[1], step.padding);
+      if (z < 0 || y < 0) {
+        std::memset(row, 0, box.size[2] * padded * sizeof(float));
+        continue;
+      }
+      const T* from = sample + (z * step.size[1] + y) * width * channels;
+      for (Index px = 0; px < box.size[2]; ++px) {
+        const Index x = at_border(px - step.before[2], width, step.padding);
+        if (x < 0) std::memset(row + px * padded, 0, padded * sizeof(float));
+        else widen(from + x * channels, row + px * padded, channels, padded);
+      }
+    }
+}
+
+// The transpose of fill_box along x: adds the margins of a row of a box to the cells they copy.
+NCA_INLINE void fold_row(const Step& step, const Box& box, float* row) {
+  const Index padded = box.padded, before = step.before[2], width = step.size[2];
+  for (Index px = 0; px < box.size[2]; ++px) {
+    if (px == before) px += width;  // the row's own cells
+    if (px >= box.size[2]) return;
+    const Index x = at_border(px - before, width, step.padding);
+    if (x < 0) continue;
+    float *to = row + (before + x) * padded, *from = row + px * padded;
+    for (Index c = 0; c < padded; c += kLanes) store(to + c, load(to + c) + load(from + c));
+  }
+}
+
+// ---- flags, a byte a cell ----
+
+// to[x] = any flag in the three rows and columns around; row(dz, dy) is null outside the grid.
+template <class Row>
+NCA_INLINE void pool_row(const Step& step, std::uint8_t* merged, std::uint8_t* to, Row&& row) {
+  const Index width = step.size[2];
+  std::memset(merged, 0, width);
+  for (Index dz = -1; dz <= 1; ++dz)
+    for (Index dy = -1; dy <= 1; ++dy)
+      if (const std::uint8_t* from = row(dz, dy))
+        for (Index x = 0; x < width; ++x) merged[x] |= from[x];
+  for (Index x = 1; x < width - 1; ++x) to[x] = merged[x - 1] | merged[x] | merged[x + 1];
+  for (Index x : {Index{0}, width - 1}) {
+    const Index left = at_border(x - 1, width, step.padding);
+    const Index right = at_border(x + 1, width, step.padding);
+    to[x] = merged[x] | (left < 0 ? 0 : merged[left]) | (right < 0 ? 0 : merged[right]);
+  }
+}
+
+// The same for the cells of row (z, y) of a plane of flags [cells] of a sample.
+NCA_INLINE void pool_plane(const Step& step, const std::uint8_t* plane, Index z, Index y,
+                           std::uint8_t* merged, std::uint8_t* to) {
+  pool_row(step, merged, to, [&](Index dz, Index dy) -> const std::uint8_t* {
+    const Index near_z = at_border(z + dz, step.size[0], step.padding);
+    const Index near_y = at_border(y + dy, step.size[1], step.padding);
+    if (near_z < 0 || near_y < 0) return nullptr;
+    return plane + (near_z * step.size[1] + near_y) * step.size[2];
+  });
+}
+
+// ---- who fires ----
+
+NCA_INLINE Words rotate(Words x, int by) { return (x << by) | (x >> (32 - by)); }
+
+// Threefry-2x32 of the 64-bit counters (high, low); as nca_kernels/fire_mask.py.
+NCA_INLINE Words threefry(const std::uint32_t* key, Words high, Words low) {
+  const std::uint32_t schedule[3] = {key[0], key[1], key[0] ^ key[1] ^ 0x1BD11BDAu};
+  Words x0 = high + schedule[0], x1 = low + schedule[1];
+#define NCA_ROUND(by) x0 += x1, x1 = rotate(x1, by) ^ x0
+#define NCA_INJECT(i) x0 += schedule[i % 3], x1 += schedule[(i + 1) % 3] + (std::uint32_t)i
+#define NCA_EVEN NCA_ROUND(13), NCA_ROUND(15), NCA_ROUND(26), NCA_ROUND(6)
+#define NCA_ODD NCA_ROUND(17), NCA_ROUND(29), NCA_ROUND(16), NCA_ROUND(24)
+  NCA_EVEN, NCA_INJECT(1), NCA_ODD, NCA_INJECT(2), NCA_EVEN, NCA_INJECT(3);
+  NCA_ODD, NCA_INJECT(4), NCA_EVEN, NCA_INJECT(5);
+#undef NCA_ROUND
+#undef NCA_INJECT
+#undef NCA_EVEN
+#undef NCA_ODD
+  return x0 ^ x1;
+}
+
+// Flags of `count` cells from the cell `first` of a sample on; `to` has room for kLanes more.
+NCA_INLINE void fire_row(const Step& step, Index sample, Index first, Index count,
+                         std::uint8_t* to) {
+  const Index group = sample / step.batch, cell = sample % step.batch * step.cells + first;
+  if (step.fire == Fire::all) {
+    std::memset(to, 1, count);
+  } else if (step.fire == Fire::mask) {
+    std::memcpy(to, step.mask.of(group) + cell, count);
+  } else {
+    Words lanes;
+    for (int i = 0; i < kLanes; ++i) lanes[i] = i;
+    for (Index x = 0; x < count; x += kLanes) {
+      const std::uint64_t counter = cell + x;
+      const Words low = lanes + (std::uint32_t)counter;
+      const Words carried = (Words)(low < lanes);  // all bits: minus one
+      const Words bits =
+          threefry(step.key.of(group), (std::uint32_t)(counter >> 32) - carried, low);
+      const Ints fires = (Ints)((bits >> 9) < step.fire_threshold);
+      const Bytes flags = __builtin_convertvector(fires & 1, Bytes);
+      std::memcpy(to + x, &flags, sizeof flags);
+    }
+  }
+}
+
+}  // namespace nca::NCA_ISA

@@ -1,0 +1,328 @@
+// The library's surface: XLA FFI handlers, and which instruction set runs.
+#include <atomic>
+#include <condition_variable>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "kernels.hpp"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace nca {
+namespace {
+
+// ---- instruction sets ----
+
+std::vector<const Kernels*> supported() {  // the best first
+  std::vector<const Kernels*> sets;
+#if defined(NCA_X86)
+  __builtin_cpu_init();
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    sets.push_back(&avx512::kernels);
+  if (has_avx2) sets.push_back(&avx2::kernels);
+#endif
+  sets.push_back(&portable::kernels);
+  return sets;
+}
+
+std::atomic<const Kernels*>& active() {
+  static std::atomic<const Kernels*> kernels{supported().front()};
+  return kernels;
+}
+
+// ---- tasks on XLA's threads; the caller takes its share, so that none waits for an idle pool ----
+
+class XlaPool : public Pool {
+ public:
+  explicit XlaPool(ffi::ThreadPool& threads) : threads_(threads) {}
+
+  void run(Index tasks, void (*body)(void*, Index), void* context) override {
+    auto job = std::make_shared<Job>();
+    job->tasks = tasks, job->body = body, job->context = context;
+    const Index helpers = std::min<Index>(threads_.num_threads(), tasks) - 1;
+    for (Index i = 0; i < helpers; ++i) threads_.Schedule([job] { job->work(); });
+    job->work();
+    std::unique_lock<std::mutex> lock(job->mutex);
+    job->all_done.wait(lock, [&] { return job->done == tasks; });
+    if (job->error) std::rethrow_exception(job->error);
+  }
+
+ private:
+  struct Job {  // outlives the call: a helper that starts late finds nothing to do
+    Index tasks;
+    void (*body)(void*, Index);
+    void* context;
+    std::atomic<Index> next{0};
+    std::mutex mutex;
+    std::condition_variable all_done;
+    Index done = 0;
+    std::exception_ptr error;
+
+    void work() {
+      Index finished = 0;
+      for (Index i; (i = next.fetch_add(1)) < tasks; ++finished) {
+        try {
+          body(context, i);
+        } catch (...) {
+          std::lock_guard<std::mutex> lock(mutex);
+          error = std::current_exception();
+        }
+      }
+      if (finished == 0) return;
+      std::lock_guard<std::mutex> lock(mutex);
+      done += finished;
+      if (done == tasks) all_done.notify_one();
+    }
+  };
+
+  ffi::ThreadPool& threads_;
+};
+
+// ---- what a call says ----
+
+class Call {
+ public:
+  Call(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dictionary attrs)
+      : args_(args), rets_(rets), attrs_(attrs) {}
+
+  Index integer(const char* name) const { return attribute<std::int64_t>(name); }
+  float real(const char* name) const { return attribute<float>(name); }
+
+  ffi::AnyBuffer next_argument() { return take(args_.get<ffi::AnyBuffer>(argument_++)); }
+  ffi::AnyBuffer next_result() { return *take(rets_.get<ffi::AnyBuffer>(result_++)); }
+
+  // An array [groups or 1, ...]; null if it is empty, which stands for absent or not wanted.
+  template <class T>
+  static Grouped<T> grouped(const ffi::AnyBuffer& buffer, Index groups) {
+    if (buffer.element_count() == 0) return {};
+    const Index held = buffer.dimensions()[0];
+    const Index size = static_cast<Index>(buffer.element_count()) / held;
+    return {static_cast<T*>(buffer.untyped_data()), held == groups && groups > 1 ? size : 0};
+  }
+  template <class T>
+  static T* plain(const ffi::AnyBuffer& buffer) {
+    return buffer.element_count() ? static_cast<T*>(buffer.untyped_data()) : nullptr;
+  }
+
+ private:
+  template <class T>
+  T attribute(const char* name) const {
+    auto value = attrs_.get<T>(name);
+    if (!value.has_value()) throw std::runtime_error(value.error().message());
+    return *value;
+  }
+  template <class T>
+  static T take(ffi::ErrorOr<T> value) {
+    if (!value.has_value()) throw std::runtime_error(value.error().message());
+    return *value;
+  }
+
+  ffi::RemainingArgs args_;
+  ffi::RemainingRets rets_;
+  ffi::Dictionary attrs_;
+  std::size_t argument_ = 0, result_ = 0;
+};
+
+void read_grid(const Call& call, Index (&size)[3], Index& cells) {
+  const char* names[] = {"depth", "height", "width"};
+  cells = 1;
+  for (int axis = 0; axis < 3; ++axis) cells *= size[axis] = call.integer(names[axis]);
+}
+
+// Operands in the order of nca_kernels.rule.Operands; see step.py beside this folder.
+Step read_step(Call& call, std::vector<Layer>& layers) {
+  Step step{};
+  read_grid(call, step.size, step.cells);
+  step.groups = call.integer("groups");
+  step.batch = call.integer("batch");
+  step.channels = call.integer("channels");
+  step.padding = static_cast<Padding>(call.integer("padding"));
+  step.perception = static_cast<Perception>(call.integer("perception"));
+  const char* kernels[] = {"kernel_z", "kernel_y", "kernel_x"};
+  for (int axis = 0; axis < 3; ++axis) {
+    step.kernel[axis] = call.integer(kernels[axis]);
+    step.before[axis] = (step.kernel[axis] - 1) / 2;
+  }
+  step.perceived = call.integer("perceived");
+  step.inputs = call.integer("inputs");
+  step.inputs_per_cell = call.integer("inputs_per_cell");
+  step.round_products = call.integer("round_products");
+  step.activation = static_cast<Activation>(call.integer("activation"));
+  step.perception_activation = static_cast<Activation>(call.integer("perception_activation"));
+  step.step_size = call.real("step_size");
+  step.fire = static_cast<Fire>(call.integer("fire"));
+  step.fire_threshold = static_cast<std::uint32_t>(call.integer("fire_threshold"));
+  step.alive = call.integer("alive");
+  step.alive_channel = call.integer("alive_channel");
+  step.alive_threshold = call.real("alive_threshold");
+
+  const ffi::AnyBuffer state = call.next_argument();
+  step.bfloat16 = state.element_type() == ffi::DataType::BF16;
+  step.state = state.untyped_data();
+  const ffi::AnyBuffer fire = call.next_argument();
+  if (step.fire == Fire::key) step.key = Call::grouped<const std::uint32_t>(fire, step.groups);
+  if (step.fire == Fire::mask) step.mask = Call::grouped<const std::uint8_t>(fire, step.groups);
+  step.given = Call::plain<const float>(call.next_argument());
+  step.input = Call::plain<const float>(call.next_argument());
+  step.taps = Call::grouped<const float>(call.next_argument(), step.groups);
+  step.perception_bias = Call::grouped<const float>(call.next_argument(), step.groups);
+  layers.resize(call.integer("layers"));
+  for (Layer& layer : layers) {
+    const ffi::AnyBuffer weight = call.next_argument();
+    layer.in = weight.dimensions()[1], layer.out = weight.dimensions()[2];
+    layer.weight = Call::grouped<const float>(weight, step.groups);
+    layer.bias = Call::grouped<const float>(call.next_argument(), step.groups);
+  }
+  step.layers = layers.data();
+  step.num_layers = static_cast<Index>(layers.size());
+  return step;
+}
+
+// Operands in the order of nca_kernels.rule.AttentionOperands; see attention.py beside this folder.
+Attention read_attention(Call& call) {
+  Attention attention{};
+  read_grid(call, attention.size, attention.cells);
+  const char* radii[] = {"radius_z", "radius_y", "radius_x"};
+  for (int axis = 0; axis < 3; ++axis) attention.radius[axis] = call.integer(radii[axis]);
+  attention.samples = call.integer("samples");
+  attention.heads = call.integer("heads");
+  attention.head_size = call.integer("head_size");
+  attention.circular = call.integer("circular");
+  const ffi::AnyBuffer query = call.next_argument();
+  attention.bfloat16 = query.element_type() == ffi::DataType::BF16;
+  attention.query = query.untyped_data();
+  attention.key = call.next_argument().untyped_data();
+  attention.value = call.next_argument().untyped_data();
+  return attention;
+}
+
+template <class Body>
+ffi::Error guarded(Body&& body) {
+  try {
+    body();
+    return ffi::Error::Success();
+  } catch (const std::bad_alloc&) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted,
+                      "nca_kernels: out of memory in the native CPU kernel");
+  } catch (const std::exception& error) {
+    return ffi::Error::Internal(std::string("nca_kernels: ") + error.what());
+  }
+}
+
+ffi::Error step_forward(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                        ffi::Dictionary attrs) {
+  return guarded([&] {
+    Call call(args, rets, attrs);
+    std::vector<Layer> layers;
+    Step step = read_step(call, layers);
+    step.new_state = call.next_result().untyped_data();
+    if (step.alive) step.alive_mask = Call::plain<std::uint8_t>(call.next_result());
+    XlaPool pool(threads);
+    active().load()->step_forward(step, pool);
+  });
+}
+
+ffi::Error step_backward(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                         ffi::Dictionary attrs) {
+  return guarded([&] {
+    Call call(args, rets, attrs);
+    std::vector<Layer> layers;
+    Step step = read_step(call, layers);
+    step.alive_mask = Call::plain<std::uint8_t>(call.next_argument());
+    step.cotangent = call.next_argument().untyped_data();
+    step.d_state = Call::plain<void>(call.next_result());
+    step.d_given = Call::plain<float>(call.next_result());
+    step.d_input = Call::plain<float>(call.next_result());
+    step.d_taps = Call::grouped<float>(call.next_result(), step.groups);
+    step.d_perception_bias = Call::grouped<float>(call.next_result(), step.groups);
+    for (Layer& layer : layers) {
+      layer.d_weight = Call::grouped<float>(call.next_result(), step.groups);
+      layer.d_bias = Call::grouped<float>(call.next_result(), step.groups);
+    }
+    XlaPool pool(threads);
+    active().load()->step_backward(step, pool);
+  });
+}
+
+ffi::Error attention_forward(ffi::ThreadPool threads, ffi::RemainingArgs args,
+                             ffi::RemainingRets rets, ffi::Dictionary attrs) {
+  return guarded([&] {
+    Call call(args, rets, attrs);
+    Attention attention = read_attention(call);
+    attention.out = call.next_result().untyped_data();
+    attention.log_sum_exp = Call::plain<float>(call.next_result());
+    XlaPool pool(threads);
+    active().load()->attention_forward(attention, pool);
+  });
+}
+
+ffi::Error attention_backward(ffi::ThreadPool threads, ffi::RemainingArgs args,
+                              ffi::RemainingRets rets, ffi::Dictionary attrs) {
+  return guarded([&] {
+    Call call(args, rets, attrs);
+    Attention attention = read_attention(call);
+    attention.log_sum_exp = Call::plain<float>(call.next_argument());
+    attention.cotangent = call.next_argument().untyped_data();
+    attention.d_query = Call::plain<void>(call.next_result());
+    attention.d_key = Call::plain<void>(call.next_result());
+    attention.d_value = Call::plain<void>(call.next_result());
+    XlaPool pool(threads);
+    active().load()->attention_backward(attention, pool);
+  });
+}
+
+constexpr auto kBinding = [] {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .RemainingArgs()
+      .RemainingRets()
+      .Attrs<ffi::Dictionary>();
+};
+
+}  // namespace
+}  // namespace nca
+
+#define NCA_EXPORT extern "C" __attribute__((visibility("default")))
+
+NCA_EXPORT XLA_FFI_Error* nca_cpu_step_forward(XLA_FFI_CallFrame* frame) {
+  static auto* handler = nca::kBinding().To(nca::step_forward).release();
+  return handler->Call(frame);
+}
+NCA_EXPORT XLA_FFI_Error* nca_cpu_step_backward(XLA_FFI_CallFrame* frame) {
+  static auto* handler = nca::kBinding().To(nca::step_backward).release();
+  return handler->Call(frame);
+}
+NCA_EXPORT XLA_FFI_Error* nca_cpu_attention_forward(XLA_FFI_CallFrame* frame) {
+  static auto* handler = nca::kBinding().To(nca::attention_forward).release();
+  return handler->Call(frame);
+}
+NCA_EXPORT XLA_FFI_Error* nca_cpu_attention_backward(XLA_FFI_CallFrame* frame) {
+  static auto* handler = nca::kBinding().To(nca::attention_backward).release();
+  return handler->Call(frame);
+}
+
+// The instruction sets that this machine can run, the best first, separated by spaces.
+NCA_EXPORT const char* nca_cpu_instruction_sets() {
+  static const std::string names = [] {
+    std::string all;
+    for (const nca::Kernels* each : nca::supported()) all += (all.empty() ? "" : " ") + std::string(each->name);
+    return all;
+  }();
+  return names.c_str();
+}
+
+// Runs the named set from now on; false if there is none of that name here.
+NCA_EXPORT bool nca_cpu_use(const char* name) {
+  for (const nca::Kernels* each : nca::supported())
+    if (std::strcmp(each->name, name) == 0) return nca::active().store(each), true;
+  return false;
+}

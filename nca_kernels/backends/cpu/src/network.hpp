@@ -1,0 +1,450 @@
+// The perception and the MLP of blocks of rows, forward and back.
+//
+// A row is a cell that needs the MLP. Depthwise perceptions are filter-major here, f*padded + c;
+// a dense perception is one more linear map, of the neighbours laid side by side. Packed weights
+// and gradients have padded columns; the mapping to the callers' layout is in pack and unpack.
+#pragma once
+
+#include "activation.hpp"
+#include "grid.hpp"
+#include "parallel.hpp"
+#include "product.hpp"
+
+namespace nca::NCA_ISA {
+
+constexpr Index kBlock = 96;  // rows at a time: their activations stay in the L1 and L2 caches
+
+struct Map {  // rows [in] -> activation(rows W + b) [out]
+  const Layer* layer;
+  Index in, in_stride, out, out_padded;
+  Activation activation;
+  bool has_bias, wants_weight, wants_bias;
+  Index packed_at, transposed_at, bias_at, d_weight_at, d_bias_at;
+};
+
+struct Tap {  // of one filter at one position of the kernel
+  Index delta, filter;
+  const float* values;  // [padded channels]
+};
+
+// A sparse kernel: the taps that are not zero, by filter and by position.
+struct Stencil {
+  Index* filter_start;
+  Tap* by_filter;
+  Index* position_start;
+  Tap* by_position;
+};
+
+struct Weights {  // of one group, packed
+  float* packed;
+  Stencil stencil;
+};
+
+class Network {
+ public:
+  Network(const Step& step, const Box& box, Scope& scope, bool backward);
+
+  Weights pack(Index group, Scope& scope) const;
+  void unpack(const float* gradients, Index group) const;
+
+  const Step& step;
+  const Box& box;
+  bool backward;
+  Index positions, filters, padded;  // of the kernel; of a depthwise perception; channels
+  Index width;                       // columns of the perception's rows
+  Index inputs_at;                   // column of the inputs in the rows of map `first`
+  Index first, num_maps;             // maps: the dense perception, if any, then the layers
+  Map* maps;
+  Layer taps;                        // a dense perception as a layer
+  Index widest = 0;
+  Index packed_floats = 0, taps_at = 0, perception_bias_at = 0;
+  Index gradient_floats = 0, d_taps_at = 0, d_perception_bias_at = 0;
+  bool wants_rows;  // gradients of what the rows are made of
+
+ private:
+  void add_map(const Layer* layer, Index in, Activation activation);
+  Index row_of(Index map, Index k) const;  // the layer's row that is packed as row k, or -1
+  Stencil sparse(const float* packed_taps, Scope& scope) const;
+};
+
+inline Network::Network(const Step& s, const Box& b, Scope& scope, bool is_backward)
+    : step(s), box(b), backward(is_backward), num_maps(0) {
+  const bool depthwise = step.perception == Perception::depthwise;
+  const bool dense = step.perception == Perception::dense;
+  positions = step.kernel[0] * step.kernel[1] * step.kernel[2];
+  padded = box.padded;
+  filters = depthwise ? step.perceived / step.channels : 0;
+  width = depthwise ? filters * padded : dense ? positions * padded : step.perceived;
+  maps = scope.array<Map>(step.num_layers + 1);
+  first = dense ? 1 : 0;
+  wants_rows = step.d_state != nullptr || step.d_given != nullptr || step.d_input != nullptr ||
+               (depthwise && (step.d_taps || step.d_perception_bias));
+  if (depthwise) {
+    taps_at = packed_floats, packed_floats += positions * width;
+    perception_bias_at = packed_floats, packed_floats += width;
+    d_taps_at = gradient_floats, gradient_floats += step.d_taps ? positions * width : 0;
+    d_perception_bias_at = gradient_floats;
+    gradient_floats += step.d_perception_bias ? width : 0;
+  }
+  if (dense) {
+    taps = {step.taps, step.perception_bias, step.d_taps, step.d_perception_bias,
+            positions * step.channels, step.perceived};
+    add_map(&taps, width, step.perception_activation);
+    inputs_at = maps[0].out_padded;
+  } else {
+    inputs_at = width;
+  }
+  for (Index i = 0; i < step.num_layers; ++i) {
+    const bool last = i + 1 == step.num_layers;
+    add_map(&step.layers[i], i == 0 ? inputs_at + step.inputs : step.layers[i].in,
+            last ? Activation::identity : step.activation);
+  }
+}
+
+inline void Network::add_map(const Layer* layer, Index in, Activation activation) {
+  Map& map = maps[num_maps++];
+  map.layer = layer;
+  map.in = in;
+  map.in_stride = round_up(in, kLanes);
+  map.out = layer->out;
+  map.out_padded = round_up(layer->out, kLanes);
+  map.activation = activation;
+  map.has_bias = bool(layer->bias);
+  map.wants_weight = bool(layer->d_weight);
+  map.wants_bias = bool(layer->d_bias);
+  map.packed_at = packed_floats, packed_floats += in * map.out_padded;
+  map.transposed_at = packed_floats;
+  packed_floats += backward ? layer->out * map.in_stride : 0;
+  map.bias_at = packed_floats, packed_floats += map.out_padded;
+  map.d_weight_at = gradient_floats, gradient_floats += map.wants_weight ? in * map.out_padded : 0;
+  map.d_bias_at = gradient_floats, gradient_floats += map.wants_bias ? map.out_padded : 0;
+  widest = std::max({widest, map.in_stride, map.out_padded});
+}
+
+inline Index Network::row_of(Index map, Index k) const {
+  if (first == 1 && map == 0)
+    return k % padded < step.channels ? k / padded * step.channels + k % padded : -1;
+  if (map != first) return k < maps[map].layer->in ? k : -1;
+  if (k >= inputs_at) return k - inputs_at + step.perceived;
+  if (filters == 0) return k < step.perceived ? k : -1;
+  return k % padded < step.channels ? k % padded * filters + k / padded : -1;
+}
+
+inline Weights Network::pack(Index group, Scope& scope) const {
+  float* to = scope.floats(packed_floats);
+  const auto rounded = [&](float x) {
+    return step.round_products ? round_to_bfloat16(splat(x))[0] : x;
+  };
+  for (Index i = 0; i < num_maps; ++i) {
+    const Map& map = maps[i];
+    const float* weight = map.layer->weight.of(group);
+    Index* rows = scope.array<Index>(map.in_stride);
+    for (Index k = 0; k < map.in_stride; ++k) rows[k] = k < map.in ? row_of(i, k) : -1;
+    const auto at = [&](Index k, Index n) {
+      return rows[k] < 0 || n >= map.out ? 0.0f : rounded(weight[rows[k] * map.out + n]);
+    };
+    NCA_ISA::pack(map.in, map.out_padded, to + map.packed_at, at);
+    if (backward)
+      NCA_ISA::pack(map.out, map.in_stride, to + map.transposed_at,
+                    [&](Index n, Index k) { return at(k, n); });
+    for (Index n = 0; n < map.out_padded; ++n)
+      to[map.bias_at + n] = map.has_bias && n < map.out ? map.layer->bias.of(group)[n] : 0.0f;
+  }
+  if (filters == 0) return {to, {}};
+  for (Index o = 0; o < positions; ++o)
+    for (Index k = 0; k < width; ++k) {
+      const Index from = row_of(0, k);
+      to[taps_at + o * width + k] = from < 0 ? 0 : step.taps.of(group)[o * step.perceived + from];
+    }
+  for (Index k = 0; k < width; ++k) {
+    const Index from = step.perception_bias ? row_of(0, k) : -1;
+    to[perception_bias_at + k] = from < 0 ? 0 : step.perception_bias.of(group)[from];
+  }
+  return {to, sparse(to + taps_at, scope)};
+}
+
+inline Stencil Network::sparse(const float* packed_taps, Scope& scope) const {
+  Stencil s = {scope.array<Index>(filters + 1), scope.array<Tap>(filters * positions),
+               scope.array<Index>(positions + 1), scope.array<Tap>(filters * positions)};
+  const auto find = [&](Index f, Index o, Tap* list, Index& count) {
+    const float* values = packed_taps + o * width + f * padded;
+    if (std::all_of(values, values + padded, [](float x) { return x == 0; })) return;
+    const Index area = step.kernel[1] * step.kernel[2];
+    const Index delta = box.at(o / area, o % area / step.kernel[2], o % step.kernel[2]);
+    list[count++] = {delta, f, values};
+  };
+  Index count = 0;
+  for (Index f = 0; f < filters; ++f) {
+    s.filter_start[f] = count;
+    for (Index o = 0; o < positions; ++o) find(f, o, s.by_filter, count);
+  }
+  s.filter_start[filters] = count;
+  count = 0;
+  for (Index o = 0; o < positions; ++o) {
+    s.position_start[o] = count;
+    for (Index f = 0; f < filters; ++f) find(f, o, s.by_position, count);
+  }
+  s.position_start[positions] = count;
+  return s;
+}
+
+// Gradients of one group to the callers' layout.
+inline void Network::unpack(const float* gradients, Index group) const {
+  for (Index i = 0; i < num_maps; ++i) {
+    const Map& map = maps[i];
+    if (map.wants_weight)
+      for (Index k = 0; k < map.in; ++k)
+        if (const Index row = row_of(i, k); row >= 0)
+          std::memcpy(map.layer->d_weight.of(group) + row * map.out,
+                      gradients + map.d_weight_at + k * map.out_padded, map.out * sizeof(float));
+    if (map.wants_bias)
+      std::memcpy(map.layer->d_bias.of(group), gradients + map.d_bias_at,
+                  map.out * sizeof(float));
+  }
+  for (Index k = 0; filters > 0 && k < width; ++k) {
+    const Index to = row_of(0, k);
+    if (to < 0) continue;
+    for (Index o = 0; step.d_taps && o < positions; ++o)
+      step.d_taps.of(group)[o * step.perceived + to] = gradients[d_taps_at + o * width + k];
+    if (step.d_perception_bias)
+      step.d_perception_bias.of(group)[to] = gradients[d_perception_bias_at + k];
+  }
+}
+
+// ---- a block of rows ----
+
+// Where the rows of a tile are: offsets of their neighbourhoods in the box, cells in the sample.
+struct Rows {
+  Index count;
+  const Index *box_at, *cell;
+};
+
+class Block {
+ public:
+  Block(const Network& network, Scope& scope);
+
+  // Runs `rows`, of `sample`; returns the updates [rows, update_stride].
+  const float* forward(const Weights&, Rows rows, Index sample, const float* box);
+
+  // After forward: the gradients. d_update: [kBlock, update_stride], overwritten.
+  void backward(const Weights&, Rows rows, Index sample, const float* box, float* d_update,
+                float* d_box, float* gradients, float* d_sample_inputs);
+
+  Index update_stride;
+  float* d_update;
+
+ private:
+  void perceive(const Weights&, Rows rows, Index sample, const float* box);
+  void add_inputs(Rows rows, Index sample);
+  void round(Index rows, Index columns, Index stride, float* values) const;
+  void perceive_backward(const Weights&, Rows rows, Index sample, const float* box, float* d_rows,
+                         float* d_box, float* gradients);
+  void inputs_backward(Rows rows, Index sample, const float* d_rows, float* d_sample_inputs);
+
+  const Network& net;
+  const Step& step;
+  float **values, **slopes;  // of each map: its input rows; its activation's slopes
+  float *update, *perception_slopes, *spare;
+};
+
+inline Block::Block(const Network& network, Scope& scope) : net(network), step(network.step) {
+  const Index maps = net.num_maps;
+  values = scope.array<float*>(maps);
+  slopes = scope.array<float*>(maps);
+  for (Index i = 0; i < maps; ++i) {
+    values[i] = scope.floats(kBlock * net.maps[i].in_stride);
+    const bool has_slopes = net.backward && i + 1 < maps;
+    slopes[i] = has_slopes ? scope.floats(kBlock * net.maps[i + 1].in_stride) : nullptr;
+  }
+  update_stride = net.maps[maps - 1].out_padded;
+  update = scope.floats(kBlock * update_stride);
+  perception_slopes = net.backward ? scope.floats(kBlock * net.maps[0].in_stride) : nullptr;
+  d_update = net.backward ? scope.floats(kBlock * net.widest) : nullptr;
+  spare = net.backward ? scope.floats(kBlock * net.widest) : nullptr;
+}
+
+inline void Block::round(Index rows, Index columns, Index stride, float* at) const {
+  if (!step.round_products) return;
+  for (Index r = 0; r < rows; ++r)
+    for (Index c = 0; c < columns; c += kLanes)
+      store(at + r * stride + c, round_to_bfloat16(load(at + r * stride + c)));
+}
+
+inline void Block::perceive(const Weights& weights, Rows rows, Index sample, const float* box) {
+  const Index stride = net.maps[0].in_stride, padded = net.padded;
+  for (Index r = 0; r < rows.count; ++r) {
+    float* to = values[0] + r * stride;
+    if (step.perception == Perception::given) {
+      const Index cell = sample * step.cells + rows.cell[r];
+      std::memcpy(to, step.given + cell * step.perceived, step.perceived * sizeof(float));
+      continue;
+    }
+    const float* from = box + rows.box_at[r];
+    if (step.perception == Perception::dense) {
+      for (Index z = 0; z < step.kernel[0]; ++z)
+        for (Index y = 0; y < step.kernel[1]; ++y, to += step.kernel[2] * padded)
+          std::memcpy(to, from + net.box.at(z, y, 0), step.kernel[2] * padded * sizeof(float));
+      continue;
+    }
+    const Stencil& stencil = weights.stencil;
+    const float* bias = weights.packed + net.perception_bias_at;
+    for (Index f = 0; f < net.filters; ++f)
+      for (Index c = 0; c < padded; c += kLanes) {
+        Vec sum = load(bias + f * padded + c);
+        for (Index i = stencil.filter_start[f]; i < stencil.filter_start[f + 1]; ++i)
+          sum += load(stencil.by_filter[i].values + c) * load(from + stencil.by_filter[i].delta + c);
+        store(to + f * padded + c, sum);
+      }
+  }
+}
+
+inline void Block::add_inputs(Rows rows, Index sample) {
+  const Index stride = net.maps[net.first].in_stride;
+  for (Index r = 0; step.inputs > 0 && r < rows.count; ++r) {
+    const Index row = step.inputs_per_cell ? sample * step.cells + rows.cell[r] : sample;
+    std::memcpy(values[net.first] + r * stride + net.inputs_at, step.input + row * step.inputs,
+                step.inputs * sizeof(float));
+  }
+}
+
+inline const float* Block::forward(const Weights& weights, Rows rows, Index sample,
+                                   const float* box) {
+  perceive(weights, rows, sample, box);
+  if (net.filters > 0) {
+    const Index stride = net.maps[0].in_stride;
+    if (net.backward)
+      activate_rows<true>(step.perception_activation, rows.count, net.width, stride, values[0],
+                          perception_slopes);
+    else
+      activate_rows<false>(step.perception_activation, rows.count, net.width, stride, values[0],
+                           nullptr);
+  }
+  add_inputs(rows, sample);
+  for (Index i = 0; i < net.num_maps; ++i) {
+    const Map& map = net.maps[i];
+    const bool last = i + 1 == net.num_maps;
+    if (last && net.backward) break;  // the update itself is not needed
+    round(rows.count, map.in_stride, map.in_stride, values[i]);
+    float* to = last ? update : values[i + 1];
+    const Index stride = last ? update_stride : net.maps[i + 1].in_stride;
+    multiply<false>(rows.count, map.in, map.out_padded, {values[i], map.in_stride, 1},
+                    {weights.packed + map.packed_at, 0}, to, stride, Into::bias,
+                    weights.packed + map.bias_at);
+    if (net.backward)
+      activate_rows<true>(map.activation, rows.count, map.out_padded, stride, to, slopes[i]);
+    else
+      activate_rows<false>(map.activation, rows.count, map.out_padded, stride, to, nullptr);
+  }
+  if (net.backward) {
+    const Map& map = net.maps[net.num_maps - 1];
+    round(rows.count, map.in_stride, map.in_stride, values[net.num_maps - 1]);
+  }
+  return update;
+}
+
+// values [rows, columns] *= slopes, unless null; sums of columns are added to `sums`, unless null.
+inline void scale_and_sum(Index rows, Index columns, Index stride, float* values,
+                          const float* slopes, float* sums) {
+  constexpr Index kAtOnce = 4;  // vectors: a column's lines would leave the cache between two
+  if (slopes == nullptr && sums == nullptr) return;
+  for (Index first = 0; first < columns; first += kAtOnce * kLanes) {
+    const Index vectors = std::min(kAtOnce, (columns - first) / kLanes);
+    Vec sum[kAtOnce] = {};
+    for (Index r = 0; r < rows; ++r)
+      for (Index v = 0; v < vectors; ++v) {
+        const Index at = r * stride + first + v * kLanes;
+        Vec x = load(values + at);
+        if (slopes != nullptr) store(values + at, x *= load(slopes + at));
+        sum[v] += x;
+      }
+    for (Index v = 0; sums != nullptr && v < vectors; ++v) {
+      float* to = sums + first + v * kLanes;
+      store(to, load(to) + sum[v]);
+    }
+  }
+}
+
+inline void Block::backward(const Weights& weights, Rows rows, Index sample, const float* box,
+                            float* d_out, float* d_box, float* gradients,
+                            float* d_sample_inputs) {
+  Index stride = update_stride;
+  float* d_in = spare;
+  for (Index i = net.num_maps - 1; i >= 0; --i) {
+    const Map& map = net.maps[i];
+    const bool has_slopes = map.activation != Activation::identity;
+    scale_and_sum(rows.count, map.out_padded, stride, d_out, has_slopes ? slopes[i] : nullptr,
+                  map.wants_bias ? gradients + map.d_bias_at : nullptr);
+    round(rows.count, map.out_padded, stride, d_out);
+    if (map.wants_weight)
+      multiply<true>(map.in, rows.count, map.out_padded, {values[i], 1, map.in_stride},
+                     {d_out, stride}, gradients + map.d_weight_at, map.out_padded, Into::add,
+                     nullptr);
+    if (i == 0 && !net.wants_rows) return;
+    multiply<false>(rows.count, map.out, map.in_stride, {d_out, stride, 1},
+                    {weights.packed + map.transposed_at, 0}, d_in, map.in_stride, Into::plain,
+                    nullptr);
+    stride = map.in_stride;
+    std::swap(d_out, d_in);
+    if (i == net.first) inputs_backward(rows, sample, d_out, d_sample_inputs);
+  }
+  perceive_backward(weights, rows, sample, box, d_out, d_box, gradients);
+}
+
+inline void Block::inputs_backward(Rows rows, Index sample, const float* d_rows,
+                                   float* d_sample_inputs) {
+  if (step.d_input == nullptr) return;
+  for (Index r = 0; r < rows.count; ++r) {
+    const float* from = d_rows + r * net.maps[net.first].in_stride + net.inputs_at;
+    if (step.inputs_per_cell)
+      std::memcpy(step.d_input + (sample * step.cells + rows.cell[r]) * step.inputs, from,
+                  step.inputs * sizeof(float));
+    else
+      for (Index i = 0; i < step.inputs; ++i) d_sample_inputs[i] += from[i];
+  }
+}
+
+inline void Block::perceive_backward(const Weights& weights, Rows rows, Index sample,
+                                     const float* box, float* d_rows, float* d_box,
+                                     float* gradients) {
+  const Index stride = net.maps[0].in_stride, padded = net.padded;
+  if (step.perception == Perception::given) {
+    for (Index r = 0; step.d_given != nullptr && r < rows.count; ++r)
+      std::memcpy(step.d_given + (sample * step.cells + rows.cell[r]) * step.perceived,
+                  d_rows + r * stride, step.perceived * sizeof(float));
+    return;
+  }
+  if (net.filters > 0)
+    scale_and_sum(
+        rows.count, net.width, stride, d_rows,
+        step.perception_activation == Activation::identity ? nullptr : perception_slopes,
+        step.d_perception_bias ? gradients + net.d_perception_bias_at : nullptr);
+  for (Index r = 0; r < rows.count; ++r) {
+    const float* d_row = d_rows + r * stride;
+    for (Index o = 0; o < net.positions; ++o) {
+      const Index area = step.kernel[1] * step.kernel[2];
+      const Index delta =
+          rows.box_at[r] +
+          net.box.at(o / area, o % area / step.kernel[2], o % step.kernel[2]);
+      for (Index f = 0; step.d_taps && f < net.filters; ++f)
+        for (Index c = 0; c < padded; c += kLanes) {
+          float* sum = gradients + net.d_taps_at + o * net.width + f * padded + c;
+          store(sum, load(sum) + load(box + delta + c) * load(d_row + f * padded + c));
+        }
+      if (d_box == nullptr) continue;
+      const Index from = net.filters ? weights.stencil.position_start[o] : 0;
+      const Index to = net.filters ? weights.stencil.position_start[o + 1] : 1;
+      if (from == to) continue;
+      for (Index c = 0; c < padded; c += kLanes) {
+        Vec sum = load(d_box + delta + c);
+        if (net.filters == 0) sum += load(d_row + o * padded + c);
+        for (Index i = from; net.filters > 0 && i < to; ++i) {
+          const Tap& tap = weights.stencil.by_position[i];
+          sum += load(tap.values + c) * load(d_row + tap.filter * padded + c);
+        }
+        store(d_box + delta + c, sum);
+      }
+    }
+  }
+}
+
+}  // namespace nca::NCA_ISA

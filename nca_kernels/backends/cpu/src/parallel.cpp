@@ -1,0 +1,73 @@
+#include "parallel.hpp"
+
+#include <cstdlib>
+#include <new>
+#include <vector>
+
+namespace nca {
+namespace {
+
+constexpr std::size_t kAlignment = 64, kSmallest = std::size_t{1} << 20;
+constexpr std::size_t kKept = std::size_t{64} << 20;  // a thread keeps this much between calls
+
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kSeparate = true;  // each array a block of its own, so that its bounds are checked
+#else
+constexpr bool kSeparate = false;
+#endif
+
+struct Block {
+  char* data;
+  std::size_t size;
+};
+
+struct Stack {  // blocks are never moved: what was handed out stays where it is
+  std::vector<Block> blocks;
+  std::size_t block = 0, used = 0, depth = 0;
+
+  ~Stack() { shrink(0); }
+
+  void pop() {
+    std::free(blocks.back().data);
+    blocks.pop_back();
+  }
+
+  void shrink(std::size_t keep) {
+    std::size_t total = 0;
+    for (const Block& each : blocks) total += each.size;
+    for (; !blocks.empty() && total > keep; pop()) total -= blocks.back().size;
+  }
+
+  void* take(std::size_t count) {
+    count = (count + kAlignment - 1) / kAlignment * kAlignment;
+    while (block < blocks.size() && used + count > blocks[block].size) ++block, used = 0;
+    if (block == blocks.size()) {
+      const std::size_t size = kSeparate || count > kSmallest ? count : kSmallest;
+      char* data = static_cast<char*>(std::aligned_alloc(kAlignment, size));
+      if (data == nullptr && size > 0) throw std::bad_alloc();
+      blocks.push_back({data, size});
+      used = 0;
+    }
+    void* taken = blocks[block].data + used;
+    if (kSeparate) ++block;
+    else used += count;
+    return taken;
+  }
+};
+
+thread_local Stack stack;
+
+}  // namespace
+
+Scope::Scope() : block_(stack.block), used_(stack.used) { ++stack.depth; }
+
+Scope::~Scope() {
+  stack.block = block_;
+  stack.used = used_;
+  while (kSeparate && stack.blocks.size() > block_) stack.pop();
+  if (--stack.depth == 0) stack.shrink(kKept);
+}
+
+void* Scope::bytes(Index count) { return stack.take(static_cast<std::size_t>(count)); }
+
+}  // namespace nca

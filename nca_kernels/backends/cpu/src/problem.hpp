@@ -1,0 +1,79 @@
+// One call as plain data: what the handlers fill in and the kernels read.
+//
+// Grids have three axes here, z y x; a plane has depth 1, a line is a column of cells along y, so
+// that tiles can split it. Every array is float32 but states, which may be bfloat16.
+#pragma once
+
+#include <cstdint>
+
+namespace nca {
+
+using Index = std::int64_t;
+
+enum class Activation : int { relu, gelu, silu, tanh, leaky_relu, identity };
+enum class Padding : int { zeros, circular, replicate, reflect };
+enum class Fire : int { all, key, mask };
+enum class Perception : int { depthwise, dense, given };
+
+// An operand or a gradient [groups, ...]; an operand that all groups share has stride 0.
+template <class T>
+struct Grouped {
+  T* data = nullptr;  // null: absent, or not asked for
+  Index stride = 0;
+  T* of(Index group) const { return data + group * stride; }
+  explicit operator bool() const { return data != nullptr; }
+};
+
+struct Layer {
+  Grouped<const float> weight, bias;  // [in, out], [out]
+  Grouped<float> d_weight, d_bias;
+  Index in = 0, out = 0;
+};
+
+struct Step {
+  Index groups, batch, size[3], cells, channels;  // cells: of one sample
+  bool bfloat16;                                  // the dtype of states
+  Padding padding;
+  Perception perception;
+  Index kernel[3], before[3];  // of the taps; 1 and 0 if the perception is given
+  Index perceived, inputs;     // sizes of the perception and of the inputs
+  bool inputs_per_cell, round_products;
+  Activation activation, perception_activation;
+  float step_size;
+  Fire fire;
+  std::uint32_t fire_threshold;
+  bool alive;
+  Index alive_channel;
+  float alive_threshold;
+  Index num_layers;
+  Layer* layers;
+
+  const void* state;                         // [groups, batch, cells, C]
+  Grouped<const std::uint32_t> key;          // [2]
+  Grouped<const std::uint8_t> mask;          // [batch, cells]
+  const float *given, *input;                // [groups, batch, cells, P], [.., I]
+  Grouped<const float> taps, perception_bias;  // [kernel, 1, F*C] or [kernel, C, P], [P]
+
+  // Forward.
+  void* new_state;
+  std::uint8_t* alive_mask;  // [groups, batch, cells]; read by the backward
+
+  // Backward; null: not asked for.
+  const void* cotangent;
+  void* d_state;
+  float *d_given, *d_input;
+  Grouped<float> d_taps, d_perception_bias;
+  bool wants_weights;
+};
+
+struct Attention {
+  Index samples, size[3], cells, heads, head_size, radius[3];
+  bool bfloat16, circular;
+  const void *query, *key, *value;  // [samples, cells, heads, d]
+  void* out;
+  float* log_sum_exp;  // [samples, cells, heads]; read by the backward
+  const void* cotangent;
+  void *d_query, *d_key, *d_value;  // null: not asked for
+};
+
+}  // namespace nca

@@ -1,0 +1,102 @@
+// Matrix products of blocks of rows: C [M, N] = A [M, K] B [K, N], in registers of kRows x
+// kVectors. The order of the sum over K is the same for every element, however rows are grouped.
+#pragma once
+
+#include <algorithm>
+
+#include "vector.hpp"
+
+namespace nca::NCA_ISA {
+
+// A(m, k) = data[m * row + k * column]: transposed, row is 1.
+struct Left {
+  const float* data;
+  Index row, column;
+};
+
+// Columns are cut into panels of up to kVectors vectors. Packed, each panel [K, its columns] is
+// contiguous, `stride` apart from the next row; else B is row-major with that stride.
+struct Right {
+  const float* data;
+  Index stride;  // 0: packed
+};
+
+enum class Into { plain, bias, add };  // C = AB, C = AB + bias [N], C += AB
+
+NCA_INLINE Index panel(Index vectors_left) {
+  return vectors_left == 4 && kVectors == 3 ? 2 : std::min<Index>(vectors_left, kVectors);
+}
+
+template <int M, int N, bool transposed>
+NCA_INLINE void micro_kernel(Index depth, Left a, const float* b, Index stride, float* c,
+                             Index c_stride, Into into, const float* bias) {
+  Vec sum[M][N];
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < N; ++n) {
+      if (into == Into::add) sum[m][n] = load(c + m * c_stride + n * kLanes);
+      else if (into == Into::bias) sum[m][n] = load(bias + n * kLanes);
+      else sum[m][n] = Vec{};
+    }
+  for (Index k = 0; k < depth; ++k) {
+    Vec right[N];
+    for (int n = 0; n < N; ++n) right[n] = load(b + k * stride + n * kLanes);
+    for (int m = 0; m < M; ++m) {
+      const float left = transposed ? a.data[k * a.column + m] : a.data[m * a.row + k];
+      for (int n = 0; n < N; ++n) sum[m][n] += left * right[n];
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < N; ++n) store(c + m * c_stride + n * kLanes, sum[m][n]);
+}
+
+template <int N, bool transposed, int M = kRows>
+void panel_rows(Index rows, Index depth, Left a, const float* b, Index stride, float* c,
+                Index c_stride, Into into, const float* bias) {
+  Index m = 0;
+  for (; m + M <= rows; m += M) {
+    const Left from = {a.data + m * a.row, a.row, a.column};
+    micro_kernel<M, N, transposed>(depth, from, b, stride, c + m * c_stride, c_stride, into, bias);
+  }
+  if constexpr (M > 1)
+    if (m < rows)
+      panel_rows<N, transposed, M / 2>(rows - m, depth, {a.data + m * a.row, a.row, a.column}, b,
+                                       stride, c + m * c_stride, c_stride, into, bias);
+}
+
+template <bool transposed>
+void multiply(Index rows, Index depth, Index columns, Left a, Right b, float* c, Index c_stride,
+              Into into, const float* bias) {
+  for (Index n = 0, left = columns / kLanes; left > 0;) {
+    const Index vectors = panel(left), width = vectors * kLanes;
+    const float* from = b.data + (b.stride ? n : n * depth);
+    const Index stride = b.stride ? b.stride : width;
+    const float* own_bias = into == Into::bias ? bias + n : nullptr;
+    switch (vectors) {
+      case 1:
+        panel_rows<1, transposed>(rows, depth, a, from, stride, c + n, c_stride, into, own_bias);
+        break;
+      case 2:
+        panel_rows<2, transposed>(rows, depth, a, from, stride, c + n, c_stride, into, own_bias);
+        break;
+      default:
+        panel_rows<kVectors, transposed>(rows, depth, a, from, stride, c + n, c_stride, into,
+                                         own_bias);
+    }
+    n += width;
+    left -= vectors;
+  }
+}
+
+// Packs B [depth, columns] given by at(k, n) into panels; columns is a multiple of kLanes.
+template <class At>
+void pack(Index depth, Index columns, float* packed, At&& at) {
+  for (Index n = 0, left = columns / kLanes; left > 0;) {
+    const Index vectors = panel(left), width = vectors * kLanes;
+    for (Index k = 0; k < depth; ++k)
+      for (Index i = 0; i < width; ++i) *packed++ = at(k, n + i);
+    n += width;
+    left -= vectors;
+  }
+}
+
+}  // namespace nca::NCA_ISA

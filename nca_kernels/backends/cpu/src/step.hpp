@@ -1,0 +1,479 @@
+// step and update: forward and backward, tile by tile.
+#pragma once
+
+#include "network.hpp"
+
+namespace nca::NCA_ISA {
+
+template <class T>
+struct StepKernel {
+  const Step& step;
+  Pool& pool;
+  Scope scope;
+  const Tiles tiles;
+  const Box box;
+  const Network network;
+  Weights* weights;
+  Index own_weights;  // 1: each group has its own
+
+  StepKernel(const Step& s, Pool& p, bool backward)
+      : step(s), pool(p), tiles(s), box(s, tiles), network(s, box, scope, backward) {
+    own_weights = 0;
+    const auto note = [&](const auto& array) { own_weights |= array.stride > 0 ? 1 : 0; };
+    note(step.taps), note(step.perception_bias);
+    for (Index i = 0; i < step.num_layers; ++i)
+      note(step.layers[i].weight), note(step.layers[i].bias);
+    const Index sets = own_weights ? step.groups : 1;
+    weights = scope.array<Weights>(sets);
+    for (Index g = 0; g < sets; ++g) weights[g] = network.pack(g, scope);
+  }
+
+  Index samples() const { return step.groups * step.batch; }
+  Index channels() const { return step.channels; }
+  Index width() const { return step.size[2]; }
+  const Weights& weights_of(Index sample) const {
+    return weights[sample / step.batch * own_weights];
+  }
+  const T* state_of(Index sample) const {
+    return static_cast<const T*>(step.state) + sample * step.cells * step.channels;
+  }
+
+  // Every tile of every sample, in parallel.
+  template <class Body>
+  void for_tiles(Body&& body) {
+    parallel_for(pool, samples() * tiles.of_sample, [&](Index task) {
+      body(Tile(step, tiles, task / tiles.of_sample, task % tiles.of_sample));
+    });
+  }
+
+  // body(z, y, first cell in the sample) for every row of a tile.
+  template <class Body>
+  void for_rows(const Tile& tile, Body&& body) const {
+    for (Index z = 0; z < tile.size[0]; ++z)
+      for (Index y = 0; y < tile.size[1]; ++y) body(z, y, tile.row(step, z, y));
+  }
+
+  // ---- forward ----
+
+  void forward() {
+    const Index all = samples() * step.cells;
+    std::uint8_t *lives = nullptr, *lives_after = nullptr;  // the cell's own value, [samples, cells]
+    if (step.alive) {
+      lives = scope.array<std::uint8_t>(all);
+      lives_after = scope.array<std::uint8_t>(all);
+      for_tiles([&](const Tile& tile) { find_living(tile, lives); });
+    }
+    for_tiles([&](const Tile& tile) { forward_tile(tile, lives, lives_after); });
+    if (step.alive) for_tiles([&](const Tile& tile) { clear_dead(tile, lives_after); });
+  }
+
+  bool lives(const T* cell) const { return value(cell + step.alive_channel) > step.alive_threshold; }
+
+  void find_living(const Tile& tile, std::uint8_t* plane) const {
+    const T* state = state_of(tile.sample);
+    std::uint8_t* own = plane + tile.sample * step.cells;
+    for_rows(tile, [&](Index, Index, Index cell) {
+      for (Index x = 0; x < width(); ++x) own[cell + x] = lives(state + (cell + x) * channels());
+    });
+  }
+
+  // Who is alive before the step, into alive_mask; and the cells whose update matters: those that
+  // fire and have a living cell around them, for a dead one can keep a living neighbour alive.
+  void mark_needed(const Tile& tile, const std::uint8_t* plane, std::uint8_t* needed) const {
+    Scope local;
+    const Index w = width(), rows = tile.size[1] + 2;
+    std::uint8_t* fires = local.array<std::uint8_t>(w + kLanes);
+    std::uint8_t* merged = local.array<std::uint8_t>(w);
+    std::uint8_t* alive = nullptr;  // [rows along z, rows along y, x] with a margin of one row
+    const auto row = [&](Index z, Index y) { return alive + (z * rows + y) * w; };
+    if (step.alive) {
+      alive = local.array<std::uint8_t>((tile.size[0] + 2) * rows * w);
+      const std::uint8_t* own = plane + tile.sample * step.cells;
+      for (Index z = 0; z < tile.size[0] + 2; ++z)
+        for (Index y = 0; y < rows; ++y) {
+          const Index zz = at_border(tile.first[0] + z - 1, step.size[0], step.padding);
+          const Index yy = at_border(tile.first[1] + y - 1, step.size[1], step.padding);
+          if (zz < 0 || yy < 0) std::memset(row(z, y), 0, w);
+          else pool_plane(step, own, zz, yy, merged, row(z, y));
+        }
+    }
+    for_rows(tile, [&](Index z, Index y, Index cell) {
+      std::uint8_t* to = needed + (z * tile.size[1] + y) * w;
+      fire_row(step, tile.sample, cell, w, fires);
+      if (!step.alive) {
+        std::memcpy(to, fires, w);
+        return;
+      }
+      pool_row(step, merged, to, [&](Index dz, Index dy) -> const std::uint8_t* {
+        return row(z + 1 + dz, y + 1 + dy);
+      });
+      for (Index x = 0; x < w; ++x) to[x] &= fires[x];
+      std::memcpy(step.alive_mask + tile.sample * step.cells + cell, row(z + 1, y + 1), w);
+    });
+  }
+
+  // The flagged cells of a tile as rows.
+  Rows compact(const Tile& tile, const std::uint8_t* flags, Scope& local) const {
+    const Index most = tile.cells(step) + 1;
+    Index *box_at = local.array<Index>(most), *cells = local.array<Index>(most), count = 0;
+    for_rows(tile, [&](Index z, Index y, Index cell) {
+      const std::uint8_t* row = flags + (z * tile.size[1] + y) * width();
+      const Index corner = box.at(z, y, 0);
+      for (Index x = 0; x < width(); ++x) {  // without a branch: half of the cells fire
+        box_at[count] = corner + x * box.padded;
+        cells[count] = cell + x;
+        count += row[x];
+      }
+    });
+    return {count, box_at, cells};
+  }
+
+  void forward_tile(const Tile& tile, const std::uint8_t* lives_before,
+                    std::uint8_t* lives_after) const {
+    Scope local;
+    std::uint8_t* needed = local.array<std::uint8_t>(tile.cells(step));
+    mark_needed(tile, lives_before, needed);
+    const Rows rows = compact(tile, needed, local);
+    keep(tile, lives_before, lives_after);
+    if (rows.count == 0) return;
+    float* window = local.floats(box.floats());
+    if (step.perception != Perception::given)
+      fill_box(step, tile, box, state_of(tile.sample), window);
+    Block block(network, local);
+    for (Index first = 0; first < rows.count; first += kBlock) {
+      const Rows some = {std::min(kBlock, rows.count - first), rows.box_at + first,
+                         rows.cell + first};
+      const float* update = block.forward(weights_of(tile.sample), some, tile.sample, window);
+      add_update(some, tile.sample, update, block.update_stride, lives_after);
+    }
+  }
+
+  // The new state as if no cell fired.
+  void keep(const Tile& tile, const std::uint8_t* before, std::uint8_t* after) const {
+    const T* state = state_of(tile.sample);
+    T* to = static_cast<T*>(step.new_state) + tile.sample * step.cells * channels();
+    for_rows(tile, [&](Index, Index, Index cell) {
+      const Index bytes = channels() * Index{sizeof(T)};
+      if (!step.alive) {
+        std::memcpy(to + cell * channels(), state + cell * channels(), width() * bytes);
+        return;
+      }
+      const std::uint8_t* alive = step.alive_mask + tile.sample * step.cells + cell;
+      std::memcpy(after + tile.sample * step.cells + cell, before + tile.sample * step.cells + cell,
+                  width());
+      for (Index x = 0; x < width(); ++x) {
+        T* own = to + (cell + x) * channels();
+        if (alive[x]) std::memcpy(own, state + (cell + x) * channels(), bytes);
+        else std::memset(own, 0, bytes);
+      }
+    });
+  }
+
+  void add_update(const Rows& rows, Index sample, const float* update, Index stride,
+                  std::uint8_t* lives_after) const {
+    const T* state = state_of(sample);
+    T* to = static_cast<T*>(step.new_state) + sample * step.cells * channels();
+    for (Index r = 0; r < rows.count; ++r) {
+      const Index cell = rows.cell[r];
+      T* own = to + cell * channels();
+      for_channels(channels(), state + cell * channels(), [&](Index c, Vec old) {
+        store_channels(own, c, channels(), old + step.step_size * load(update + r * stride + c));
+      });
+      if (!step.alive) continue;
+      lives_after[sample * step.cells + cell] = lives(own);
+      if (!step.alive_mask[sample * step.cells + cell])  // its value mattered to neighbours only
+        std::memset(own, 0, channels() * sizeof(T));
+    }
+  }
+
+  void clear_dead(const Tile& tile, const std::uint8_t* lives_after) const {
+    Scope local;
+    std::uint8_t* merged = local.array<std::uint8_t>(width());
+    std::uint8_t* alive = local.array<std::uint8_t>(width());
+    const std::uint8_t* plane = lives_after + tile.sample * step.cells;
+    for_rows(tile, [&](Index z, Index y, Index cell) {
+      pool_plane(step, plane, tile.first[0] + z, tile.first[1] + y, merged, alive);
+      std::uint8_t* mask = step.alive_mask + tile.sample * step.cells + cell;
+      T* own = static_cast<T*>(step.new_state) + (tile.sample * step.cells + cell) * channels();
+      for (Index x = 0; x < width(); ++x) {
+        if (mask[x] && !alive[x]) std::memset(own + x * channels(), 0, channels() * sizeof(T));
+        mask[x] &= alive[x];
+      }
+    });
+  }
+
+  // ---- backward ----
+
+  // Partial gradients of weights: each belongs to the same tiles for any number of threads, and
+  // they are added up in a fixed order.
+  struct Partials {
+    Index count;       // of a group
+    float* sums;       // [groups, count, gradient_floats]
+    std::uint8_t* used;
+  };
+
+  // What a tile adds to cells of other tiles, or across a border: the rows of its box that are
+  // not its own, folded along x. [tiles, margin rows, x, padded]
+  struct Margins {
+    Index rows;
+    float* sums;
+    std::uint8_t* used;  // by tile
+  };
+
+  Index tiles_of_group() const { return step.batch * tiles.of_sample; }
+
+  void backward() {
+    const Index all_tiles = samples() * tiles.of_sample;
+    Partials partials = make_partials();
+    Margins margins = {(step.kernel[0] - 1) * box.size[1] + tiles.size[0] * (step.kernel[1] - 1),
+                       nullptr, scope.array<std::uint8_t>(all_tiles)};
+    std::memset(margins.used, 0, all_tiles);
+    if (step.d_state != nullptr)
+      margins.sums = scope.floats(all_tiles * margins.rows * width() * box.padded);
+    // bfloat16 gradients are added up in float32.
+    float* d_state = static_cast<float*>(step.d_state);
+    if (step.d_state != nullptr && step.bfloat16)
+      d_state = scope.floats(samples() * step.cells * channels());
+    const bool per_sample = step.d_input != nullptr && !step.inputs_per_cell;
+    float* d_inputs = per_sample ? scope.floats(all_tiles * step.inputs) : nullptr;
+
+    parallel_for(pool, step.groups * partials.count, [&](Index task) {
+      const Index group = task / partials.count, first = task % partials.count;
+      float* sums = partials.sums + task * network.gradient_floats;
+      for (Index i = first; i < tiles_of_group(); i += partials.count) {
+        const Index sample = group * step.batch + i / tiles.of_sample;
+        const Index tile = sample * tiles.of_sample + i % tiles.of_sample;
+        backward_tile(Tile(step, tiles, sample, i % tiles.of_sample), sums, partials.used[task],
+                      d_state, margins, tile, d_inputs ? d_inputs + tile * step.inputs : nullptr);
+      }
+    });
+    if (step.d_state != nullptr) add_margins(margins, d_state);
+    if (network.gradient_floats > 0) add_partials(partials);
+    for (Index sample = 0; per_sample && sample < samples(); ++sample)
+      for (Index i = 0; i < step.inputs; ++i) {
+        float sum = 0;
+        for (Index tile = 0; tile < tiles.of_sample; ++tile)
+          sum += d_inputs[(sample * tiles.of_sample + tile) * step.inputs + i];
+        step.d_input[sample * step.inputs + i] = sum;
+      }
+  }
+
+  Partials make_partials() {
+    constexpr Index kMost = 32, kFloats = Index{1} << 26;
+    Index count = tiles_of_group();
+    if (network.gradient_floats > 0) {
+      const Index fitting = kFloats / (step.groups * network.gradient_floats);
+      count = std::min(count, std::max<Index>(std::min(kMost / step.groups, fitting), 1));
+    }
+    Partials partials = {count, scope.floats(step.groups * count * network.gradient_floats),
+                         scope.array<std::uint8_t>(step.groups * count)};
+    std::memset(partials.used, 0, step.groups * count);
+    return partials;
+  }
+
+  // The cells that fired and stay alive: no other contributes to gradients of weights.
+  void mark_active(const Tile& tile, std::uint8_t* active) const {
+    for_rows(tile, [&](Index z, Index y, Index cell) {
+      Scope local;
+      std::uint8_t* fires = local.array<std::uint8_t>(width() + kLanes);
+      std::uint8_t* to = active + (z * tile.size[1] + y) * width();
+      fire_row(step, tile.sample, cell, width(), fires);
+      const std::uint8_t* alive = step.alive_mask + tile.sample * step.cells + cell;
+      for (Index x = 0; x < width(); ++x) to[x] = step.alive ? fires[x] & alive[x] : fires[x];
+    });
+  }
+
+  void backward_tile(const Tile& tile, float* sums, std::uint8_t& used, float* d_state,
+                     const Margins& margins, Index index, float* d_inputs) const {
+    Scope local;
+    std::uint8_t* active = local.array<std::uint8_t>(tile.cells(step));
+    mark_active(tile, active);
+    const Rows rows = compact(tile, active, local);
+    clear_gradients(tile, d_inputs);
+    if (rows.count == 0) {
+      if (d_state != nullptr) finish_rows(tile, d_state, nullptr);
+      return;
+    }
+    if (!used) std::memset(sums, 0, network.gradient_floats * sizeof(float));
+    used = 1;
+    float *window = nullptr, *d_window = nullptr;
+    if (step.perception != Perception::given) {
+      window = local.floats(box.floats());
+      fill_box(step, tile, box, state_of(tile.sample), window);
+      if (d_state != nullptr) {
+        d_window = local.floats(box.floats());
+        std::memset(d_window, 0, box.floats() * sizeof(float));
+      }
+    }
+    Block block(network, local);
+    const T* cotangent =
+        static_cast<const T*>(step.cotangent) + tile.sample * step.cells * channels();
+    for (Index first = 0; first < rows.count; first += kBlock) {
+      const Rows some = {std::min(kBlock, rows.count - first), rows.box_at + first,
+                         rows.cell + first};
+      block.forward(weights_of(tile.sample), some, tile.sample, window);
+      for (Index r = 0; r < some.count; ++r)
+        for_channels(channels(), cotangent + some.cell[r] * channels(), [&](Index c, Vec d) {
+          store(block.d_update + r * block.update_stride + c, step.step_size * d);
+        });
+      block.backward(weights_of(tile.sample), some, tile.sample, window, block.d_update, d_window,
+                     sums, d_inputs);
+    }
+    if (d_state == nullptr) return;
+    finish_rows(tile, d_state, d_window);
+    if (d_window != nullptr && margins.rows > 0) {
+      keep_margins(tile, d_window, margins.sums + index * margins.rows * width() * box.padded);
+      margins.used[index] = 1;
+    }
+  }
+
+  void clear_gradients(const Tile& tile, float* d_inputs) const {
+    if (d_inputs != nullptr) std::memset(d_inputs, 0, step.inputs * sizeof(float));
+    for_rows(tile, [&](Index, Index, Index row) {
+      const Index cell = tile.sample * step.cells + row;
+      const auto clear = [&](float* all, Index size) {
+        std::memset(all + cell * size, 0, width() * size * sizeof(float));
+      };
+      if (step.d_given != nullptr) clear(step.d_given, step.perceived);
+      if (step.d_input != nullptr && step.inputs_per_cell) clear(step.d_input, step.inputs);
+    });
+  }
+
+  // Gradient of the state: the cotangent where the cell stays alive, and what the box holds.
+  void finish_rows(const Tile& tile, float* d_state, float* d_window) const {
+    const T* cotangent = static_cast<const T*>(step.cotangent);
+    for_rows(tile, [&](Index z, Index y, Index row) {
+      const Index cell = tile.sample * step.cells + row;
+      float* d_row = nullptr;
+      if (d_window != nullptr) {
+        float* box_row = d_window + box.at(z + step.before[0], y + step.before[1], 0);
+        fold_row(step, box, box_row);
+        d_row = box_row + box.at(0, 0, step.before[2]);
+      }
+      for (Index x = 0; x < width(); ++x) {
+        float* to = d_state + (cell + x) * channels();
+        const bool alive = !step.alive || step.alive_mask[cell + x];
+        for_channels(channels(), cotangent + (cell + x) * channels(), [&](Index c, Vec d) {
+          if (!alive) d = Vec{};
+          if (d_row != nullptr) d += load(d_row + x * box.padded + c);
+          store_channels(to, c, channels(), d);
+        });
+      }
+    });
+  }
+
+  // The rows of a box that are not the tile's own, in the order of margin_row.
+  void keep_margins(const Tile& tile, float* d_window, float* to) const {
+    const Index floats = width() * box.padded;
+    for (Index z = 0; z < tile.size[0] + step.kernel[0] - 1; ++z)
+      for (Index y = 0; y < tile.size[1] + step.kernel[1] - 1; ++y) {
+        const Index at = margin_row(tile.size, z, y);
+        if (at < 0) continue;
+        float* row = d_window + box.at(z, y, 0);
+        fold_row(step, box, row);
+        std::memcpy(to + at * floats, row + box.at(0, 0, step.before[2]), floats * sizeof(float));
+      }
+  }
+
+  // Which margin row lies at (z, y) of the box of a tile; -1 for the tile's own.
+  Index margin_row(const Index* size, Index z, Index y) const {
+    const Index own_z = z - step.before[0], own_y = y - step.before[1];
+    if (own_z < 0 || own_z >= size[0]) return (own_z < 0 ? z : z - size[0]) * box.size[1] + y;
+    if (own_y >= 0 && own_y < size[1]) return -1;
+    return (step.kernel[0] - 1) * box.size[1] + own_z * (step.kernel[1] - 1) +
+           (own_y < 0 ? y : y - size[1]);
+  }
+
+  // A position of some tile's box along one axis.
+  struct Place {
+    Index tile, at;
+    const Place* next;  // that holds the same cells
+  };
+
+  // For every index along an axis, the places outside their tiles' own that hold it.
+  const Place** find_places(int axis) {
+    const Index size = step.size[axis], reach = step.kernel[axis] - 1;
+    const Place** heads = scope.array<const Place*>(size);
+    std::fill(heads, heads + size, nullptr);
+    Place* places = scope.array<Place>(tiles.count[axis] * reach);
+    for (Index tile = tiles.count[axis] - 1; tile >= 0; --tile) {
+      const Index first = tile * tiles.size[axis];
+      const Index own = std::min(tiles.size[axis], size - first);
+      for (Index at = own + reach - 1; at >= 0; --at) {
+        const Index offset = at - step.before[axis];
+        if (offset >= 0 && offset < own) continue;
+        const Index cell = at_border(first + offset, size, step.padding);
+        if (cell < 0) continue;
+        *places = {tile, at, heads[cell]};
+        heads[cell] = places++;
+      }
+    }
+    return heads;
+  }
+
+  // Adds what other tiles hold for each row, in a fixed order; rounds to bfloat16 at last.
+  void add_margins(const Margins& margins, float* d_state) {
+    const Place **along_z = find_places(0), **along_y = find_places(1);
+    for_tiles([&](const Tile& tile) {
+      for_rows(tile, [&](Index z, Index y, Index row) {
+        float* to = d_state + (tile.sample * step.cells + row) * channels();
+        const Index iz = tile.first[0] + z, iy = tile.first[1] + y;
+        const Place own_z = {iz / tiles.size[0], z + step.before[0], along_z[iz]};
+        const Place own_y = {iy / tiles.size[1], y + step.before[1], along_y[iy]};
+        for (const Place* pz = &own_z; pz != nullptr; pz = pz->next)
+          for (const Place* py = pz == &own_z ? own_y.next : &own_y; py != nullptr; py = py->next)
+            add_margin(margins, tile.sample, *pz, *py, to);
+        if (step.bfloat16)
+          for_channels(width() * channels(), to, [&](Index i, Vec d) {
+            T* out = static_cast<T*>(step.d_state) + (to - d_state);
+            store_channels(out, i, width() * channels(), d);
+          });
+      });
+    });
+  }
+
+  void add_margin(const Margins& margins, Index sample, const Place& z, const Place& y,
+                  float* to) const {
+    const Index index = z.tile * tiles.count[1] + y.tile;
+    const Index tile = sample * tiles.of_sample + index;
+    if (!margins.used[tile]) return;
+    const Index at = margin_row(Tile(step, tiles, sample, index).size, z.at, y.at);
+    const float* from = margins.sums + (tile * margins.rows + at) * width() * box.padded;
+    for (Index x = 0; x < width(); ++x)
+      for_channels(channels(), to + x * channels(), [&](Index c, Vec sum) {
+        store_channels(to + x * channels(), c, channels(), sum + load(from + x * box.padded + c));
+      });
+  }
+
+  void add_partials(const Partials& partials) {
+    constexpr Index kFloats = 4096;
+    const Index size = network.gradient_floats, blocks = (size + kFloats - 1) / kFloats;
+    float* totals = scope.floats(step.groups * size);
+    parallel_for(pool, step.groups * blocks, [&](Index task) {
+      const Index group = task / blocks, first = task % blocks * kFloats;
+      const Index count = std::min(kFloats, size - first);
+      float* total = totals + group * size + first;
+      std::memset(total, 0, count * sizeof(float));
+      for (Index i = 0; i < partials.count; ++i) {
+        if (!partials.used[group * partials.count + i]) continue;
+        const float* from = partials.sums + (group * partials.count + i) * size + first;
+        for (Index j = 0; j < count; j += kLanes)  // sizes are multiples of kLanes
+          store(total + j, load(total + j) + load(from + j));
+      }
+    });
+    for (Index group = 0; group < step.groups; ++group)
+      network.unpack(totals + group * size, group);
+  }
+};
+
+inline void step_forward(const Step& step, Pool& pool) {
+  if (step.bfloat16) StepKernel<bfloat16>(step, pool, false).forward();
+  else StepKernel<float>(step, pool, false).forward();
+}
+
+inline void step_backward(const Step& step, Pool& pool) {
+  if (step.bfloat16) StepKernel<bfloat16>(step, pool, true).backward();
+  else StepKernel<float>(step, pool, true).backward();
+}
+
+}  // namespace nca::NCA_ISA

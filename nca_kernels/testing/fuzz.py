@@ -1,0 +1,174 @@
+"""Random shapes and rules against the oracle, values and gradients: one seed, one case.
+
+``python -m nca_kernels.testing.fuzz cpu --cases 10000 --json results.json`` shows progress, can be
+interrupted, and goes on where it stopped; a failure names its seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import nca_kernels as nk
+from nca_kernels import dispatch
+from nca_kernels.rule import ACTIVATIONS, PADDINGS, Alive, Rule
+from nca_kernels.testing.cases import Arguments, Case
+from nca_kernels.testing.compare import assert_close, tolerance
+from nca_kernels.testing.conformance import ORACLE, cotangent_of, value_and_gradients
+
+
+def random_case(seed: int) -> Case:
+    """The case of a seed: 1 to 3 dims, odd sizes, any rule, taps, layers, inputs and dtype."""
+    random = np.random.default_rng(seed)
+
+    def choose(*options: Any) -> Any:
+        return options[random.integers(len(options))]
+
+    def some(most: int, low: int, high: int) -> tuple[int, ...]:
+        return tuple(int(n) for n in random.integers(low, high + 1, random.integers(most + 1)))
+
+    dims = int(random.integers(1, 4))
+    channels = int(random.integers(1, 8)) if random.random() < 0.8 else choose(16, 17, 33)
+    alive = Alive(int(random.integers(-1, 1)), choose(-0.2, 0.3, 0.9))
+    rule = Rule(
+        activation=choose(*ACTIVATIONS),
+        perception_activation=choose(*ACTIVATIONS),
+        padding=choose(*PADDINGS),
+        fire_rate=choose(0.1, 0.5, 0.9, 1.0),
+        step_size=choose(-0.5, 0.0, 1.0, 3.0),
+        alive=choose(None, alive, alive),
+        precision="float32",
+    )
+    return Case(
+        name=f"random_{seed}",
+        grid=tuple(int(n) for n in random.integers(1, (0, 40, 13, 6)[dims] + 1, dims)),
+        rule=rule,
+        batch=some(2, 1, 3),
+        channels=channels,
+        kernel=tuple(int(n) for n in random.integers(1, 5, dims)),
+        filters=int(random.integers(1, 5)),
+        dense=choose(None, None, int(random.integers(1, 20))),
+        hidden=some(3, 1, 40),
+        inputs=choose(0, 0, int(random.integers(1, 5))),
+        inputs_per_sample=choose(True, False),
+        bias=choose(True, False),
+        perception_bias=choose(True, False),
+        dtype=choose("float32", "float32", "float32", "bfloat16"),
+        living=choose(0.1, 1.0),
+    )
+
+
+def check_random_case(backend: str, seed: int) -> bool:
+    """Checks the case of a seed; False if rounding alone decides who lives in it: no verdict.
+
+    Raises:
+        AssertionError: naming the array that is off.
+    """
+    case = random_case(seed)
+    args = case.arguments(seed)
+    expected, expected_grads, free = _oracle(case, args)
+    if not _far_from_threshold(case, args, free):
+        return False
+    out, grads = value_and_gradients(backend, case, args, calls=1)
+    limit = tolerance(case.dtype, case.rule.precision)
+    assert_close(out, expected, limit, f"seed {seed}: state")
+    _assert_gradients_close(grads, expected_grads, limit, f"seed {seed}: gradient of ")
+    return True
+
+
+def _assert_gradients_close(grads: Any, expected: Any, limit: float, what: str) -> None:
+    """A gradient may cancel to nearly nothing: then its error is measured by the largest one."""
+    size = max(float(np.linalg.norm(np.ravel(g))) for g in jax.tree.leaves(expected))
+    for (path, got), want in zip(
+        jax.tree_util.tree_flatten_with_path(grads)[0], jax.tree.leaves(expected), strict=True
+    ):
+        assert got.dtype == want.dtype, f"{what}{path}: {got.dtype} is not {want.dtype}"
+        got, want = (np.asarray(a, np.float64) for a in (got, want))
+        error = np.linalg.norm(got - want) / max(float(np.linalg.norm(want)), 5e-2 * size, 1e-30)
+        assert error <= limit, f"{what}{jax.tree_util.keystr(path)}: error ratio {error:.3g}"
+
+
+def _oracle(case: Case, args: Arguments) -> tuple[Any, Any, Any]:
+    """New state, gradients, and the new state if nothing died: compiled at once."""
+    params, state, key, inputs = args
+
+    @jax.jit
+    def run(params: Any, state: Any, inputs: Any) -> tuple[Any, Any, Any]:
+        def step(params: Any, state: Any, inputs: Any) -> Any:
+            return nk.step(case.rule, params, state, key, inputs, backend=ORACLE)
+
+        out, pull = jax.vjp(step, params, state, inputs)
+        grads = dict(zip(("params", "state", "inputs"), pull(cotangent_of(out)), strict=True))
+        free = replace(case.rule, alive=None)
+        return out, grads, nk.step(free, params, state, key, inputs, backend=ORACLE)
+
+    return run(params, state, inputs)
+
+
+def _far_from_threshold(case: Case, args: Arguments, free: Any) -> bool:
+    """No alive value so close to the threshold that its rounding matters."""
+    alive = case.rule.alive
+    if alive is None:
+        return True
+    values = np.stack([args.state, free]).astype(np.float64)[..., alive.channel]
+    margin = 1e-4 if case.dtype == "float32" else 2e-2
+    return bool(np.abs(values - alive.threshold).min(initial=1.0) > margin)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs seeds one after another and writes what was found; exit code 1 if any fails."""
+    from tqdm import tqdm
+
+    parser = argparse.ArgumentParser(prog="python -m nca_kernels.testing.fuzz", description=__doc__)
+    parser.add_argument("backend")
+    parser.add_argument("--cases", type=int, default=200, help="how many seeds (default 200)")
+    parser.add_argument("--first", type=int, default=0, help="the first seed (default 0)")
+    parser.add_argument("--json", type=Path, help="results; goes on where the file stops")
+    args = parser.parse_args(argv)
+    dispatch.requested(args.backend)  # raises if there is none of that name here
+    done = _read(args.json) or {
+        "backend": args.backend,
+        "first": args.first,
+        "seeds": 0,
+        "no_verdict": 0,
+        "failures": {},
+    }
+    for i in tqdm(range(done["seeds"], args.cases), initial=done["seeds"], total=args.cases):
+        seed = done["first"] + i
+        try:
+            done["no_verdict"] += not check_random_case(args.backend, seed)
+        except AssertionError as error:
+            done["failures"][str(seed)] = str(error)
+            tqdm.write(str(error), file=sys.stderr)
+        done["seeds"] = i + 1
+        if done["seeds"] % 50 == 0 or done["seeds"] == args.cases:
+            jax.clear_caches()  # every case is compiled anew: nothing would be used again
+            _write(args.json, done)
+    failures = len(done["failures"])
+    print(f"{done['seeds']} cases, {done['no_verdict']} without verdict, {failures} failures")
+    return 1 if failures else 0
+
+
+def _read(path: Path | None) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path is not None and path.exists() else None
+
+
+def _write(path: Path | None, content: Any) -> None:
+    if path is None:
+        return
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        json.dump(content, file, indent=1)
+    os.replace(file.name, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

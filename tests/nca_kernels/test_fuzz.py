@@ -1,0 +1,64 @@
+"""Random shapes and rules: fused backends against the reference, values and gradients."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nca_kernels.backends.cpu import library
+from nca_kernels.testing import fuzz
+
+ROOT = Path(__file__).parents[2]
+# A case is compiled once and run once: the compiler's time is all the time.
+QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+
+
+def run(*args):
+    return subprocess.run(
+        [sys.executable, "-m", "nca_kernels.testing.fuzz", *args],
+        capture_output=True,
+        text=True,
+        env=os.environ | QUICK,
+        cwd=ROOT,
+    )
+
+
+@pytest.mark.skipif(library.missing() is not None, reason=f"no kernels: {library.missing()}")
+@pytest.mark.parametrize("part", range(2))
+def test_cpu(part):
+    out = run("cpu", "--first", str(100 * part), "--cases", "100")
+    assert out.returncode == 0, out.stdout + out.stderr
+
+
+def test_xla():
+    out = run("xla", "--cases", "15")
+    assert out.returncode == 0, out.stdout + out.stderr
+
+
+def test_interrupted_and_continued(tmp_path):
+    """A run goes on where the file stops, and a failure is told with its seed."""
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps({"backend": "xla", "first": 0, "seeds": 2, "no_verdict": 0,
+                                "failures": {"1": "seed 1: state: off"}}))  # fmt: skip
+    out = run("xla", "--cases", "3", "--json", str(file))
+    assert out.returncode == 1
+    assert json.loads(file.read_text())["seeds"] == 3
+    assert "3 cases, 0 without verdict, 1 failures" in out.stdout, out.stdout + out.stderr
+
+
+def test_an_error_is_found(monkeypatch):
+    """The check can fail: a state that is off by a little, and a gradient that is."""
+    seed = next(s for s in range(100) if fuzz.random_case(s).dtype == "float32")
+    assert fuzz.check_random_case("xla", seed)
+    right = fuzz.value_and_gradients
+
+    def wrong(backend, case, args, calls):
+        out, grads = right(backend, case, args, calls)
+        return out * 1.0001, grads
+
+    monkeypatch.setattr(fuzz, "value_and_gradients", wrong)
+    with pytest.raises(AssertionError, match=f"seed {seed}: state"):
+        fuzz.check_random_case("xla", seed)
