@@ -8,19 +8,22 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CONSTRAINTS ?=
 CONSTRAIN := $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
-.PHONY: help demo test check bench gpu aot clean
+.PHONY: help demo test check bench fuzz sanitize gpu aot clean
 
 help:
 	@echo "make demo   train a Growing NCA on the packaged target and show it (under 6 minutes)"
 	@echo "make test   all tests"
 	@echo "make check  formatting, lint and types"
 	@echo "make bench  against the reference, CAX and PyTorch on this machine; writes results"
+	@echo "make fuzz   10,000 random shapes and rules on the native kernels; can be interrupted"
+	@echo "make sanitize  the native kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make gpu    conformance and timings on a GPU, with the Python that has its JAX"
 	@echo "make aot    registers, spills and shared memory of the Triton kernels; needs no GPU"
 	@echo "make clean  remove virtual environments and caches"
 
 # One stamp for each set of extras. The install compiles the native kernels, if it can.
-$(VENV)/installed-%: pyproject.toml $(wildcard nca_kernels/backends/cpu/src/*)
+CPU_SOURCES := $(wildcard nca_kernels/backends/cpu/src/*)
+$(VENV)/installed-%: pyproject.toml $(CPU_SOURCES)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing nca-kernels[$*] into $(VENV) ..."
 	@$(PIP) $(CONSTRAIN) --editable ".[$*]"
@@ -47,6 +50,27 @@ check: $(VENV)/installed-models,test,check
 bench: $(VENV)/installed-models,test,peers
 	$(BIN)/python -m pytest benchmarks --save $(PYTEST_ARGS)
 	$(BIN)/python -m benchmarks.memory --save
+
+# Without the compiler's optimizations: every case is compiled, and runs for a moment.
+QUICK := XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+FUZZ := $(abspath out/fuzz-cpu.json)
+
+fuzz: $(VENV)/installed-models,test
+	@mkdir -p $(dir $(FUZZ))
+	$(QUICK) $(BIN)/python -m nca_kernels.testing.fuzz cpu --cases 10000 --json $(FUZZ)
+
+SANITIZED := $(abspath $(VENV))/sanitized
+$(SANITIZED)/libnca_cpu.so: $(VENV)/installed-models,test $(CPU_SOURCES)
+	@$(PIP) cmake
+	$(BIN)/cmake -S nca_kernels/backends/cpu/src -B $(SANITIZED) -DNCA_SANITIZE=address,undefined \
+	  -DPython_EXECUTABLE=$(abspath $(BIN)/python)
+	$(BIN)/cmake --build $(SANITIZED)
+
+# Python itself leaks on purpose: only the kernels' accesses are checked.
+sanitize: $(SANITIZED)/libnca_cpu.so
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 NCA_CPU_LIBRARY=$< $(QUICK) \
+	  $(BIN)/python -m pytest tests/nca_kernels/test_cpu.py $(PYTEST_ARGS)
 
 # A machine with a GPU often has its own JAX and no network: nothing is installed there.
 gpu:

@@ -1,7 +1,8 @@
-"""Step and rollout, forward and training: xla against the reference and the peers.
+"""Step and rollout, forward and training: this machine's best backend against all others.
 
 Run with ``make bench``. Every round times all contestants in turn; the figures are medians, the
-ratios medians of ratios within a round.
+ratios medians of ratios within a round. On a CPU, the fraction of the machine's peak is measured
+in the same run and counts the products of the cells that fire.
 """
 
 from __future__ import annotations
@@ -14,9 +15,13 @@ import pytest
 import nca_kernels as nk
 from benchmarks import peers
 from benchmarks.measure import STEPS, bytes_kept, cells, interleaved, jax_run, median_ratio
+from benchmarks.roofline import cpu_fraction
+from nca_kernels.backends.cpu import library
 from nca_kernels.testing import BENCHMARKS, error_ratio
 
 BY_NAME = {case.name: case for case in BENCHMARKS}
+BEST = next(b.name for b in nk.backends() if b.auto)
+BACKENDS = [BEST, *(b.name for b in nk.backends() if b.available and b.name != BEST)]
 # Contestants whose gradients take seconds a step run where a round stays under a minute.
 SLOW_TRAINING = {"diffusing": ("cax",)}
 
@@ -26,23 +31,26 @@ SLOW_TRAINING = {"diffusing": ("cax",)}
 @pytest.mark.parametrize("name", list(BY_NAME))
 def test_against_others(name, kind, mode, benchmark, record, request):
     case, steps = BY_NAME[name], 1 if kind == "step" else STEPS
-    runs = {b: jax_run(case, b, mode, steps) for b in ("xla", "reference")}
+    runs = {b: jax_run(case, b, mode, steps) for b in BACKENDS}
     if kind == "rollout":
         for peer, missing in peers.available().items():
             if missing is None and not (mode == "training" and peer in SLOW_TRAINING.get(name, ())):
                 runs[peer] = peers.RUN[peer](case, mode, steps)
-    rounds = request.config.getoption("--rounds")
-    times = interleaved(runs, rounds)
-    benchmark.pedantic(runs["xla"], rounds=3, iterations=1)
+    times = interleaved(runs, request.config.getoption("--rounds"))
+    benchmark.pedantic(runs[BEST], rounds=3, iterations=1)
     work = cells(case) * steps
-    row = {"case": name, "kind": kind, "mode": mode}
+    row = {"case": name, "kind": kind, "mode": mode, "best": BEST}
     for contestant, taken in times.items():
         row[f"{contestant}_ns"] = 1e9 * statistics.median(taken) / work
     for contestant in list(runs)[1:]:
-        row[f"x_{contestant}"] = median_ratio(times[contestant], times["xla"])
-    row["xla_cell_steps_per_s"] = work / statistics.median(times["xla"])
+        row[f"x_{contestant}"] = median_ratio(times[contestant], times[BEST])
+    row[f"{BEST}_cell_steps_per_s"] = work / statistics.median(times[BEST])
+    if BEST == "cpu":
+        peak = max(library.peak_flops() for _ in range(5))
+        seconds_per_cell = statistics.median(times[BEST]) / work
+        row |= {"peak_flops": peak, "of_peak": cpu_fraction(case, mode, peak, seconds_per_cell)}
     if mode == "training":
-        for backend in ("xla", "reference"):
+        for backend in (BEST, "reference"):
             row[f"{backend}_bytes_kept"] = bytes_kept(case, backend)
     row["seconds"] = times
     benchmark.extra_info |= {k: v for k, v in row.items() if k != "seconds"}

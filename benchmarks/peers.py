@@ -1,4 +1,4 @@
-"""The same steps as other libraries run them: CAX and PyTorch, with the parameters of a case.
+"""The same steps as others write them, with the parameters of a case: CAX, PyTorch, plain JAX.
 
 Each peer is a function ``(case, mode, steps) -> run`` where ``run()`` computes and waits, and a
 function that returns its state after one step with everything firing, to be checked against ours.
@@ -7,6 +7,7 @@ function that returns its state after one step with everything firing, to be che
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from nca_kernels.testing import Case
 def available() -> dict[str, str | None]:
     """Each peer by name, with None if it is installed, else what to install."""
     missing: dict[str, str | None] = {}
-    for name, package in (("cax", "cax"), ("torch", "torch")):
+    for name, package in (("cax", "cax"), ("torch", "torch"), ("slices", "jax")):
         try:
             __import__(package)
             missing[name] = None
@@ -96,6 +97,63 @@ def cax_step(case: Case) -> np.ndarray:
     return np.asarray(_cax_system(case, 1.0)(case.arguments().state, num_steps=1))
 
 
+# ---- plain JAX, as a careful user writes it: shifted slices and one product a layer ----
+
+
+def _slices_step(case: Case, fire_rate: float) -> Callable[..., Any]:
+    dims, alive = len(case.grid), case.rule.alive
+
+    def perceive(state: Any, taps: Any) -> Any:
+        padded = jnp.pad(state, [(0, 0), *[(1, 1)] * dims, (0, 0)])
+        taps = taps.reshape(3**dims, case.channels, -1)  # [positions, C, F]
+        terms = [
+            padded[(slice(None), *map(slice, at, [a + n for a, n in zip(at, case.grid)]))][
+                ..., None
+            ]
+            * taps[i]
+            for i, at in enumerate(product(range(3), repeat=dims))
+        ]
+        return sum(terms[1:], terms[0]).reshape(*state.shape[:-1], -1)
+
+    def lives(state: Any) -> Any:
+        assert alive is not None
+        window = (1, *(3,) * dims)
+        plane = state[..., alive.channel]
+        return jax.lax.reduce_window(
+            plane, -jnp.inf, jax.lax.max, window, (1,) * (dims + 1), "SAME"
+        )[..., None] > alive.threshold  # fmt: skip
+
+    def step(layers: Any, taps: Any, state: Any, key: Any) -> Any:
+        hidden = perceive(state, taps)
+        for i, (weight, bias) in enumerate(layers):
+            hidden = (jax.nn.relu(hidden) if i else hidden) @ weight + bias
+        fires = jax.random.bernoulli(key, fire_rate, state.shape[:-1])[..., None]
+        new = state + case.rule.step_size * hidden * fires
+        return new if alive is None else new * (lives(state) & lives(new))
+
+    return step
+
+
+def slices_run(case: Case, mode: str, steps: int) -> Callable[[], Any]:
+    step = _slices_step(case, case.rule.fire_rate)
+    params, state, key, _ = case.arguments()
+
+    def loss(layers: Any, taps: Any, state: Any, key: Any) -> Any:
+        keys = jax.random.split(key, steps)
+        out, _ = jax.lax.scan(lambda s, k: (step(layers, taps, s, k), None), state, keys)
+        return jnp.mean(out**2), out
+
+    fun = jax.grad(loss, has_aux=True) if mode == "training" else lambda *args: loss(*args)[1]
+    compiled = jax.jit(fun)
+    return lambda: jax.block_until_ready(compiled(params.layers, params.perception, state, key))
+
+
+def slices_step(case: Case) -> np.ndarray:
+    params, state, key, _ = case.arguments()
+    step = jax.jit(_slices_step(case, 1.0))
+    return np.asarray(step(params.layers, params.perception, state, key))
+
+
 # ---- PyTorch, channels-last ----
 
 
@@ -168,5 +226,5 @@ def torch_step(case: Case) -> np.ndarray:
         return np.moveaxis(step(x, 1.1).numpy(), 1, -1)
 
 
-RUN = {"cax": cax_run, "torch": torch_run}
-STEP = {"cax": cax_step, "torch": torch_step}
+RUN = {"cax": cax_run, "torch": torch_run, "slices": slices_run}
+STEP = {"cax": cax_step, "torch": torch_step, "slices": slices_step}

@@ -73,6 +73,11 @@ def best(run: Callable[[Any], Any], argument: Any, rounds: int) -> float:
     return min(times[""])
 
 
+def cpu_fraction(case: Case, mode: str, peak: float, seconds_per_cell: float) -> float:
+    """Of ``peak`` FLOP/s, counting the products of the cells that fire and no other work."""
+    return work(case, mode).flops * case.rule.fire_rate / seconds_per_cell / peak
+
+
 def fraction(case: Case, mode: str, peak: Peak, precision: str, seconds_per_cell: float) -> float:
     """Of the limit of the device, counting every cell as if it fired."""
     reached = peak.seconds(work(case, mode), precision) / seconds_per_cell

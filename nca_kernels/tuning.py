@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,9 @@ class Launch:
     stages: int = 2
     unroll: int = 3
     resident: int = 0
+
+
+FIELDS = tuple(field.name for field in fields(Launch))
 
 
 def user_folder() -> Path:
@@ -87,8 +91,12 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
 
 
-def candidates(heuristic: Launch) -> list[Launch]:
-    """The launches that tuning tries: the heuristic and its neighbours, one change at a time."""
+def candidates(heuristic: Launch, only: Collection[str] = FIELDS) -> list[Launch]:
+    """The launches that tuning tries: the heuristic and its neighbours, one change at a time.
+
+    Args:
+        only: the fields that the kernels depend on.
+    """
     _, y, x = heuristic.tile
     changes: list[dict[str, Any]] = [{}]
     changes += [{"rows": r} for r in (16, 32, 64, 128)]
@@ -100,4 +108,5 @@ def candidates(heuristic: Launch) -> list[Launch]:
     changes += [{"resident": r} for r in (0, 8192)]
     changes += [{"tile": (heuristic.tile[0], max(y // 2, 1), x)}]
     changes += [{"tile": (heuristic.tile[0], y * 2, x)}] if y > 1 else []
+    changes = [change for change in changes if set(change) <= set(only)]
     return list(dict.fromkeys(replace(heuristic, **change) for change in changes))

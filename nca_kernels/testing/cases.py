@@ -76,11 +76,11 @@ class Case:
         """Random arguments, scaled so that states stay of order one; the same for a seed."""
         random = np.random.default_rng(seed)
 
-        def normal(*shape: int, scale: float = 1.0) -> jax.Array:
-            return jnp.asarray(random.normal(size=shape) * scale, jnp.float32)
+        def normal(*shape: int, scale: float = 1.0) -> np.ndarray:
+            return np.asarray(random.normal(size=shape) * scale, np.float32)
 
         if isinstance(self.filters, tuple):
-            taps = jnp.asarray(depthwise_taps(self.filters, self.channels, len(self.grid)))
+            taps = depthwise_taps(self.filters, self.channels, len(self.grid))
         else:
             taps = normal(*self.taps_shape, scale=float(np.prod(self.taps_shape[:-1])) ** -0.5)
         widths = (self.perception_size + self.inputs, *self.hidden, self.channels)
@@ -92,12 +92,12 @@ class Case:
         state = normal(*self.batch, *self.grid, self.channels, scale=0.5)
         if self.living < 1:
             cut = max(round(self.grid[0] * self.living), 1)
-            axis = len(self.batch)
-            state = state.at[(slice(None),) * axis + (slice(cut, None),)].set(0)
+            state[(slice(None),) * len(self.batch) + (slice(cut, None),)] = 0
         shape = self.batch if self.inputs_per_sample else (*self.batch, *self.grid)
         inputs = normal(*shape, self.inputs) if self.inputs else None
-        params = RuleParams(taps, bias, layers)
-        return Arguments(params, state.astype(self.dtype), jax.random.key(seed + 7), inputs)
+        params, inputs = jax.tree.map(jnp.asarray, (RuleParams(taps, bias, layers), inputs))
+        cells = jnp.asarray(state.astype(jnp.dtype(self.dtype)))
+        return Arguments(params, cells, jax.random.key(seed + 7), inputs)
 
 
 @dataclass(frozen=True)

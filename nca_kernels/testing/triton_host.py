@@ -122,8 +122,8 @@ class _Operand:
     def dtype(self) -> Any:
         import triton.language as tl
 
-        names = {"bool": "int1", "bfloat16": "bfloat16"}
-        return getattr(tl, names.get(self.array.dtype.name, self.array.dtype.name))
+        name = self.array.dtype.name
+        return getattr(tl, "int1" if name == "bool" else name)
 
     def data_ptr(self) -> int:
         return self.array.ctypes.data

@@ -40,7 +40,7 @@ def attention_constants(call: Any, operands: AttentionOperands, how: Launch) -> 
 
 def forward(engine: Engine, call: Any, platform: str, operands: AttentionOperands) -> list[Array]:
     """``[out [G, B, *S, heads, d], log-sum-exp [G, B, *S, heads]]``."""
-    how = attention_launch(engine, call, operands)
+    how = attention_launch(engine, "attention_forward", call, platform, operands)
     g = attention_constants(call, operands, how)
     shape = operands.query.shape
     out, lse = engine.launch(
@@ -67,7 +67,7 @@ def backward(
     wrt: tuple[bool, ...],
 ) -> list[Array]:
     """The gradients ``[G, B, *S, heads, d]`` of those of query, key and value in ``wrt``."""
-    how = attention_launch(engine, call, operands)
+    how = attention_launch(engine, "attention_backward", call, platform, operands)
     g = attention_constants(call, operands, how)
     kernels = engine.attention_kernels()
     shape, dtype = operands.query.shape, operands.query.dtype

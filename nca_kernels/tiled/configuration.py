@@ -56,30 +56,48 @@ class Engine:
 def step_launch(
     engine: Engine, kernel: str, call: Any, platform: str, operands: Operands
 ) -> Launch:
-    """The launch of ``kernel`` for this call."""
-    if engine.fixed is not None:
-        return engine.fixed(call)
-    problem = f"{engine.name} {problem_name(call, operands)}"
-    tuning = os.environ.get(TUNE) == "1"
-    found = None if tuning else winner(engine.device(), kernel, problem)
-    if found is not None:
-        return found
-    precise = engine.precision(call.rule.precision, platform) in ("ieee", "tf32x3")
-    guess = heuristic(kernel, call, operands, precise, engine.wide_products())
-    if not tuning:
-        return guess
-    return tuned(engine, kernel, problem, call, platform, operands, guess)
+    """The launch of ``kernel``, ``step_forward`` or ``step_backward``, for this call."""
+
+    def guess() -> Launch:
+        precise = engine.precision(call.rule.precision, platform) in ("ieee", "tf32x3")
+        return heuristic(kernel, call, operands, precise, engine.wide_products())
+
+    problem = problem_name(call, operands)
+    return _chosen(engine, kernel, problem, call, platform, operands, guess)
 
 
-def attention_launch(engine: Engine, call: Any, operands: AttentionOperands) -> Launch:
-    """The launch of the kernels of attention for this call."""
-    heads, size = operands.query.shape[-2:]
+def attention_launch(
+    engine: Engine, kernel: str, call: Any, platform: str, operands: AttentionOperands
+) -> Launch:
+    """The launch of ``kernel``, ``attention_forward`` or ``attention_backward``, for this call."""
+    *_, heads, size = operands.query.shape
+    problem = (
+        f"{call.num_spatial_dims}d {operands.query.dtype} radius {call.radius} "
+        f"heads {heads} size {size}"
+    )
+
+    def guess() -> Launch:
+        return Launch(rows=max(16, min(128, 2**12 // block(size))))
+
+    return _chosen(engine, kernel, problem, call, platform, operands, guess)
+
+
+def _chosen(
+    engine: Engine,
+    kernel: str,
+    problem: str,
+    call: Any,
+    platform: str,
+    operands: Any,
+    guess: Callable[[], Launch],
+) -> Launch:
+    """The engine's own, the fastest if tuning was asked for, a winner, or a guess."""
     if engine.fixed is not None:
         return engine.fixed(call)
-    dims = call.num_spatial_dims
-    problem = f"{engine.name} {dims}d radius {call.radius} heads {heads} size {size}"
-    found = winner(engine.device(), "neighborhood_attention", problem)
-    return found or Launch(rows=max(16, min(128, 2**12 // block(size))))
+    problem = f"{engine.name} {problem}"
+    if os.environ.get(TUNE) == "1":
+        return tuned(engine, kernel, problem, call, platform, operands, guess())
+    return winner(engine.device(), kernel, problem) or guess()
 
 
 def problem_name(call: Any, operands: Operands) -> str:

@@ -1,4 +1,4 @@
-"""Finds the fastest launch of a step's kernels on this device: ``NCA_TUNE=1``.
+"""Finds the fastest launch of a call's kernels on this device: ``NCA_TUNE=1``.
 
 Runs while the call that asks for it is lowered, on random operands of its shapes; the winner is
 written to the user's file of the device, see :mod:`nca_kernels.tuning`.
@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nca_kernels.rule import Operands
-from nca_kernels.tuning import Launch, candidates, write_winner
+from nca_kernels.rule import AttentionOperands, Operands
+from nca_kernels.tuning import FIELDS, Launch, candidates, write_winner
 
 ROUNDS = 20
+ATTENTION_FIELDS = ("rows", "warps", "stages")  # what launches of attention depend on
 log = logging.getLogger("nca_kernels")
 _tuned: dict[tuple[str, str, str], Launch] = {}  # once a process and problem
 
@@ -31,16 +32,18 @@ def tuned(
     problem: str,
     call: Any,
     platform: str,
-    operands: Operands,
+    operands: Operands | AttentionOperands,
     heuristic: Launch,
 ) -> Launch:
     """The fastest of :func:`nca_kernels.tuning.candidates` around the heuristic's launch."""
     device = engine.device()
     if (device, kernel, problem) in _tuned:
         return _tuned[device, kernel, problem]
+    fields = ATTENTION_FIELDS if isinstance(operands, AttentionOperands) else FIELDS
+    launches = candidates(heuristic, fields)
     with jax.ensure_compile_time_eval():
         run = _runner(engine, kernel, call, platform, operands)
-        times = {how: seconds(partial(run, how)) for how in candidates(heuristic)}
+        times = {how: seconds(partial(run, how)) for how in launches}
     best = min(times, key=lambda how: times[how])
     if times[best] == float("inf"):
         raise RuntimeError(f"no launch of {kernel} runs on {device} for {problem}")
@@ -67,11 +70,12 @@ def seconds(run: Callable[[], Callable[[], Any]]) -> float:
 
 
 def _runner(
-    engine: Any, kernel: str, call: Any, platform: str, operands: Operands
+    engine: Any, kernel: str, call: Any, platform: str, operands: Operands | AttentionOperands
 ) -> Callable[[Launch], Callable[[], Any]]:
     """``launch -> a call of the compiled op`` on random operands, all of whose cells are alive."""
-    from nca_kernels.tiled.step import backward, forward
+    from nca_kernels.tiled import attention, step
 
+    op: Any = attention if isinstance(operands, AttentionOperands) else step
     random = np.random.default_rng(0)
 
     def like(array: Any) -> Any:
@@ -82,15 +86,16 @@ def _runner(
         return jnp.asarray(0.5 + 0.1 * random.normal(size=array.shape), array.dtype)
 
     own = jax.tree.map(like, operands)
-    saved = [] if call.rule.alive is None else [jnp.ones(own.state.shape[:-1], bool)]
-    wrt = tuple(jnp.issubdtype(a.dtype, jnp.floating) for a in jax.tree.leaves(own))
+    avals = [jax.typeof(a) for a in jax.tree.leaves(own)]
+    cotangent, *saved = map(like, call.outputs(avals))
+    wrt = tuple(jnp.issubdtype(a.dtype, jnp.floating) for a in avals)
 
     def prepare(how: Launch) -> Callable[[], Any]:
         fixed = replace(engine, fixed=lambda call: how)
-        if kernel == "step_forward":
-            compiled = jax.jit(lambda own: forward(fixed, call, platform, own))
+        if kernel.endswith("_forward"):
+            compiled = jax.jit(lambda own: op.forward(fixed, call, platform, own))
             return lambda: compiled(own)
-        compiled = jax.jit(lambda own, d: backward(fixed, call, platform, own, saved, d, wrt))
-        return lambda: compiled(own, own.state)
+        compiled = jax.jit(lambda own, d: op.backward(fixed, call, platform, own, saved, d, wrt))
+        return lambda: compiled(own, cotangent)
 
     return prepare

@@ -1,5 +1,7 @@
 """Wrong calls: each raises its exception, before anything is traced, with the words that help."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ TAPS = jnp.asarray(nk.taps(["identity", "sobel"], C))
 W1, B1, W2 = jnp.zeros((12, 8)), jnp.zeros(8), jnp.zeros((8, C))
 PARAMS = nk.RuleParams(TAPS, None, ((W1, B1), (W2, None)))
 STATE = jnp.zeros((2, 6, 5, C))
+Q = jnp.zeros((2, 6, 5, 3, 4))
 
 
 def step(params=PARAMS, state=STATE, key=KEY, inputs=None, rule=RULE, backend="auto"):
@@ -31,6 +34,10 @@ def update(state=STATE, perception=None, layers=PARAMS.layers, **keywords):
 
 def rollout(num_steps=4, state=STATE, **keywords):
     return nk.rollout(RULE, PARAMS, state, KEY, num_steps, **keywords)
+
+
+def attend(q=Q, k=Q, v=Q, radius=1, num_spatial_dims=2, backend="auto", padding="zeros"):
+    return nk.neighborhood_attention(q, k, v, radius, num_spatial_dims, backend, padding=padding)
 
 
 WRONG = {
@@ -197,6 +204,34 @@ WRONG = {
     ),
 }
 
+WRONG_ATTENTION = {
+    "q list": (lambda: attend(q=[1.0]), TypeError, "q array list"),
+    "k None": (lambda: attend(k=None), TypeError, "k array NoneType"),
+    "v int": (lambda: attend(v=Q.astype(int)), TypeError, "v float32 bfloat16 int32"),
+    "q float16": (lambda: attend(q=Q.astype("float16")), TypeError, "q float32 bfloat16 float16"),
+    "k dtype": (lambda: attend(k=Q.astype("bfloat16")), TypeError, "k dtype q float32 bfloat16"),
+    "k shape": (
+        lambda: attend(k=Q[..., :3]),
+        ValueError,
+        "k shape q (2, 6, 5, 3, 4) (2, 6, 5, 3, 3)",
+    ),
+    "v shape": (lambda: attend(v=Q[:1]), ValueError, "v shape q (2, 6, 5, 3, 4) (1, 6, 5, 3, 4)"),
+    "rank": (
+        lambda: attend(*[Q[0, 0]] * 3),
+        ValueError,
+        "q [*batch, *spatial, heads, d] 2 spatial num_spatial_dims (5, 3, 4)",
+    ),
+    "no cell": (lambda: attend(*[Q[:, :0]] * 3), ValueError, "q one cell (2, 0, 5, 3, 4) batch"),
+    "no head": (lambda: attend(*[Q[..., :0, :]] * 3), ValueError, "q one head (2, 6, 5, 0, 4)"),
+    "radius -1": (lambda: attend(radius=-1), ValueError, "radius at least 0 -1"),
+    "radius float": (lambda: attend(radius=1.0), TypeError, "radius int 1.0"),
+    "radius bool": (lambda: attend(radius=True), TypeError, "radius int True"),
+    "padding": (lambda: attend(padding="reflect"), ValueError, "padding zeros circular 'reflect'"),
+    "dims": (lambda: attend(num_spatial_dims=4), ValueError, "num_spatial_dims 1, 2, 3 4"),
+    "backend": (lambda: attend(backend="cuda"), ValueError, "backend auto xla reference 'cuda'"),
+}
+WRONG |= {f"attention {name}": wrong for name, wrong in WRONG_ATTENTION.items()}
+
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_call(name):
@@ -212,16 +247,24 @@ def test_there_are_at_least_thirty():
     assert len(WRONG) >= 30
 
 
-def test_forward_mode_says_to_use_reverse_mode():
-    run = lambda state: step(state=state, backend="xla")
+OPS = {
+    "step": (lambda x, backend: step(state=x, backend=backend), STATE),
+    "neighborhood_attention": (lambda x, backend: attend(q=x, backend=backend), Q),
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_forward_mode_says_to_use_reverse_mode(op):
+    call, x = OPS[op]
+    run = partial(call, backend="xla")
     for transform in (
         jax.jacfwd(run),
         jax.jit(jax.jacfwd(run)),
-        jax.hessian(lambda s: run(s).sum()),
+        jax.hessian(lambda x: run(x).sum()),
     ):
-        with pytest.raises(TypeError, match=r"use reverse mode|use backend='reference'"):
-            transform(STATE)
-    jax.jvp(lambda state: step(state=state, backend="reference"), (STATE,), (STATE,))
+        with pytest.raises(TypeError, match=rf"{op} has .* use "):
+            transform(x)
+    jax.jvp(partial(call, backend="reference"), (x,), (x,))
 
 
 def test_environment_names_the_backend(monkeypatch):

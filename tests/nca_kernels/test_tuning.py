@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import product
 from types import SimpleNamespace
 
@@ -13,12 +14,14 @@ import pytest
 import nca_kernels as nk
 from nca_kernels import dispatch, tuning
 from nca_kernels.rule import Operands
-from nca_kernels.testing import CONFORMANCE
-from nca_kernels.tiled import step, tuner
+from nca_kernels.testing import ATTENTION, CONFORMANCE
+from nca_kernels.testing.attention_conformance import attention as attend
+from nca_kernels.tiled import attention, step, tuner
 from nca_kernels.tiled.configuration import Engine, heuristic
 from nca_kernels.tuning import Launch
 
 CASE = next(case for case in CONFORMANCE if case.name == "plane")
+ATTENTION_CASE = next(case for case in ATTENTION if case.name == "plane")
 
 
 class Kernels:
@@ -28,9 +31,13 @@ class Kernels:
         return name
 
 
+launched = []  # the launches of kernels, in turn
+
+
 def sleeping_launch(kernel, inputs, outputs, grid, g, how, aliases=None):
-    """Takes 20 ms, but 1 ms with 8 warps, and runs out of memory with 128 rows."""
-    if how.rows == 128:
+    """Takes 20 ms, but 1 ms with 8 warps, and runs out of memory with 64 rows."""
+    launched.append(how)
+    if how.rows == 64:
         raise RuntimeError("out of shared memory")
 
     def run(*arrays):
@@ -54,27 +61,59 @@ ENGINE = Engine(
 def own_folder(tmp_path, monkeypatch):
     monkeypatch.setenv(tuning.FOLDER, str(tmp_path))
     monkeypatch.setattr(tuner, "ROUNDS", 2)
+    # Enough to hold one that fails and the fastest.
+    monkeypatch.setattr(tuner, "candidates", lambda *args: tuning.candidates(*args)[:6])
     tuner._tuned.clear()
     tuning._read.cache_clear()
     jax.clear_caches()
     return tmp_path
 
 
-def run_forward():
-    name = "sleeping"
-    forward = lambda call, platform, *args: step.forward(ENGINE, call, platform, *args)
-    dispatch.register(dispatch.Backend(name, "for tests", lambda op: (forward, None)))
+def register():
+    """The backend "sleeping", whose kernels are those of the engine above."""
+
+    def load(op):
+        module = attention if op == "neighborhood_attention" else step
+        return partial(module.forward, ENGINE), partial(module.backward, ENGINE)
+
+    dispatch.register(dispatch.Backend("sleeping", "for tests", load))
+
+
+def gradient_of_step():
     args = CASE.arguments()
-    nk.step(CASE.rule, args.params, args.state, args.key, backend=name)
+    run = partial(nk.step, CASE.rule, args.params, key=args.key, backend="sleeping")
+    jax.grad(lambda state: run(state).sum())(args.state)
 
 
-def test_tuning_writes_the_fastest_that_runs(own_folder, monkeypatch):
+def gradient_of_attention():
+    run = attend("sleeping", ATTENTION_CASE)
+    jax.grad(lambda *arrays: run(*arrays).sum())(*ATTENTION_CASE.arguments())
+
+
+@pytest.mark.parametrize(
+    ("run", "kernels", "problem"),
+    [
+        (gradient_of_step, "step", "sleeping 2d float32 C5 taps 3x3x1x15"),
+        (gradient_of_attention, "attention", "sleeping 2d float32 radius 1 heads 2 size 5"),
+    ],
+)
+def test_tuning_writes_the_fastest_that_runs(own_folder, monkeypatch, run, kernels, problem):
+    """Forward and backward, each on its own; afterwards both are looked up."""
+    register()
     monkeypatch.setenv(tuning.TUNE, "1")
-    run_forward()
-    (written,) = json.loads((own_folder / "some-gpu.json").read_text())["step_forward"].items()
-    assert "sleeping 2d float32 C5 taps 3x3x1x15" in written[0]
-    assert written[1]["warps"] == 8
-    assert tuning.winner("Some GPU", "step_forward", written[0]).warps == 8
+    run()
+    content = json.loads((own_folder / "some-gpu.json").read_text())
+    assert set(content) == {f"{kernels}_forward", f"{kernels}_backward"}
+    for kernel, winners in content.items():
+        ((name, launch),) = winners.items()
+        assert problem in name
+        assert launch["warps"] == 8
+        assert tuning.winner("Some GPU", kernel, name).warps == 8
+    monkeypatch.delenv(tuning.TUNE)
+    jax.clear_caches()
+    launched.clear()
+    run()
+    assert {how.warps for how in launched} == {8}
 
 
 def test_a_winner_is_used_and_the_users_goes_first(own_folder, monkeypatch):
@@ -95,6 +134,9 @@ def test_candidates_hold_the_heuristic_and_no_launch_twice():
     assert found[0] == Launch()
     assert len(found) == len(set(found))
     assert replace(Launch(), warps=8) in found
+    few = tuning.candidates(Launch(), tuner.ATTENTION_FIELDS)
+    assert few[0] == Launch()
+    assert {how.tile for how in few} == {Launch().tile}
 
 
 @pytest.mark.parametrize("channels", [1, 3, 16, 64, 130, 300, 700])

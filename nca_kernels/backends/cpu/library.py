@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -42,6 +44,8 @@ def load() -> ctypes.CDLL:
         capsule = jax.ffi.pycapsule(getattr(library, target(handler)))
         jax.ffi.register_ffi_target(target(handler), capsule, platform="cpu")
     library.nca_cpu_instruction_sets.restype = ctypes.c_char_p
+    library.nca_cpu_multiply_add.restype = ctypes.c_double
+    library.nca_cpu_multiply_add.argtypes = [ctypes.c_int64]
     library.nca_cpu_use.restype = ctypes.c_bool
     library.nca_cpu_use.argtypes = [ctypes.c_char_p]
     return library
@@ -84,3 +88,21 @@ def use(instruction_set: str) -> None:
     if not load().nca_cpu_use(instruction_set.encode()):
         sets = ", ".join(instruction_sets())
         raise ValueError(f"instruction_set must be one of {sets} here, got {instruction_set!r}")
+
+
+def peak_flops(seconds: float = 0.2) -> float:
+    """FLOP/s of multiply-adds in registers, on all cores at once: this machine's limit now.
+
+    Args:
+        seconds: about how long to measure.
+    """
+    multiply_add, threads = load().nca_cpu_multiply_add, os.cpu_count() or 1
+    iterations = 10_000
+    with ThreadPoolExecutor(threads) as pool:
+        while True:
+            start = time.perf_counter()
+            flops = sum(pool.map(multiply_add, [iterations] * threads))
+            taken = time.perf_counter() - start
+            if taken > seconds / 2:
+                return flops / taken
+            iterations *= 4

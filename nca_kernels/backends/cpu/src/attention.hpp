@@ -73,9 +73,10 @@ void to_planes(const Cells<const T>& cells, Index first, Index count, float scal
       Vec block[kLanes];
       for (int j = 0; j < kLanes; ++j) {
         const Index at = (first + i + j) * cells.apart + c, left = cells.end - at;
-        block[j] = i + j >= count   ? Vec{}
-                   : left >= kLanes ? (__builtin_prefetch(cells.data + at + 64 * cells.apart), load(cells.data + at))
-                                    : load_part(cells.data + at, left);
+        if (i + j >= count) block[j] = Vec{};
+        else if (left < kLanes) block[j] = load_part(cells.data + at, left);
+        else block[j] = load(cells.data + at);
+        __builtin_prefetch(cells.data + at + 2 * kLanes * cells.apart);
       }
       transpose(block);
       const Index channels = std::min<Index>(kLanes, cells.channels - c);
@@ -234,7 +235,7 @@ struct AttentionKernel {
 
   // Tiles whose planes stay in the L2 cache, and enough of them to go round; of the shape alone.
   void cut() {
-    constexpr Index kFloats = 1 << 14;
+    constexpr Index kFloats = 1 << 15;
     const Index channels = together * call.head_size;
     const Index all = call.samples * call.cells * call.heads / together;
     const Index most = std::clamp<Index>(all / 32, 256, std::max<Index>(kFloats / channels, 256));

@@ -314,7 +314,8 @@ NCA_EXPORT XLA_FFI_Error* nca_cpu_attention_backward(XLA_FFI_CallFrame* frame) {
 NCA_EXPORT const char* nca_cpu_instruction_sets() {
   static const std::string names = [] {
     std::string all;
-    for (const nca::Kernels* each : nca::supported()) all += (all.empty() ? "" : " ") + std::string(each->name);
+    for (const nca::Kernels* each : nca::supported())
+      all += (all.empty() ? "" : " ") + std::string(each->name);
     return all;
   }();
   return names.c_str();
@@ -325,4 +326,9 @@ NCA_EXPORT bool nca_cpu_use(const char* name) {
   for (const nca::Kernels* each : nca::supported())
     if (std::strcmp(each->name, name) == 0) return nca::active().store(each), true;
   return false;
+}
+
+// Multiply-adds in registers on the calling thread; returns how many FLOPs they were.
+NCA_EXPORT double nca_cpu_multiply_add(std::int64_t iterations) {
+  return nca::active().load()->multiply_add(iterations);
 }

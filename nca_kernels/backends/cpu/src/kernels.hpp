@@ -7,6 +7,8 @@ namespace nca {
 
 struct Kernels {
   const char* name;
+  // Multiply-adds in registers, as fast as the machine can: how many FLOPs they were.
+  double (*multiply_add)(Index iterations);
   void (*step_forward)(const Step&, Pool&);
   void (*step_backward)(const Step&, Pool&);
   void (*attention_forward)(const Attention&, Pool&);

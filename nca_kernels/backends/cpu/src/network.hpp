@@ -51,6 +51,7 @@ class Network {
   const Box& box;
   bool backward;
   Index positions, filters, padded;  // of the kernel; of a depthwise perception; channels
+  Index* deltas;                     // of the kernel's positions in the box
   Index width;                       // columns of the perception's rows
   Index inputs_at;                   // column of the inputs in the rows of map `first`
   Index first, num_maps;             // maps: the dense perception, if any, then the layers
@@ -75,6 +76,11 @@ inline Network::Network(const Step& s, const Box& b, Scope& scope, bool is_backw
   padded = box.padded;
   filters = depthwise ? step.perceived / step.channels : 0;
   width = depthwise ? filters * padded : dense ? positions * padded : step.perceived;
+  deltas = scope.array<Index>(positions);
+  for (Index o = 0; o < positions; ++o) {
+    const Index area = step.kernel[1] * step.kernel[2];
+    deltas[o] = box.at(o / area, o % area / step.kernel[2], o % step.kernel[2]);
+  }
   maps = scope.array<Map>(step.num_layers + 1);
   first = dense ? 1 : 0;
   wants_rows = step.d_state != nullptr || step.d_given != nullptr || step.d_input != nullptr ||
@@ -169,9 +175,7 @@ inline Stencil Network::sparse(const float* packed_taps, Scope& scope) const {
   const auto find = [&](Index f, Index o, Tap* list, Index& count) {
     const float* values = packed_taps + o * width + f * padded;
     if (std::all_of(values, values + padded, [](float x) { return x == 0; })) return;
-    const Index area = step.kernel[1] * step.kernel[2];
-    const Index delta = box.at(o / area, o % area / step.kernel[2], o % step.kernel[2]);
-    list[count++] = {delta, f, values};
+    list[count++] = {deltas[o], f, values};
   };
   Index count = 0;
   for (Index f = 0; f < filters; ++f) {
@@ -270,31 +274,43 @@ inline void Block::round(Index rows, Index columns, Index stride, float* at) con
       store(at + r * stride + c, round_to_bfloat16(load(at + r * stride + c)));
 }
 
+// The depthwise perception of N rows, which share the loads of the taps.
+template <int N>
+NCA_INLINE void perceive_rows(const Network& net, const Weights& weights, const Index* box_at,
+                              const float* box, float* to, Index stride) {
+  const float* bias = weights.packed + net.perception_bias_at;
+  for (Index f = 0; f < net.filters; ++f)
+    for (Index c = 0; c < net.padded; c += kLanes) {
+      Vec sum[N];
+      for (int n = 0; n < N; ++n) sum[n] = load(bias + f * net.padded + c);
+      for (Index i = weights.stencil.filter_start[f]; i < weights.stencil.filter_start[f + 1]; ++i) {
+        const Tap& tap = weights.stencil.by_filter[i];
+        const Vec value = load(tap.values + c);
+        for (int n = 0; n < N; ++n) sum[n] += value * load(box + box_at[n] + tap.delta + c);
+      }
+      for (int n = 0; n < N; ++n) store(to + n * stride + f * net.padded + c, sum[n]);
+    }
+}
+
 inline void Block::perceive(const Weights& weights, Rows rows, Index sample, const float* box) {
-  const Index stride = net.maps[0].in_stride, padded = net.padded;
-  for (Index r = 0; r < rows.count; ++r) {
+  constexpr Index kAtOnce = 4;
+  const Index stride = net.maps[0].in_stride;
+  Index r = 0;
+  if (net.filters > 0)
+    for (; r + kAtOnce <= rows.count; r += kAtOnce)
+      perceive_rows<kAtOnce>(net, weights, rows.box_at + r, box, values[0] + r * stride, stride);
+  for (; r < rows.count; ++r) {
     float* to = values[0] + r * stride;
-    if (step.perception == Perception::given) {
+    if (step.perception == Perception::depthwise) {
+      perceive_rows<1>(net, weights, rows.box_at + r, box, to, stride);
+    } else if (step.perception == Perception::given) {
       const Index cell = sample * step.cells + rows.cell[r];
       std::memcpy(to, step.given + cell * step.perceived, step.perceived * sizeof(float));
-      continue;
+    } else {
+      for (Index o = 0; o < net.positions; ++o)
+        std::memcpy(to + o * net.padded, box + rows.box_at[r] + net.deltas[o],
+                    net.padded * sizeof(float));
     }
-    const float* from = box + rows.box_at[r];
-    if (step.perception == Perception::dense) {
-      for (Index z = 0; z < step.kernel[0]; ++z)
-        for (Index y = 0; y < step.kernel[1]; ++y, to += step.kernel[2] * padded)
-          std::memcpy(to, from + net.box.at(z, y, 0), step.kernel[2] * padded * sizeof(float));
-      continue;
-    }
-    const Stencil& stencil = weights.stencil;
-    const float* bias = weights.packed + net.perception_bias_at;
-    for (Index f = 0; f < net.filters; ++f)
-      for (Index c = 0; c < padded; c += kLanes) {
-        Vec sum = load(bias + f * padded + c);
-        for (Index i = stencil.filter_start[f]; i < stencil.filter_start[f + 1]; ++i)
-          sum += load(stencil.by_filter[i].values + c) * load(from + stencil.by_filter[i].delta + c);
-        store(to + f * padded + c, sum);
-      }
   }
 }
 
@@ -421,10 +437,7 @@ inline void Block::perceive_backward(const Weights& weights, Rows rows, Index sa
   for (Index r = 0; r < rows.count; ++r) {
     const float* d_row = d_rows + r * stride;
     for (Index o = 0; o < net.positions; ++o) {
-      const Index area = step.kernel[1] * step.kernel[2];
-      const Index delta =
-          rows.box_at[r] +
-          net.box.at(o / area, o % area / step.kernel[2], o % step.kernel[2]);
+      const Index delta = rows.box_at[r] + net.deltas[o];
       for (Index f = 0; step.d_taps && f < net.filters; ++f)
         for (Index c = 0; c < padded; c += kLanes) {
           float* sum = gradients + net.d_taps_at + o * net.width + f * padded + c;

@@ -153,19 +153,17 @@ struct StepKernel {
     const T* state = state_of(tile.sample);
     T* to = static_cast<T*>(step.new_state) + tile.sample * step.cells * channels();
     for_rows(tile, [&](Index, Index, Index cell) {
-      const Index bytes = channels() * Index{sizeof(T)};
-      if (!step.alive) {
-        std::memcpy(to + cell * channels(), state + cell * channels(), width() * bytes);
+      const Index first = tile.sample * step.cells + cell;
+      const std::uint8_t* alive = step.alive ? step.alive_mask + first : nullptr;
+      T* row = to + cell * channels();
+      if (alive != nullptr) std::memcpy(after + first, before + first, width());
+      if (alive != nullptr && std::memchr(alive, 1, width()) == nullptr) {
+        std::memset(row, 0, width() * channels() * sizeof(T));
         return;
       }
-      const std::uint8_t* alive = step.alive_mask + tile.sample * step.cells + cell;
-      std::memcpy(after + tile.sample * step.cells + cell, before + tile.sample * step.cells + cell,
-                  width());
-      for (Index x = 0; x < width(); ++x) {
-        T* own = to + (cell + x) * channels();
-        if (alive[x]) std::memcpy(own, state + (cell + x) * channels(), bytes);
-        else std::memset(own, 0, bytes);
-      }
+      copy(state + cell * channels(), row, width() * channels());
+      for (Index x = 0; alive != nullptr && x < width(); ++x)
+        if (!alive[x]) std::memset(row + x * channels(), 0, channels() * sizeof(T));
     });
   }
 
@@ -371,7 +369,7 @@ struct StepKernel {
         if (at < 0) continue;
         float* row = d_window + box.at(z, y, 0);
         fold_row(step, box, row);
-        std::memcpy(to + at * floats, row + box.at(0, 0, step.before[2]), floats * sizeof(float));
+        copy(row + box.at(0, 0, step.before[2]), to + at * floats, floats);
       }
   }
 

@@ -101,6 +101,15 @@ NCA_INLINE float value(const bfloat16* at) {
   return x;
 }
 
+// memcpy by vectors: for rows of some KB, libraries use string instructions, which are slow here.
+template <class T>
+NCA_INLINE void copy(const T* from, T* to, Index n) {
+  constexpr Index kStep = 64 / sizeof(T);
+  Index i = 0;
+  for (; i + kStep <= n; i += kStep) __builtin_memcpy(to + i, from + i, 64);
+  std::memcpy(to + i, from + i, (n - i) * sizeof(T));
+}
+
 // ---- functions ----
 
 // e^x, relative error about 1e-7; Cephes' reduction x = n log 2 + r and polynomial in r.
