@@ -46,6 +46,7 @@ class Network {
 
   Weights pack(Index group, Scope& scope) const;
   void unpack(const float* gradients, Index group) const;
+  void round(Index rows, Index columns, Index stride, float* values) const;
 
   const Step& step;
   const Box& box;
@@ -138,21 +139,24 @@ inline Index Network::row_of(Index map, Index k) const {
 
 inline Weights Network::pack(Index group, Scope& scope) const {
   float* to = scope.floats(packed_floats);
-  const auto rounded = [&](float x) {
-    return step.round_products ? round_to_bfloat16(splat(x))[0] : x;
-  };
   for (Index i = 0; i < num_maps; ++i) {
     const Map& map = maps[i];
     const float* weight = map.layer->weight.of(group);
     Index* rows = scope.array<Index>(map.in_stride);
     for (Index k = 0; k < map.in_stride; ++k) rows[k] = k < map.in ? row_of(i, k) : -1;
-    const auto at = [&](Index k, Index n) {
-      return rows[k] < 0 || n >= map.out ? 0.0f : rounded(weight[rows[k] * map.out + n]);
-    };
-    NCA_ISA::pack(map.in, map.out_padded, to + map.packed_at, at);
+    NCA_ISA::pack(map.in, map.out_padded, to + map.packed_at,
+                  [&](Index k, Index n, Index count, float* row) {
+                    const Index held = rows[k] < 0 ? 0 : std::min(count, map.out - n);
+                    std::copy_n(weight + rows[k] * map.out + n, held, row);
+                    std::fill(row + held, row + count, 0.0f);
+                  });
     if (backward)
       NCA_ISA::pack(map.out, map.in_stride, to + map.transposed_at,
-                    [&](Index n, Index k) { return at(k, n); });
+                    [&](Index n, Index k, Index count, float* row) {
+                      for (Index j = 0; j < count; ++j)
+                        row[j] = rows[k + j] < 0 ? 0.0f : weight[rows[k + j] * map.out + n];
+                    });
+    round(1, map.bias_at - map.packed_at, 0, to + map.packed_at);
     for (Index n = 0; n < map.out_padded; ++n)
       to[map.bias_at + n] = map.has_bias && n < map.out ? map.layer->bias.of(group)[n] : 0.0f;
   }
@@ -190,6 +194,14 @@ inline Stencil Network::sparse(const float* packed_taps, Scope& scope) const {
   }
   s.position_start[positions] = count;
   return s;
+}
+
+// Rounds operands of products [rows, columns], if they are to be bfloat16.
+inline void Network::round(Index rows, Index columns, Index stride, float* at) const {
+  if (!step.round_products) return;
+  for (Index r = 0; r < rows; ++r)
+    for (Index c = 0; c < columns; c += kLanes)
+      store(at + r * stride + c, round_to_bfloat16(load(at + r * stride + c)));
 }
 
 // Gradients of one group to the callers' layout.
@@ -240,7 +252,6 @@ class Block {
  private:
   void perceive(const Weights&, Rows rows, Index sample, const float* box);
   void add_inputs(Rows rows, Index sample);
-  void round(Index rows, Index columns, Index stride, float* values) const;
   void perceive_backward(const Weights&, Rows rows, Index sample, const float* box, float* d_rows,
                          float* d_box, float* gradients);
   void inputs_backward(Rows rows, Index sample, const float* d_rows, float* d_sample_inputs);
@@ -265,13 +276,6 @@ inline Block::Block(const Network& network, Scope& scope) : net(network), step(n
   perception_slopes = net.backward ? scope.floats(kBlock * net.maps[0].in_stride) : nullptr;
   d_update = net.backward ? scope.floats(kBlock * net.widest) : nullptr;
   spare = net.backward ? scope.floats(kBlock * net.widest) : nullptr;
-}
-
-inline void Block::round(Index rows, Index columns, Index stride, float* at) const {
-  if (!step.round_products) return;
-  for (Index r = 0; r < rows; ++r)
-    for (Index c = 0; c < columns; c += kLanes)
-      store(at + r * stride + c, round_to_bfloat16(load(at + r * stride + c)));
 }
 
 // The depthwise perception of N rows, which share the loads of the taps.
@@ -340,7 +344,7 @@ inline const float* Block::forward(const Weights& weights, Rows rows, Index samp
     const Map& map = net.maps[i];
     const bool last = i + 1 == net.num_maps;
     if (last && net.backward) break;  // the update itself is not needed
-    round(rows.count, map.in_stride, map.in_stride, values[i]);
+    net.round(rows.count, map.in_stride, map.in_stride, values[i]);
     float* to = last ? update : values[i + 1];
     const Index stride = last ? update_stride : net.maps[i + 1].in_stride;
     multiply<false>(rows.count, map.in, map.out_padded, {values[i], map.in_stride, 1},
@@ -353,7 +357,7 @@ inline const float* Block::forward(const Weights& weights, Rows rows, Index samp
   }
   if (net.backward) {
     const Map& map = net.maps[net.num_maps - 1];
-    round(rows.count, map.in_stride, map.in_stride, values[net.num_maps - 1]);
+    net.round(rows.count, map.in_stride, map.in_stride, values[net.num_maps - 1]);
   }
   return update;
 }
@@ -390,7 +394,7 @@ inline void Block::backward(const Weights& weights, Rows rows, Index sample, con
     const bool has_slopes = map.activation != Activation::identity;
     scale_and_sum(rows.count, map.out_padded, stride, d_out, has_slopes ? slopes[i] : nullptr,
                   map.wants_bias ? gradients + map.d_bias_at : nullptr);
-    round(rows.count, map.out_padded, stride, d_out);
+    net.round(rows.count, map.out_padded, stride, d_out);
     if (map.wants_weight)
       multiply<true>(map.in, rows.count, map.out_padded, {values[i], 1, map.in_stride},
                      {d_out, stride}, gradients + map.d_weight_at, map.out_padded, Into::add,

@@ -87,13 +87,13 @@ void multiply(Index rows, Index depth, Index columns, Left a, Right b, float* c,
   }
 }
 
-// Packs B [depth, columns] given by at(k, n) into panels; columns is a multiple of kLanes.
-template <class At>
-void pack(Index depth, Index columns, float* packed, At&& at) {
+// Packs B [depth, columns] into panels; row(k, n, count, to) writes B(k, n) and the count - 1
+// elements behind. columns is a multiple of kLanes.
+template <class Row>
+void pack(Index depth, Index columns, float* packed, Row&& row) {
   for (Index n = 0, left = columns / kLanes; left > 0;) {
     const Index vectors = panel(left), width = vectors * kLanes;
-    for (Index k = 0; k < depth; ++k)
-      for (Index i = 0; i < width; ++i) *packed++ = at(k, n + i);
+    for (Index k = 0; k < depth; ++k, packed += width) row(k, n, width, packed);
     n += width;
     left -= vectors;
   }

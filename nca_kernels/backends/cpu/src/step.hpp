@@ -38,13 +38,18 @@ struct StepKernel {
     return static_cast<const T*>(step.state) + sample * step.cells * step.channels;
   }
 
-  // Every tile of every sample, in parallel.
+  // Every tile of every sample, in parallel. Light work is handed out by many cells at a time:
+  // a thread takes longer to wake up than a thousand bytes to pool.
   template <class Body>
-  void for_tiles(Body&& body) {
-    parallel_for(pool, samples() * tiles.of_sample, [&](Index task) {
-      body(Tile(step, tiles, task / tiles.of_sample, task % tiles.of_sample));
+  void for_tiles(Body&& body, bool light = false) {
+    const Index all = samples() * tiles.of_sample, cells = tiles.size[0] * tiles.size[1] * width();
+    const Index at_once = light ? (kLightCells + cells - 1) / cells : 1;
+    parallel_for(pool, (all + at_once - 1) / at_once, [&](Index task) {
+      for (Index i = task * at_once; i < std::min(all, (task + 1) * at_once); ++i)
+        body(Tile(step, tiles, i / tiles.of_sample, i % tiles.of_sample));
     });
   }
+  static constexpr Index kLightCells = 16384;
 
   // body(z, y, first cell in the sample) for every row of a tile.
   template <class Body>
@@ -61,10 +66,10 @@ struct StepKernel {
     if (step.alive) {
       lives = scope.array<std::uint8_t>(all);
       lives_after = scope.array<std::uint8_t>(all);
-      for_tiles([&](const Tile& tile) { find_living(tile, lives); });
+      for_tiles([&](const Tile& tile) { find_living(tile, lives); }, true);
     }
     for_tiles([&](const Tile& tile) { forward_tile(tile, lives, lives_after); });
-    if (step.alive) for_tiles([&](const Tile& tile) { clear_dead(tile, lives_after); });
+    if (step.alive) for_tiles([&](const Tile& tile) { clear_dead(tile, lives_after); }, true);
   }
 
   bool lives(const T* cell) const { return value(cell + step.alive_channel) > step.alive_threshold; }
@@ -427,7 +432,7 @@ struct StepKernel {
             store_channels(out, i, width() * channels(), d);
           });
       });
-    });
+    }, true);
   }
 
   void add_margin(const Margins& margins, Index sample, const Place& z, const Place& y,
