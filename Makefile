@@ -11,7 +11,7 @@ CONSTRAIN := $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 .PHONY: help demo test check bench fuzz sanitize gpu aot clean
 
 help:
-	@echo "make demo   train a Growing NCA on the packaged target and show it (under 6 minutes)"
+	@echo "make demo   train a Growing NCA on the packaged target and show it (under 4 minutes)"
 	@echo "make test   all tests"
 	@echo "make check  formatting, lint and types"
 	@echo "make bench  against the reference, CAX and PyTorch on this machine; writes results"

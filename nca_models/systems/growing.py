@@ -94,10 +94,10 @@ PRESETS = {
         pool_size=48,
         damaged_per_batch=1,
         damage="mixed",
-        num_train_steps=3000,
+        num_train_steps=5000,
         learning_rate=4e-3,
         final_learning_rate=1e-4,
-        decay_steps=3000,
+        decay_steps=5000,
     ),
 }
 

@@ -31,24 +31,30 @@ NCA_INLINE Index at_border(Index p, Index size, Padding padding) {
 struct Tiles {
   Index size[2] = {1, 1}, count[2], of_sample;  // z, y; cells along x are never split
 
-  // Cells a tile: few enough for its box to stay in the L2 cache, and for enough tiles to go
-  // round; of such tiles, those with the smallest margin. Of the shape alone: the same bits for
-  // any number of threads.
+  // Few enough cells for a tile's box to stay in the L2 cache and for enough tiles to go round,
+  // but more where the margin would be half of the box; of such tiles, those with the smallest
+  // margin. Of the shape alone: the same bits for any number of threads.
   explicit Tiles(const Step& step) {
-    const Index depth = step.size[0], height = step.size[1], width = step.size[2];
-    const Index all = step.groups * step.batch * step.cells;
-    const Index target = std::clamp<Index>(all / 32, 256, 2048);
-    double least = 0;
-    for (Index z = 1; z <= std::min<Index>(depth, 64); ++z) {
-      const Index y = std::clamp<Index>(target / (z * width), 1, height);
-      if (z > 1 && z * y * width > 2 * target) break;
-      const double margin = (1 + (step.kernel[0] - 1) / double(z)) *
-                            (1 + (step.kernel[1] - 1) / double(y));
-      if (z == 1 || margin < least) least = margin, size[0] = z, size[1] = y;
-    }
+    const Index share = step.groups * step.batch * step.cells / 32;
+    Index target = std::clamp<Index>(share, 256, 2048);
+    while (choose(step, target) > 1.5 && 2 * target <= std::min<Index>(share, 16384)) target *= 2;
     for (int axis = 0; axis < 2; ++axis)
       count[axis] = (step.size[axis] + size[axis] - 1) / size[axis];
     of_sample = count[0] * count[1];
+  }
+
+ private:
+  // Sets the size to about `target` cells; returns the cells of the box to those of the tile.
+  double choose(const Step& step, Index target) {
+    double least = 0;
+    for (Index z = 1; z <= step.size[0]; ++z) {
+      const Index y = std::clamp<Index>(target / (z * step.size[2]), 1, step.size[1]);
+      if (z > 1 && z * y * step.size[2] > 2 * target) break;
+      const double margin =
+          (1 + (step.kernel[0] - 1) / double(z)) * (1 + (step.kernel[1] - 1) / double(y));
+      if (z == 1 || margin < least) least = margin, size[0] = z, size[1] = y;
+    }
+    return least;
   }
 };
 
