@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 
 import nca_kernels as nk
 from nca_kernels.backends.cpu import library
+from nca_kernels.rule import ACTIVATIONS
 from nca_kernels.testing import CONFORMANCE, TRANSFORMATION_CHECKS, conformance
 from nca_kernels.testing.compare import assert_close, assert_same_bits
 
@@ -162,3 +164,16 @@ def test_without_the_library():
         [sys.executable, "-c", WITHOUT], capture_output=True, text=True, env=env, cwd=ROOT
     )
     assert run.stdout.count("install GCC or Clang") == 2, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+def test_what_is_not_a_number_is_not_hidden(activation, instruction_set):
+    """Weights that have diverged show in the state of every cell that fires."""
+    case = BY_NAME["always_fires_no_alive"]
+    params, state, key, inputs = case.arguments()
+    (weight, bias), last = params.layers
+    layers = ((weight.at[0, 0].set(jnp.nan), bias), last)
+    rule = replace(case.rule, activation=activation)
+    params = nk.RuleParams(params.perception, None, layers)
+    out = nk.step(rule, params, state, key, inputs, backend="cpu")
+    assert jnp.isnan(out).all()

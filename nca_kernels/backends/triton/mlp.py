@@ -28,7 +28,7 @@ def _gelu_inner(x):
 @triton.jit
 def activate(x, name: tl.constexpr):
     if name == "relu":
-        x = tl.maximum(x, 0.0)
+        x = tl.where(x < 0, 0.0, x)  # tl.maximum would hide NaN
     elif name == "gelu":
         x = 0.5 * x * (1 + _gelu_inner(x))
     elif name == "silu":

@@ -12,7 +12,7 @@ struct Both {
 NCA_INLINE Both activate(Activation kind, Vec x) {
   switch (kind) {
     case Activation::relu:
-      return {select(x > 0.0f, x, Vec{}), select(x > 0.0f, splat(1.0f), Vec{})};
+      return {select(x < 0.0f, Vec{}, x), select(x > 0.0f, splat(1.0f), Vec{})};  // keeps NaN
     case Activation::leaky_relu:
       return {select(x >= 0.0f, x, 0.01f * x), select(x >= 0.0f, splat(1.0f), splat(0.01f))};
     case Activation::tanh: {

@@ -405,7 +405,7 @@ struct AttentionKernel {
         highest = select(weight[k] > highest, weight[k], highest);
       }
       for (Index k = 0; k < window.count; ++k) total += weight[k] = exp(weight[k] - highest);
-      mix(window, size, weight, value + near, around.plane, 1 / total, out + mine, own.plane);
+      mix(window, size, weight, value + near, around.plane, 1.0f / total, out + mine, own.plane);
       store(log_sum_exp + head * own.plane + at, highest + log(total));
     });
     keep(tile, own, out, heads_of(tile, static_cast<T*>(call.out), size));
