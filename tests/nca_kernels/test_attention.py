@@ -119,6 +119,21 @@ def test_logits_far_from_zero(backend, shift):
     assert_close(both(backend), both("reference"), 1e-2, "output and gradients ")
 
 
+@pytest.mark.parametrize("position", [0, 1, 2])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_spreads_as_in_plain_jax(backend, position):
+    """To what attends to it, and from there to the gradients of all that is attended to."""
+    case = AttentionCase("wide", (9, 12), padding="circular")
+    arrays = list(case.arguments())
+    arrays[position] = arrays[position].at[0, 4, 11, 1, 2].set(np.nan)
+
+    def nans(backend):
+        out, pull = jax.vjp(attention(backend, case), *arrays)
+        return [np.isnan(a) for a in (out, *pull(np.ones_like(out)))]
+
+    np.testing.assert_array_equal(nans(backend), nans("reference"))
+
+
 @pytest.mark.parametrize("name", [name for name in ATTENTION_CHECKS if "values" not in name])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_transformations(backend, name):

@@ -129,7 +129,7 @@ NCA_INLINE Vec exp(Vec x) {
   return p * (Vec)((__builtin_convertvector(n, Ints) + 127) << 23);
 }
 
-// log x of normal positive x, relative error about 1e-7; Cephes' polynomial around 1.
+// log x of normal positive x or NaN, relative error about 1e-7; Cephes' polynomial around 1.
 NCA_INLINE Vec log(Vec x) {
   const Ints exponent = ((Ints)x - 0x3f3504f3) >> 23;  // of sqrt(1/2) and what follows: 0
   const Vec n = __builtin_convertvector(exponent, Vec);
@@ -144,7 +144,8 @@ NCA_INLINE Vec log(Vec x) {
   p = p * r - 2.4999993993e-1f;
   p = p * r + 3.3333331174e-1f;
   const Vec s = r * r;
-  return n * 0.693359375f + (r + (p * r * s - 0.5f * s - n * 2.12194440e-4f));
+  const Vec y = n * 0.693359375f + (r + (p * r * s - 0.5f * s - n * 2.12194440e-4f));
+  return select(x == x, y, x);
 }
 
 // Near zero by Cephes' polynomial, elsewhere from e^2|x|.
