@@ -35,7 +35,7 @@ def _run(case, backend, mode):
         def one(key_and_factor):
             key, factor = key_and_factor
             out = fun(jax.tree.map(lambda w: w * factor, layers), state, key)
-            return jax.tree.leaves(out)[0].ravel()[0]
+            return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(out))
 
         return jax.lax.map(one, (jax.random.split(key, STEPS), ones))
 
