@@ -39,3 +39,9 @@ def test_commands_exist(line):
 def test_pictures_are_there():
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", README):
         assert (ROOT / picture).stat().st_size > 0
+
+
+def test_the_table_of_speed_is_that_of_the_results():
+    from benchmarks.table import table
+
+    assert table() in README, "put the output of `python -m benchmarks.table` into the README"
