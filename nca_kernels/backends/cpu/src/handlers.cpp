@@ -293,22 +293,16 @@ constexpr auto kBinding = [] {
 
 #define NCA_EXPORT extern "C" __attribute__((visibility("default")))
 
-NCA_EXPORT XLA_FFI_Error* nca_cpu_step_forward(XLA_FFI_CallFrame* frame) {
-  static auto* handler = nca::kBinding().To(nca::step_forward).release();
-  return handler->Call(frame);
-}
-NCA_EXPORT XLA_FFI_Error* nca_cpu_step_backward(XLA_FFI_CallFrame* frame) {
-  static auto* handler = nca::kBinding().To(nca::step_backward).release();
-  return handler->Call(frame);
-}
-NCA_EXPORT XLA_FFI_Error* nca_cpu_attention_forward(XLA_FFI_CallFrame* frame) {
-  static auto* handler = nca::kBinding().To(nca::attention_forward).release();
-  return handler->Call(frame);
-}
-NCA_EXPORT XLA_FFI_Error* nca_cpu_attention_backward(XLA_FFI_CallFrame* frame) {
-  static auto* handler = nca::kBinding().To(nca::attention_backward).release();
-  return handler->Call(frame);
-}
+#define NCA_HANDLER(name)                                                 \
+  NCA_EXPORT XLA_FFI_Error* nca_cpu_##name(XLA_FFI_CallFrame* frame) {    \
+    static auto* handler = nca::kBinding().To(nca::name).release();       \
+    return handler->Call(frame);                                          \
+  }
+
+NCA_HANDLER(step_forward)
+NCA_HANDLER(step_backward)
+NCA_HANDLER(attention_forward)
+NCA_HANDLER(attention_backward)
 
 // The instruction sets that this machine can run, the best first, separated by spaces.
 NCA_EXPORT const char* nca_cpu_instruction_sets() {

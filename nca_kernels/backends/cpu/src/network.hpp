@@ -287,7 +287,8 @@ NCA_INLINE void perceive_rows(const Network& net, const Weights& weights, const 
     for (Index c = 0; c < net.padded; c += kLanes) {
       Vec sum[N];
       for (int n = 0; n < N; ++n) sum[n] = load(bias + f * net.padded + c);
-      for (Index i = weights.stencil.filter_start[f]; i < weights.stencil.filter_start[f + 1]; ++i) {
+      const Index end = weights.stencil.filter_start[f + 1];
+      for (Index i = weights.stencil.filter_start[f]; i < end; ++i) {
         const Tap& tap = weights.stencil.by_filter[i];
         const Vec value = load(tap.values + c);
         for (int n = 0; n < N; ++n) sum[n] += value * load(box + box_at[n] + tap.delta + c);

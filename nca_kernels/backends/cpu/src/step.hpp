@@ -62,7 +62,7 @@ struct StepKernel {
 
   void forward() {
     const Index all = samples() * step.cells;
-    std::uint8_t *lives = nullptr, *lives_after = nullptr;  // the cell's own value, [samples, cells]
+    std::uint8_t *lives = nullptr, *lives_after = nullptr;  // by its own value, [samples, cells]
     if (step.alive) {
       lives = scope.array<std::uint8_t>(all);
       lives_after = scope.array<std::uint8_t>(all);
@@ -72,7 +72,9 @@ struct StepKernel {
     if (step.alive) for_tiles([&](const Tile& tile) { clear_dead(tile, lives_after); }, true);
   }
 
-  bool lives(const T* cell) const { return value(cell + step.alive_channel) > step.alive_threshold; }
+  bool lives(const T* cell) const {
+    return value(cell + step.alive_channel) > step.alive_threshold;
+  }
 
   void find_living(const Tile& tile, std::uint8_t* plane) const {
     const T* state = state_of(tile.sample);
