@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -130,21 +131,30 @@ def heuristic(
         dense = taps.shape[-2] != 1
         width = block(taps.shape[-1]) if dense else block_c * (taps.shape[-1] // state.shape[-1])
     backward = kernel == "step_backward"
-    rows = (64 if wide_products and not precise else 32) // (2 if backward and precise else 1)
-    block_h = 32 if backward else 64
-    if wide_products and not precise and width < 64:
-        block_h *= 2
-    if width > 128:  # less at a time, so that a row's parts still fit
-        rows, block_h = (16, 16) if backward else (16, 32)
+    rows, block_h = _rows_and_hidden(backward, width, precise, wide_products)
     hidden = max((weight.shape[-1] for weight, _ in operands.layers[:-1]), default=16)
     narrow = width > 128 and backward
+    tile = _tile(call.num_spatial_dims, state.shape[2:-1], block_c)
     return Launch(
-        tile=_tile(call.num_spatial_dims, state.shape[2:-1], block_c),
-        rows=_power_of_two(min(rows, 2**13 // width)),
+        tile=tile,
+        rows=_power_of_two(min(rows, 2**13 // width, math.prod(tile))),
         block_h=min(block(hidden), _power_of_two(min(block_h, 2**15 // width))),
         stages=1 if backward else 2,
         unroll=1 if narrow else 3,
     )
+
+
+def _rows_and_hidden(
+    backward: bool, width: int, precise: bool, wide_products: bool
+) -> tuple[int, int]:
+    """Rows and hidden units at a time: what registers hold without spills."""
+    if width > 128:  # less, so that a row's parts still fit
+        return (16 if precise else 32, 16) if backward else (16, 32)
+    if precise:
+        return (16, 32) if backward else (32, 64)
+    if not wide_products:
+        return (64, 16) if backward else (32, 64)
+    return 64, (32 if backward else 64) * (2 if width < 64 else 1)
 
 
 def _power_of_two(size: int) -> int:

@@ -28,7 +28,7 @@ def _gelu_inner(x):
 @triton.jit
 def activate(x, name: tl.constexpr):
     if name == "relu":
-        x = tl.where(x < 0, 0.0, x)  # tl.maximum would hide NaN
+        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)  # else NaN becomes 0
     elif name == "gelu":
         x = 0.5 * x * (1 + _gelu_inner(x))
     elif name == "silu":
@@ -241,7 +241,11 @@ def first_layer_backward(
         w = load_block(weights_ptr + g.weight_at[0], f * g.block_p, n, stride, g.block_p, N)
         new = new + (dot(dz, tl.trans(w), d_parts[f], g),)
         if g.weight_grad and not g.resident:
-            dw = _outer(parts[f], dz, g)
+            # Wider than high, so that warps share columns: of few rows each would hold a copy.
+            if g.block_p > N:  # noqa: SIM108
+                dw = tl.trans(_outer(dz, parts[f], g))
+            else:
+                dw = _outer(parts[f], dz, g)
             add_block(grads_ptr + g.weight_at[0], f * g.block_p, n, stride, dw)
     for s in tl.static_range(2):
         for k in range(0, g.source_sizes[s], g.block_s):
