@@ -7,6 +7,7 @@ The oracle is the backend ``reference`` at the same precision. ``CHECKS`` run on
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -130,6 +131,24 @@ def check_fate_hangs_on_dead_neighbours(backend: str) -> None:
     params = nk.RuleParams(taps, None, ((falls, rises),))
     run = partial(nk.step, rule, params, state, jax.random.key(0))
     assert_close(run(backend=backend), run(backend=ORACLE), 1e-6, "state")
+
+
+def check_a_draw_equal_to_the_fire_rate(backend: str, case: Case) -> None:
+    """A cell fires if its draw is below the rate: not if it is equal."""
+    draws = jax.random.uniform(case.arguments().key, (*case.batch, *case.grid))
+    for rate in (float(draws.ravel()[0]), float(draws.ravel()[-1])):
+        check_mask(backend, replace(case, rule=replace(case.rule, fire_rate=rate)))
+
+
+def check_nan_is_not_hidden(backend: str, case: Case, activation: str) -> None:
+    """Weights that have diverged show in the state of every cell that fires."""
+    params, state, key, inputs = case.arguments()
+    (weight, bias), *rest = params.layers
+    layers = ((weight.at[0, 0].set(jnp.nan), bias), *rest)
+    params = nk.RuleParams(params.perception, params.perception_bias, layers)
+    rule = replace(case.rule, activation=activation, fire_rate=1.0, alive=None)
+    out = nk.step(rule, params, state, key, inputs, backend=backend)
+    assert jnp.isnan(out).all(), f"{activation} hides NaN"
 
 
 CHECKS: dict[str, Callable[[str, Case], None]] = {

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -168,12 +167,8 @@ def test_without_the_library():
 
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 def test_what_is_not_a_number_is_not_hidden(activation, instruction_set):
-    """Weights that have diverged show in the state of every cell that fires."""
-    case = BY_NAME["always_fires_no_alive"]
-    params, state, key, inputs = case.arguments()
-    (weight, bias), last = params.layers
-    layers = ((weight.at[0, 0].set(jnp.nan), bias), last)
-    rule = replace(case.rule, activation=activation)
-    params = nk.RuleParams(params.perception, None, layers)
-    out = nk.step(rule, params, state, key, inputs, backend="cpu")
-    assert jnp.isnan(out).all()
+    conformance.check_nan_is_not_hidden("cpu", BY_NAME["always_fires_no_alive"], activation)
+
+
+def test_a_draw_equal_to_the_fire_rate(instruction_set):
+    conformance.check_a_draw_equal_to_the_fire_rate("cpu", BY_NAME["line"])

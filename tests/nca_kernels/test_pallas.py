@@ -15,8 +15,10 @@ from nca_kernels import dispatch
 from nca_kernels.backends.pallas import launch as launching
 from nca_kernels.testing import ATTENTION, ATTENTION_CHECKS, CONFORMANCE, TRANSFORMATION_CHECKS
 from nca_kernels.testing.conformance import (
+    check_a_draw_equal_to_the_fire_rate,
     check_fate_hangs_on_dead_neighbours,
     check_mask,
+    check_nan_is_not_hidden,
     check_values_and_gradients,
 )
 from nca_kernels.testing.triton_host import small_tiles
@@ -162,6 +164,15 @@ def test_mask(name):
 
 def test_fate_hangs_on_dead_neighbours():
     check_fate_hangs_on_dead_neighbours(INTERPRETED)
+
+
+def test_a_draw_equal_to_the_fire_rate():
+    check_a_draw_equal_to_the_fire_rate(INTERPRETED, BY_NAME["line"])
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_what_is_not_a_number_is_not_hidden(activation):
+    check_nan_is_not_hidden(INTERPRETED, BY_NAME["line"], activation)
 
 
 @pytest.mark.parametrize(("check", "name"), TRANSFORMATIONS)

@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="Triton is not installed (it is for Linux o
 import nca_kernels as nk
 from nca_kernels import dispatch
 from nca_kernels.backends.triton.launch import missing
+from nca_kernels.rule import ACTIVATIONS
 from nca_kernels.testing import (
     ATTENTION,
     ATTENTION_CHECKS,
@@ -21,11 +22,14 @@ from nca_kernels.testing import (
 )
 from nca_kernels.testing.compare import assert_close
 from nca_kernels.testing.conformance import (
+    check_a_draw_equal_to_the_fire_rate,
     check_fate_hangs_on_dead_neighbours,
     check_mask,
+    check_nan_is_not_hidden,
     check_values_and_gradients,
 )
 from nca_kernels.tiled.step import backward, forward
+from nca_kernels.tuning import Launch
 
 triton_host.register()
 BACKEND = triton_host.NAME
@@ -57,16 +61,40 @@ def test_a_mask_drawn_by_jax():
     assert_close(run(backend=BACKEND), run(backend="reference"), 1e-5, "state")
 
 
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+def test_what_is_not_a_number_is_not_hidden(activation):
+    check_nan_is_not_hidden(BACKEND, BY_NAME["line"], activation)
+
+
+def test_a_draw_equal_to_the_fire_rate():
+    check_a_draw_equal_to_the_fire_rate(BACKEND, BY_NAME["line"])
+
+
+def _engine():
+    return dispatch._registry[BACKEND].load("step")[0].args[0]
+
+
+def _register(name, summary, engine):
+    both = (partial(forward, engine), partial(backward, engine))
+    dispatch.register(dispatch.Backend(name, summary, lambda op: both))
+
+
+@pytest.mark.parametrize("programs", [1, 32, 33, 48])
+def test_gradients_of_many_programs(programs):
+    """Gradients of the weights are added up over more programs than fit one turn of the loop."""
+    launch = Launch(tile=(1, 1, 16), rows=16, block_h=16, programs=programs)
+    name = f"triton_{programs}_programs"
+    _register(name, "others share the tiles", replace(_engine(), fixed=lambda call: launch))
+    check_values_and_gradients(name, replace(BY_NAME["mostly_dead"], living=1.0), calls=1)
+
+
 def test_indices_beyond_32_bits():
     """The kernels of states of more than 2**31 numbers, on a small one."""
-    engine = dispatch._registry[BACKEND].load("step")[0].args[0]
 
     def launch(kernel, inputs, outputs, grid, g, how, aliases=None):
         return triton_host.launch(kernel, inputs, outputs, grid, {**g, "wide": True}, how, aliases)
 
-    wide = replace(engine, launch=launch)
-    both = (partial(forward, wide), partial(backward, wide))
-    dispatch.register(dispatch.Backend("triton_wide", "64-bit indices", lambda op: both))
+    _register("triton_wide", "64-bit indices", replace(_engine(), launch=launch))
     check_values_and_gradients("triton_wide", BY_NAME["plane"], calls=1)
 
 
