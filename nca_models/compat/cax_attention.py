@@ -1,0 +1,120 @@
+"""A CAX perceive whose cells attend to the cells around them; see `nca_models.compat.cax`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+import nca_kernels as nk
+
+try:
+    from cax.core.perceive import Perceive
+except ImportError as error:
+    raise ImportError(
+        'CAX is not installed: run `pip install "nca-kernels[cax]"`, or pip install cax'
+    ) from error
+
+
+class MooreAttentionPerceive(Perceive):
+    """Multi-head attention of each cell to its Moore neighbourhood, linear in the cells.
+
+    The perceive of CAX's attention example (47; ViTCA, Tesfaldet et al., arXiv 2211.01233): a
+    linear projection of the state, learned position embeddings for each axis beside it, and
+    attention to the cells at most `radius` away, those outside of the grid not attended to. The
+    parameters have the names, shapes and initial values of that example, so its checkpoints load.
+
+    Equivalent to `nnx.MultiHeadAttention` over all cells, with a mask of `cells * cells` entries.
+    """
+
+    fused_by_itself = True
+
+    def __init__(
+        self,
+        channel_size: int,
+        perception_size: int,
+        *,
+        num_heads: int,
+        hidden_size: int,
+        proj_size: int,
+        max_position_size: int,
+        position_embed_features: int = 4,
+        num_spatial_dims: int = 2,
+        radius: int = 1,
+        backend: str = "auto",
+        rngs: nnx.Rngs,
+    ):
+        """Build the projection, the embeddings and the attention.
+
+        Args:
+            channel_size: C, the channels of the state.
+            perception_size: P, the width of the perception.
+            num_heads: heads of the attention.
+            hidden_size: width of queries, keys and values, all heads together.
+            proj_size: width that the state is projected to.
+            max_position_size: the longest axis that the grid may have.
+            position_embed_features: width of the position embedding of one axis.
+            num_spatial_dims: 1, 2 or 3.
+            radius: how far a cell attends.
+            backend: name of the `nca_kernels` backend, or "auto".
+            rngs: source of the initial weights.
+        """
+        self.linear = nnx.Linear(in_features=channel_size, out_features=proj_size, rngs=rngs)
+        self.position_embed_features = position_embed_features
+        self.position_embed = nnx.Embed(
+            num_embeddings=max_position_size, features=position_embed_features, rngs=rngs
+        )
+        self.attention = nnx.MultiHeadAttention(
+            num_heads=num_heads,
+            in_features=proj_size + num_spatial_dims * position_embed_features,
+            qkv_features=hidden_size,
+            out_features=perception_size,
+            decode=False,
+            rngs=rngs,
+        )
+        self.num_spatial_dims = num_spatial_dims
+        self.radius = radius
+        self.backend = backend
+
+    def __call__(self, state: Any) -> Array:
+        """Perceive.
+
+        Args:
+            state: `[*batch, *spatial, C]`.
+
+        Returns:
+            `[*batch, *spatial, P]`.
+
+        Raises:
+            ValueError: an axis of the grid is longer than `max_position_size`.
+        """
+        spatial = state.shape[-1 - self.num_spatial_dims : -1]
+        if max(spatial) > self.position_embed.num_embeddings:
+            raise ValueError(
+                f"the grid {spatial} is longer than max_position_size, "
+                f"{self.position_embed.num_embeddings}"
+            )
+        tokens = jnp.concatenate([self.linear(state), *self._positions(state)], axis=-1)
+        query, key, value = (
+            project(tokens)  # [*batch, *spatial, heads, d]
+            for project in (self.attention.query, self.attention.key, self.attention.value)
+        )
+        attended = nk.neighborhood_attention(
+            query, key, value, self.radius, self.num_spatial_dims, self.backend
+        )
+        out: Array = self.attention.out(attended)
+        return out
+
+    def _positions(self, state: Any) -> list[Array]:
+        """The embedding of each axis, `[*batch, *spatial, features]`."""
+        n = self.num_spatial_dims
+        shape = (*state.shape[:-1], self.position_embed_features)
+        embeddings = []
+        for axis in range(n):
+            size = state.shape[axis - n - 1]
+            along = [size if a == axis else 1 for a in range(n)]
+            embedding = self.position_embed(jnp.arange(size))  # [size, features]
+            embeddings.append(jnp.broadcast_to(embedding.reshape(*along, -1), shape))
+        return embeddings
