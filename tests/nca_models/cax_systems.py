@@ -20,7 +20,8 @@ OLD_API = "sow" in inspect.signature(ComplexSystem.__call__).parameters
 
 def filters(dims, channels, names=(identity_kernel, grad_kernel)):
     """The taps that every example starts from, `[*kernel, 1, F*C]`."""
-    kernel = jnp.concatenate([make(dims) for make in names], axis=-1)
+    argument = "ndim" if OLD_API else "num_dims"
+    kernel = jnp.concatenate([make(**{argument: dims}) for make in names], axis=-1)
     return jnp.expand_dims(jnp.concatenate([kernel] * channels, axis=-1), axis=-2)
 
 
@@ -47,19 +48,20 @@ class System(ComplexSystem):
         self.perceive = make_perceive(dims, self.channels, rngs)
         self.update = self.new_update(self.perceive.conv.out_features, rngs)
 
-    def new_update(self, perception_size, rngs, **keywords):
+    def new_update(self, perception_size, rngs):
         size = {} if self.make_update is not NCAUpdate else {"kernel_size": (3,) * len(self.grid)}
         if not size:
             size = {"num_spatial_dims": len(self.grid)}
-        return type(self).make_update(
+        update = type(self).make_update(
             channel_size=self.channels,
             perception_size=perception_size + self.inputs,
             hidden_layer_sizes=(16,),
             cell_dropout_rate=self.dropout,
             rngs=rngs,
             **size,
-            **keywords,
         )
+        update.layers[-1].kernel[...] *= 0.3  # so that 32 steps stay of order one
+        return update
 
     def _step(self, state, input=None, *, sow=False):
         perception = self.perceive(state)
