@@ -207,7 +207,7 @@ def train(system: System, folder: Path, *, tensorboard: bool = False, progress: 
         if state is None:
             state = trainer.initial_state()
         first = int(state.step)
-        with Log(folder, first, tensorboard=tensorboard) as log, _signals() as received:
+        with Log(folder, first, tensorboard=tensorboard) as log, stop_signals() as received:
             total = system.config.num_train_steps
             bar = tqdm(
                 total=total, initial=first, desc="training", unit="step", disable=not progress
@@ -275,7 +275,7 @@ def _record(log: Log, bar: Any, step: int, losses: list[jax.Array]) -> None:
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
+def stop_signals() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM in a list; a second one acts as it does by default."""
     received: list[int] = []
     previous: dict[signal.Signals, Any] = {}
