@@ -4,6 +4,7 @@ from nca_kernels.testing.attention_conformance import ATTENTION_CHECKS
 from nca_kernels.testing.cases import ATTENTION, BENCHMARKS, CONFORMANCE, AttentionCase, Case
 from nca_kernels.testing.compare import assert_close, error_ratio, tolerance
 from nca_kernels.testing.conformance import CHECKS, TRANSFORMATION_CHECKS
+from nca_kernels.testing.equivalence import check_equivalent
 
 __all__ = [
     "ATTENTION",
@@ -15,6 +16,7 @@ __all__ = [
     "AttentionCase",
     "Case",
     "assert_close",
+    "check_equivalent",
     "error_ratio",
     "tolerance",
 ]
