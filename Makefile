@@ -32,14 +32,16 @@ $(VENV)/installed-%: pyproject.toml $(CPU_SOURCES)
 demo: $(VENV)/installed-models
 	$(BIN)/nca demo --out $(DEMO_OUT) $(if $(wildcard $(DEMO_OUT)/config.json),--resume)
 
-# jax-triton can be imported only where JAX's CUDA plugin is, which works without a GPU. Where it
-# cannot be had, the tests that need it skip and say so.
-$(VENV)/cuda-plugin: $(VENV)/installed-models,test
+# Installed without what they ask for: JAX's CUDA plugin, without which jax-triton cannot be
+# imported, works without a GPU, and of jax-nca one module is enough. Where one cannot be had, the
+# tests that need it skip and say so.
+$(VENV)/no-deps: $(VENV)/installed-models,test
 	@version=$$($(BIN)/python -c "import jax; print(jax.__version__)"); \
-	  $(PIP) --no-deps jax-cuda13-plugin==$$version || echo "no CUDA plugin of JAX $$version"
+	  for package in jax-cuda13-plugin==$$version jax-nca==0.1.2; do \
+	    $(PIP) --no-deps $$package || echo "no $$package"; done
 	@touch $@
 
-test: $(VENV)/installed-models,test $(VENV)/cuda-plugin
+test: $(VENV)/installed-models,test $(VENV)/no-deps
 	$(BIN)/python -m pytest tests -n 2 --dist worksteal $(PYTEST_ARGS)
 
 check: $(VENV)/installed-models,test,check
@@ -80,7 +82,7 @@ gpu:
 	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu --save $(GPU_ARGS)
 
 # What the Triton kernels take, compiled ahead of time; needs no GPU.
-aot: $(VENV)/installed-models,test $(VENV)/cuda-plugin
+aot: $(VENV)/installed-models,test $(VENV)/no-deps
 	$(BIN)/python -m benchmarks.aot --save
 
 clean:

@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language, text=README):
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 def test_python_runs():
@@ -19,6 +19,22 @@ def test_python_runs():
     for block in blocks("python"):
         exec(block, names)
     assert names["final"].shape == (8, 72, 72, 16)
+
+
+def test_python_of_the_guide_runs(capsys):
+    pytest.importorskip("cax", reason="CAX is not installed (the extra `cax`)")
+    pytest.importorskip("equinox", reason="equinox is not installed (the extra `test`)")
+    guide = (ROOT / "docs/drop-in.md").read_text()
+    names = {"__name__": "guide"}
+    for block in blocks("python", guide):
+        exec(block, names)
+    printed = capsys.readouterr().out
+    for block in blocks("text", guide):  # what the guide says is printed
+        backend = next(b.name for b in names["nk"].backends() if b.auto)
+        assert block.replace(" cpu ", f" {backend} ") in printed
+    assert "It is, if the features are in the order f*C + c" in printed
+    assert names["perception"].shape == (256, 256, 64)
+    assert names["states"].shape == (16, 1, 64, 64, 20)
 
 
 COMMANDS = [line for block in blocks("sh") for line in block.splitlines() if line.strip()]

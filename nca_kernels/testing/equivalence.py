@@ -47,6 +47,7 @@ def check_equivalent(
         limit: the largest error ratio ``norm(theirs - ours) / norm(ours)``.
 
     Raises:
+        ValueError, TypeError: ``rule`` and ``params`` make no step, as :func:`nca_kernels.step`.
         AssertionError: it is another step; says what would make it the same, or where they differ.
 
     Example:
@@ -56,6 +57,7 @@ def check_equivalent(
     given = () if inputs is None else (inputs,)
     model = _Model(rule, params, has_inputs=inputs is not None)
     probes = _probes(rule, params, state, key)
+    ours = [nk.step(rule, params, *probe, inputs, "reference") for probe in probes]
     theirs = [their_step(*probe, *given) for probe in probes]
     for (before, _), out in zip(probes, theirs, strict=True):
         if np.shape(out) != before.shape or out.dtype != before.dtype:
@@ -71,7 +73,6 @@ def check_equivalent(
             except (ValueError, TypeError):  # the change makes no step: shapes that do not fit
                 yield float("inf")
 
-    ours = [nk.step(rule, params, *probe, inputs, "reference") for probe in probes]
     ratios = [error_ratio(a, b) for a, b in zip(theirs, ours, strict=True)]
     worst = int(np.argmax(ratios))
     ratio = ratios[worst]
