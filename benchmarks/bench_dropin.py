@@ -7,6 +7,7 @@ gradient of jax-nca's `multi_step`. Run with ``make bench``.
 from __future__ import annotations
 
 import statistics
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +67,7 @@ def _training(cs, size, num_steps):
     optimizer = nnx.Optimizer(cs, adam, wrt=wrt)
 
     def loss_fn(cs, state):
-        axes = nnx.StateAxes({nnx.RngState: 0, ...: None})
+        axes: Any = nnx.StateAxes({nnx.RngState: 0, ...: None})  # type: ignore[arg-type]
         run = nnx.vmap(lambda cs, state: cs(state, num_steps=num_steps), in_axes=(axes, 0))
         state = nnx.split_rngs(splits=BATCH)(run)(cs, state)
         return jnp.mean(jnp.square(state[..., -4:] - target)), state

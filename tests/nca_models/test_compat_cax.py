@@ -21,7 +21,7 @@ from flax import nnx
 
 import nca_kernels as nk
 from nca_kernels.testing import assert_close, error_ratio
-from nca_models.compat import cax as compat
+from nca_models.compat import cax_calls
 from nca_models.compat.cax import MooreAttentionPerceive, accelerate, explain
 from tests.nca_models.cax_systems import (
     EXAMPLES,
@@ -241,7 +241,7 @@ def test_what_is_done_with_the_perception_counts():
     for system in (Looks, Changes, OtherState, Twice):
         plain, fast = pair(system)
         assert_same_trajectory(plain, fast, *arguments(system), steps=4)
-        assert not compat._sources, "a perception outlived its step"
+        assert not cax_calls._sources, "a perception outlived its step"
 
 
 # ---- parts of other kinds ----

@@ -1,0 +1,165 @@
+"""What a rule needs to know of CAX's modules, and why some cannot be fused exactly."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+
+class CannotFuse(Exception):
+    """Why a part cannot be fused exactly."""
+
+
+@dataclass(frozen=True)
+class Stencil:
+    """The facts of a `ConvPerceive` that a rule holds."""
+
+    padding: str
+    activation: str
+    precision: str
+
+
+_PADDINGS = {"SAME": "zeros", "CIRCULAR": "circular", "REFLECT": "reflect"}
+
+
+def stencil(perceive: Any) -> Stencil:
+    conv, activation = perceive.conv, perceive.activation_fn
+    precision = _plain_conv(conv, "its convolution")
+    if conv.padding not in _PADDINGS:
+        raise CannotFuse(f"its padding is {conv.padding!r}, not one of {', '.join(_PADDINGS)}")
+    if conv.feature_group_count not in (1, conv.in_features):
+        raise CannotFuse(
+            f"its feature_group_count is {conv.feature_group_count}, neither 1 (dense) nor the "
+            f"number of channels, {conv.in_features} (depthwise)"
+        )
+    name = "identity" if activation is None else _activation(activation)
+    return Stencil(_PADDINGS[conv.padding], name, precision)
+
+
+def network(update: Any) -> tuple[str, str]:
+    """(activation, precision) of an update's MLP."""
+    precisions = set()
+    for i, layer in enumerate(update.layers):
+        precisions.add(_plain_conv(layer, f"layer {i}"))
+        if set(layer.kernel_size) != {1} or layer.feature_group_count != 1:
+            raise CannotFuse(f"layer {i} is not a dense convolution of kernel size 1")
+    if len(precisions) != 1:
+        raise CannotFuse(f"its layers have different precisions, {', '.join(sorted(precisions))}")
+    activation = _activation(update.activation_fn) if len(update.layers) > 1 else "identity"
+    return activation, precisions.pop()
+
+
+def _plain_conv(conv: Any, name: str) -> str:
+    """The precision of an `nnx.Conv` that is one of a stencil or a layer."""
+    if not isinstance(conv, nnx.Conv):
+        raise CannotFuse(f"{name} is a {type(conv).__name__}, not an nnx.Conv")
+    ones = (1, None, (1,) * len(conv.kernel_size))
+    for field in ("strides", "input_dilation", "kernel_dilation"):
+        value = getattr(conv, field)
+        if (tuple(value) if isinstance(value, list) else value) not in ones:
+            raise CannotFuse(f"{name} has {field} {value}")
+    for field in ("mask", "dtype", "preferred_element_type"):
+        if getattr(conv, field) is not None:
+            raise CannotFuse(f"{name} has a {field} of its own")
+    if conv.conv_general_dilated is not lax.conv_general_dilated:
+        raise CannotFuse(f"{name} has a conv_general_dilated of its own")
+    if conv.precision is None or conv.precision == lax.Precision.DEFAULT:
+        return "default"
+    if conv.precision == lax.Precision.HIGHEST:
+        return "float32"
+    raise CannotFuse(f"{name} has precision {conv.precision}")
+
+
+_ACTIVATIONS: dict[Callable[..., Any], str] = {
+    jax.nn.relu: "relu",
+    jax.nn.gelu: "gelu",
+    jax.nn.silu: "silu",
+    jnp.tanh: "tanh",
+    lax.tanh: "tanh",
+    jax.nn.leaky_relu: "leaky_relu",
+    jax.nn.identity: "identity",
+}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "gelu": {"approximate": True},
+    "leaky_relu": {"negative_slope": 0.01},
+}
+
+
+def _activation(function: Any) -> str:
+    """The name that `nk.Rule` has for an activation function."""
+    plain: Any = function
+    keywords: dict[str, Any] = {}
+    if isinstance(function, functools.partial) and not function.args:
+        plain, keywords = function.func, function.keywords
+    try:
+        name = _ACTIVATIONS.get(plain)
+    except TypeError:  # not hashable
+        name = None
+    if name is None or not keywords.items() <= _DEFAULTS.get(name, {}).items():
+        known = ", ".join(sorted({f.__name__ for f in _ACTIVATIONS}))
+        raise CannotFuse(f"its activation {function!r} is not one of {known} with their defaults")
+    return name
+
+
+def firing(update: Any) -> tuple[float, bool]:
+    """(fire rate, whether a key is drawn) of an update, as `nnx.Dropout` decides it."""
+    dropout = getattr(update, "dropout", None)
+    if dropout is None:  # MLPUpdate
+        return 1.0, False
+    if not isinstance(dropout, nnx.Dropout) or type(dropout).__call__ is not nnx.Dropout.__call__:
+        raise CannotFuse(f"its dropout is a {type(dropout).__name__}, not an nnx.Dropout")
+    if tuple(dropout.broadcast_dims) != (-1,):
+        raise CannotFuse(f"its dropout broadcasts over {dropout.broadcast_dims}, not over (-1,)")
+    if dropout.rate == 0.0 or dropout.deterministic:
+        return 1.0, False
+    if not 0.0 < dropout.rate < 1.0:
+        raise CannotFuse(f"its dropout rate is {dropout.rate}: no cell ever fires")
+    if not isinstance(dropout.rngs, nnx.RngStream):
+        raise CannotFuse("its dropout has no random stream of its own")
+    return 1.0 - dropout.rate, True
+
+
+def why_no_alive_mask(update: Any, NCAUpdate: Any) -> str:
+    """Why the alive mask of an update cannot be fused; empty if it can or there is none."""
+    if not isinstance(update, NCAUpdate):
+        return ""
+    if type(update).get_alive_mask is not NCAUpdate.get_alive_mask:
+        return "its get_alive_mask is its own"
+    if not isinstance(update.alive_threshold, (int, float)):
+        return f"its alive_threshold is a {type(update.alive_threshold).__name__}, not a number"
+    pool, window = update.pool, [3] * len(update.layers[0].kernel_size)
+    fused = (
+        isinstance(pool, functools.partial)
+        and pool.func is nnx.max_pool
+        and not pool.args
+        and set(pool.keywords) == {"window_shape", "padding"}
+        and list(pool.keywords["window_shape"]) == window
+        and pool.keywords["padding"] == "SAME"
+    )
+    if not fused:
+        return f"its pool is not a max-pool over {tuple(window)}, padded as SAME"
+    return ""
+
+
+def require_float32(update: Any, state: Any, perception: Any, input: Any) -> None:
+    arrays = {"state": state, "perception": perception, "input": input}
+    for i, layer in enumerate(update.layers):
+        arrays |= {f"kernel of layer {i}": layer.kernel, f"bias of layer {i}": layer.bias}
+    for name, array in arrays.items():
+        if array is not None and getattr(array, "dtype", None) != jnp.float32:
+            given = getattr(array, "dtype", type(array).__name__)
+            raise CannotFuse(f"the {name} is {given}, not float32")
+    for name in ("perception", "input"):
+        array = arrays[name]
+        if array is not None and array.shape[:-1] != state.shape[:-1]:
+            raise CannotFuse(
+                f"the {name} has shape {array.shape}, not that of the state, {state.shape}, up to "
+                "the last axis"
+            )
