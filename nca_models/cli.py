@@ -1,4 +1,4 @@
-"""The command `nca`: train, run, doctor, demo.
+"""The command `nca`: train, run, eval, doctor, demo.
 
 Arguments are checked before JAX starts. Wrong input is one line on stderr and exit code 2; a
 training run that diverges is exit code 1; a signal is 128 plus its number.
@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from nca_models import run_folder, systems
+from nca_models import data, run_folder, systems
 from nca_models.data import emoji, images
 from nca_models.training import DAMAGE_NAMES
 
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         args = _parser().parse_args(argv)
         code: int = args.run(args)
         return code
-    except (InputError, images.ImageError, run_folder.RunError) as error:
+    except (InputError, data.DataError, run_folder.RunError) as error:
         return _fail(error, 2)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone, and wants no message
@@ -91,8 +91,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("system", choices=systems.names(), help="what to train")
     train.add_argument(
         "--target",
-        metavar="FILE|EMOJI",
-        help="an image file of any size and kind, or an emoji (default: the packaged butterfly)",
+        "--data-dir",
+        metavar="FILE|EMOJI|DIR",
+        help="what to learn: an image file or an emoji (default: the packaged butterfly); for "
+        "digits, a folder with MNIST's files (default: scikit-learn's digits)",
     )
     train.add_argument(
         "--preset", choices=systems.PRESET_NAMES, help="settings to start from (default: small)"
@@ -149,6 +151,12 @@ def _parser() -> argparse.ArgumentParser:
     for suffix, text in (("gif", "film"), ("mp4", "film"), ("png", "strip of frames over time")):
         run.add_argument(f"--{suffix}", type=Path, metavar="FILE", help=f"write a {text}")
     run.set_defaults(run=_run)
+
+    evaluate = commands.add_parser("eval", help="measure a trained system")
+    evaluate.add_argument("system", choices=systems.names(), help="what was trained")
+    evaluate.add_argument("folder", metavar="DIR", type=Path, help="folder of its run")
+    evaluate.add_argument("--backend", metavar="NAME", help="default: the run's own")
+    evaluate.set_defaults(run=_eval)
 
     doctor = commands.add_parser("doctor", help="show versions, devices and backends")
     doctor.set_defaults(run=_doctor)
@@ -213,7 +221,7 @@ def _train_and_show(
     """Train, write pictures and print what came of it."""
     folder: Path = args.out
     _check_new(folder, args.resume)
-    _check_target(request.target)
+    _check_target(request.system, request.target)
     if args.tensorboard and find_spec("tensorboardX") is None:
         raise InputError("--tensorboard needs `pip install tensorboardX`")
     _check_backend(request.settings.get("backend"))
@@ -231,9 +239,7 @@ def _train_and_show(
     except trainer.Diverged as error:
         return _fail(f"{error}, with --learning-rate X and another --out", 1)
     metrics, paths = demo.show(system, model, folder)
-    print("\nlog10 of the mean squared error")
-    for name, value in metrics.items():
-        print(f"  {value:6.2f}  {name}")
+    _print_metrics(metrics)
     if compare:
         print('\nspeed of backend "auto" against the same rollouts of plain JAX', flush=True)
         print('(backend "reference", which recomputes each step in the backward) ...', flush=True)
@@ -247,13 +253,32 @@ def _train_and_show(
     return 0
 
 
+def _print_metrics(metrics: dict[str, float]) -> None:
+    print("\nlog10 of the mean squared error")
+    for name, value in metrics.items():
+        print(f"  {value:6.2f}  {name}")
+
+
+def _eval(args: argparse.Namespace) -> int:
+    run_folder.require(args.folder, args.system)
+    _check_backend(args.backend)
+
+    from nca_models import demo
+    from nca_models.training import trainer
+
+    system = run_folder.load(args.folder, args.backend)
+    model = trainer.trained_model(system, args.folder)
+    _print_metrics(demo.measure(system, model, args.folder))
+    return 0
+
+
 def _open(folder: Path, request: run_folder.Request) -> "System":
     """Start or reopen the run in `folder`."""
     try:
         if run_folder.exists(folder):
             return run_folder.resume(folder, request)
         return run_folder.create(folder, request)
-    except (images.ImageError, run_folder.RunError):
+    except (data.DataError, run_folder.RunError):
         raise
     except (ValueError, TypeError) as error:  # an impossible setting
         raise InputError(str(error)) from error
@@ -273,11 +298,15 @@ def _check_new(folder: Path, resume: bool) -> None:
         raise InputError(f"--out {folder}: holds no run to resume; leave out --resume to start one")
 
 
-def _check_target(target: str | None) -> None:
-    """Refuse a bad image file now; an emoji may need the network, so that comes later."""
-    if target is None or (not Path(target).exists() and emoji.is_emoji(target)):
+def _check_target(system: str, target: str | None) -> None:
+    """Refuse a bad file or folder now; an emoji may need the network, so that comes later."""
+    if target is None:
         return
-    images.open_rgba(Path(target))
+    if system in systems.LEARNS_DIGITS:
+        if not Path(target).is_dir():
+            raise InputError(f"--data-dir {target}: {system} wants a folder with MNIST's files")
+    elif Path(target).exists() or not emoji.is_emoji(target):
+        images.open_rgba(Path(target))
 
 
 def _check_backend(name: str | None) -> None:

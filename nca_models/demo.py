@@ -23,20 +23,22 @@ _PAIRS = range(3, 12)  # at least and at most
 
 def show(system: System, model: Any, folder: Path) -> tuple[dict[str, float], list[Path]]:
     """Write a finished run's pictures and `metrics.json`; return the metrics and all paths."""
-    steps, losses = logging.read(folder / "log.csv")
-    last = losses[-100:]
-    metrics = {
-        f"training, mean of the last {len(last)} steps": logging.log10(sum(last) / len(last))
-    }
-    metrics |= system.metrics(model)
-    valid = {
-        name: v if math.isfinite(v) else None for name, v in metrics.items()
-    }  # JSON has no NaN
-    write_text(folder / "metrics.json", json.dumps(valid, indent=2) + "\n")
-    render.save_loss_plot(folder / "loss.png", steps, losses)
+    metrics = measure(system, model, folder)
+    render.save_loss_plot(folder / "loss.png", *logging.read(folder / "log.csv"))
     pictures = system.pictures(model, folder)
     others = [folder / name for name in ("loss.png", "metrics.json", "log.csv", "checkpoints")]
     return metrics, pictures + others
+
+
+def measure(system: System, model: Any, folder: Path) -> dict[str, float]:
+    """Write `metrics.json` of a run and return what is in it."""
+    last = logging.read(folder / "log.csv")[1][-100:]
+    name = f"training, mean of the last {len(last)} steps"
+    metrics = {name: logging.log10(sum(last) / len(last))} | system.metrics(model)
+    # JSON has no NaN.
+    valid = {name: v if math.isfinite(v) else None for name, v in metrics.items()}
+    write_text(folder / "metrics.json", json.dumps(valid, indent=2) + "\n")
+    return metrics
 
 
 def speedup(system: System, model: Any, folder: Path) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Flax nnx modules over the public operations of `nca_kernels`."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,7 +13,63 @@ import nca_kernels as nk
 _DEFAULT_RULE = nk.Rule()
 
 
-class NCA(nnx.Module):
+class Automaton(nnx.Module):
+    """What every model here is: a step, and rollouts of it. The module holds no random state."""
+
+    def __call__(self, state: jax.Array, key: jax.Array) -> jax.Array:
+        """Take one step: `state` is `[*batch, *spatial, C]`, `key` that of its fire mask."""
+        raise NotImplementedError
+
+    def rollout(
+        self,
+        state: jax.Array,
+        key: jax.Array,
+        num_steps: int,
+        *,
+        sample_steps: jax.Array | None = None,
+    ) -> Any:
+        """Take `num_steps` steps; step t uses `jax.random.fold_in(key, t)`.
+
+        For the backward, the states are kept, and what a step needs beside them computed anew.
+
+        Args:
+            state: `[*batch, *spatial, C]`.
+            key: of the whole rollout.
+            num_steps: how many steps.
+            sample_steps: `[*batch]` int, or None.
+
+        Returns:
+            The final state; with `sample_steps`, `(final, sampled)`: each sample's state after
+            that many steps.
+        """
+        step = jax.checkpoint(self.__call__)
+
+        def one(carry: Any, t: jax.Array) -> tuple[Any, None]:
+            state, sampled = carry
+            state = step(state, jax.random.fold_in(key, t))
+            if sample_steps is not None:
+                ones = (1,) * (state.ndim - sample_steps.ndim)
+                chosen = (sample_steps == t + 1).reshape(*sample_steps.shape, *ones)
+                sampled = jnp.where(chosen, state, sampled)
+            return (state, sampled), None
+
+        first = (state, None if sample_steps is None else state)
+        (final, sampled), _ = jax.lax.scan(one, first, jnp.arange(num_steps))
+        return final if sample_steps is None else (final, sampled)
+
+
+@partial(jax.jit, static_argnums=3)
+def _run(split_model: Any, state: jax.Array, key: jax.Array, num_steps: int) -> jax.Array:
+    final: jax.Array = nnx.merge(*split_model).rollout(state, key, num_steps)
+    return final
+
+
+def run(model: Automaton, state: jax.Array, key: jax.Array, num_steps: int) -> jax.Array:
+    """Return the state after `num_steps` steps; compiled, once for each number of steps."""
+    return _run(nnx.split(model), state, key, num_steps)
+
+
+class NCA(Automaton):
     """A neural cellular automaton: filter taps, an MLP, and the rule that applies them.
 
     Hidden layers start from Lecun-normal weights, the last one from zeros (with `zero_init`), so

@@ -6,6 +6,7 @@ Pictures are `[height, width, 3]` uint8, films `[frames, height, width, 3]` uint
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import imageio.v3 as iio
 import numpy as np
@@ -21,6 +22,12 @@ def over_white(rgba: np.ndarray) -> np.ndarray:
     rgba = np.nan_to_num(np.asarray(rgba, np.float32))
     alpha = np.clip(rgba[..., 3:], 0, 1)
     return (np.clip(1 - alpha + rgba[..., :3], 0, 1) * 255).round().astype(np.uint8)
+
+
+def grey(values: np.ndarray) -> np.ndarray:
+    """Turn ink `[*lead, height, width]`, 0 (white) to 1 (black), into uint8 RGB."""
+    values = np.clip(np.nan_to_num(np.asarray(values, np.float32)), 0, 1)
+    return np.repeat(((1 - values) * 255).round().astype(np.uint8)[..., None], 3, axis=-1)
 
 
 def upscale(picture: np.ndarray, factor: int) -> np.ndarray:
@@ -42,6 +49,13 @@ def beside(pictures: Sequence[np.ndarray], gap: int = 2) -> np.ndarray:
     space = np.full((height, gap, 3), 255, np.uint8)
     parts = [part for picture in pictures for part in (space, picture)]
     return np.concatenate(parts[1:], axis=1)
+
+
+def above(pictures: Sequence[np.ndarray], gap: int = 2) -> np.ndarray:
+    """Put pictures of one width one above the other, `gap` white pixels between them."""
+    space = np.full((gap, pictures[0].shape[1], 3), 255, np.uint8)
+    parts = [part for picture in pictures for part in (space, picture)]
+    return np.concatenate(parts[1:])
 
 
 def save_png(path: Path, picture: np.ndarray) -> None:
@@ -73,6 +87,34 @@ def save_mp4(path: Path, film: np.ndarray, fps: float = 20.0) -> None:
 def save_film(path: Path, film: np.ndarray, fps: float = 20.0) -> None:
     """Write a film in the format that the suffix names, .gif or .mp4."""
     {".gif": save_gif, ".mp4": save_mp4}[path.suffix.lower()](path, film, fps)
+
+
+def save_lattice_gif(path: Path, ink: np.ndarray, frames: int = 36, fps: float = 12.0) -> None:
+    """Write a film of a lattice `[height, width, depth]` that turns once; its ink is 0 to 1.
+
+    Cells with less than a tenth of ink are not drawn.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2, 3.2), dpi=100)
+    canvas = FigureCanvasAgg(figure)
+    axes: Any = figure.add_axes((0, 0, 1, 1), projection="3d")
+    y, x, z = np.nonzero(ink > 0.1)
+    colours = np.zeros((len(y), 4))
+    colours[:, 3] = np.clip(ink[y, x, z], 0, 1)
+    side = 160 / max(ink.shape)  # points
+    axes.scatter(z, x, -y, c=colours, s=side**2 / 4, marker="s", linewidths=0)
+    height, width, depth = ink.shape
+    axes.set(xlim=(0, depth - 1), ylim=(0, width - 1), zlim=(1 - height, 0))
+    axes.set_box_aspect((depth, width, height))
+    axes.set_axis_off()
+    film = []
+    for angle in np.linspace(0, 360, frames, endpoint=False):
+        axes.view_init(elev=20, azim=angle - 60)
+        canvas.draw()
+        film.append(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+    save_gif(path, np.stack(film), fps)
 
 
 def save_loss_plot(path: Path, steps: Sequence[int], losses: Sequence[float]) -> None:

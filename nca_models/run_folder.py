@@ -9,7 +9,7 @@ checkpoints/     see `nca_models.training.checkpoints`
 """
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,11 @@ def create(folder: Path, request: Request) -> systems.System:
     """
     module = systems.load(request.system)
     preset = request.preset or "small"
-    config = replace(module.PRESETS[preset], **_given(request.settings))
+    settings = _given(request.settings)
+    known = {field.name for field in fields(module.PRESETS[preset])}
+    if unknown := sorted(settings.keys() - known):
+        raise ValueError(f"{request.system} has no setting {', '.join(unknown)}")
+    config = replace(module.PRESETS[preset], **settings)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _STARTING).touch()
     module.SystemClass.prepare(config, request.target, folder)
@@ -84,6 +88,13 @@ def resume(folder: Path, request: Request) -> systems.System:
         _write(folder, saved["system"], saved["preset"], saved["target"], longer)
         system = load(folder)
     return system
+
+
+def require(folder: Path, system: str) -> None:
+    """Refuse a folder that holds no run of `system` (RunError), before anything heavy."""
+    found = _read(folder)["system"]
+    if found != system:
+        raise RunError(f"{folder} is a run of {found}, not of {system}")
 
 
 def load(folder: Path, backend: str | None = None) -> systems.System:

@@ -1,1 +1,5 @@
-"""Targets: image files, emoji, and the picture that ships with the package."""
+"""What systems learn: pictures and digits."""
+
+
+class DataError(ValueError):
+    """The data cannot be had; the message is one line."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nca_models.training.trainer import TrainConfig
 
 PRESET_NAMES = ("small", "paper")
+LEARNS_DIGITS = ("attention", "self_autoencoding")  # the others learn a picture
 
 
 class System(Protocol):
@@ -38,7 +39,10 @@ class System(Protocol):
 
     @staticmethod
     def prepare(config: Any, target: str | None, folder: Path) -> None:
-        """Write the data of a new run (such as its target) to `folder`."""
+        """Write the data of a new run to `folder`: a target picture, digits, ...
+
+        `target` is what to learn: a file, an emoji or a folder; None for what is at hand.
+        """
 
     def model(self, rngs: nnx.Rngs) -> nnx.Module:
         """Return an untrained model; all of its `nnx.Param` are trained."""
@@ -56,7 +60,7 @@ class System(Protocol):
         """Run the model on the samples: the scalar loss, and the samples for the pool."""
 
     def metrics(self, model: Any) -> dict[str, float]:
-        """Measure a trained model: name (a phrase) to value."""
+        """Measure a trained model: name (a phrase) to log10 of a mean squared error."""
 
     def film(
         self, model: Any, num_steps: int, *, every: int, damage: str, damage_at: int, seed: int

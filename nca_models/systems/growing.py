@@ -8,21 +8,18 @@ alpha, the last, says where cells live.
 """
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from PIL import Image
 
 import nca_kernels as nk
 from nca_models import render
-from nca_models._files import whole_file
-from nca_models.data import emoji, images
-from nca_models.modules import NCA
+from nca_models.data import images
+from nca_models.filming import states_over_time
+from nca_models.modules import NCA, run
 from nca_models.training.damage import DAMAGES
 from nca_models.training.logging import log10
 from nca_models.training.trainer import TrainConfig, setting
@@ -113,13 +110,8 @@ class SystemClass:
 
     @staticmethod
     def prepare(config: Config, target: str | None, folder: Path) -> None:
-        """Write `target.png`: an image file, an emoji or (None) the packaged picture, scaled.
-
-        Raises:
-            nca_models.data.images.ImageError: the target cannot be had.
-        """
-        with whole_file(folder / "target.png") as temporary:
-            images.fit(open_target(target), config.target_size).save(temporary)
+        """Write `target.png`; see `nca_models.data.images.save_target`."""
+        images.save_target(target, config.target_size, folder / "target.png")
 
     def model(self, rngs: nnx.Rngs) -> NCA:
         """Return an untrained automaton; its taps, identity and Sobel, are constant."""
@@ -166,10 +158,10 @@ class SystemClass:
         """
         steps = 2 * self.config.num_steps
         key = jax.random.key(self.config.seed + 1)
-        grown = self._run(model, self.fresh(key, 8)["state"], jax.random.fold_in(key, 0), steps)
-        later = self._run(model, grown, jax.random.fold_in(key, 1), max(1, 1000 - steps))
+        grown = run(model, self.fresh(key, 8)["state"], jax.random.fold_in(key, 0), steps)
+        later = run(model, grown, jax.random.fold_in(key, 1), max(1, 1000 - steps))
         cut = DAMAGES["right"](key, grown)
-        regrown = self._run(model, cut, jax.random.fold_in(key, 2), steps)
+        regrown = run(model, cut, jax.random.fold_in(key, 2), steps)
         return {
             f"grown from one cell, {steps} steps": self._log10(grown),
             f"kept, {max(1000, steps + 1)} steps": self._log10(later),
@@ -181,19 +173,17 @@ class SystemClass:
         self, model: NCA, num_steps: int, *, every: int, damage: str, damage_at: int, seed: int
     ) -> np.ndarray:
         """Grow from one cell, damaged after `damage_at` steps; see `System.film`."""
-        key, key_damage = jax.random.split(jax.random.key(seed))
-        state = self.fresh(key, 1)["state"]
-        frames, done = [state], 0
-        while done < num_steps:
-            stops = [num_steps, (done // every + 1) * every]
-            stop = min(stops + [damage_at] * (done < damage_at))
-            state = self._run(model, state, jax.random.fold_in(key, done), stop - done)
-            done = stop
-            if done == damage_at:
-                state = DAMAGES[damage](key_damage, state)
-            if done % every == 0 or done == num_steps:
-                frames.append(state)
-        return self.picture(jnp.concatenate(frames))
+        key = jax.random.key(seed)
+        states = states_over_time(
+            model,
+            self.fresh(key, 1)["state"],
+            num_steps,
+            every=every,
+            key=key,
+            damage=DAMAGES[damage],
+            damage_at=damage_at,
+        )
+        return self.picture(states[:, 0])
 
     def pictures(self, model: NCA, folder: Path) -> list[Path]:
         """Write the growth, the cut and the regrowth as GIF and strip, and target beside result."""
@@ -214,23 +204,5 @@ class SystemClass:
         """Return states `[*lead, size, size, C]` as uint8 RGB over white."""
         return render.over_white(np.asarray(state[..., -4:]))
 
-    def _run(self, model: NCA, state: jax.Array, key: jax.Array, num_steps: int) -> jax.Array:
-        return _rollout(nnx.split(model), state, key, num_steps)
-
     def _log10(self, state: jax.Array) -> float:
         return log10(float(jnp.mean(self.errors({"state": state}))))
-
-
-def open_target(target: str | None) -> Image.Image:
-    """Return the picture that `target` names: a file, an emoji, or None for the packaged one."""
-    if target is None:
-        return images.open_rgba(images.PACKAGED_TARGET)
-    if not Path(target).exists() and emoji.is_emoji(target):
-        return emoji.emoji(target)
-    return images.open_rgba(Path(target))
-
-
-@partial(jax.jit, static_argnums=3)
-def _rollout(split_model: Any, state: jax.Array, key: jax.Array, num_steps: int) -> jax.Array:
-    final: jax.Array = nnx.merge(*split_model).rollout(state, key, num_steps)
-    return final

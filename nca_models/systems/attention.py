@@ -1,0 +1,254 @@
+"""Attention NCA: half of a digit's pixels are masked, and the cells fill them in.
+
+After CAX (Faldor and Cully, ICLR 2025), example 47, and Tesfaldet et al., "Attention-based Neural
+Cellular Automata" (ViTCA), NeurIPS 2022, arXiv 2211.01233. Each cell attends to the cells around
+it; the original masks dense attention of all cells to all, this is linear in the cells.
+
+A state is `[*batch, size, size, C]` float32; its last channel is the picture.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import nca_kernels as nk
+from nca_models import render
+from nca_models.data import digits
+from nca_models.filming import states_over_time
+from nca_models.modules import Automaton, run
+from nca_models.training.damage import DAMAGES
+from nca_models.training.logging import log10
+from nca_models.training.trainer import TrainConfig, setting
+
+Samples = dict[str, jax.Array]  # {"state": [n, size, size, C], "index": [n]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(TrainConfig):
+    """Settings of the attention NCA, beside those of every system.
+
+    Attributes:
+        size: side of the grid, in cells; digits are scaled to it.
+        channels: C, the last being the picture.
+        projection: width that the state is projected to.
+        position: width of the position embedding of one axis.
+        heads: heads of the attention.
+        qkv: width of queries, keys and values, all heads together; a multiple of `heads`.
+        perception: width of the attention's output.
+        hidden: width of the update's hidden layer.
+        radius: how far a cell attends.
+        num_steps: steps of the automaton in a training step; the loss is at the last one.
+        fire_rate: probability that a cell updates in a step. Updates are scaled by its inverse.
+        mask_ratio: share of the pixels that are masked.
+    """
+
+    size: int
+    channels: int = setting(32, lowest=2)
+    projection: int = 32
+    position: int = 4
+    heads: int = 4
+    qkv: int = 128
+    perception: int = 64
+    hidden: int = 128
+    radius: int = setting(1, lowest=0)
+    num_steps: int
+    fire_rate: float = 0.5
+    mask_ratio: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot be trained with (ValueError)."""
+        super().__post_init__()
+        if self.qkv % self.heads:
+            raise ValueError(f"qkv is {self.qkv}, not a multiple of heads ({self.heads})")
+        if not 0 < self.mask_ratio < 1:
+            raise ValueError(f"mask_ratio is {self.mask_ratio}, but must be between 0 and 1")
+
+
+PRESETS = {
+    "paper": Config(
+        size=28,
+        num_steps=32,
+        batch_size=4,
+        pool_size=1024,
+        num_train_steps=8196,
+        learning_rate=1e-3,
+        final_learning_rate=1e-4,
+        decay_steps=4096,
+    ),
+    "small": Config(
+        size=12,
+        channels=16,
+        projection=16,
+        qkv=64,
+        perception=32,
+        hidden=96,
+        num_steps=16,
+        batch_size=8,
+        pool_size=128,
+        num_train_steps=4000,
+        learning_rate=2e-3,
+        final_learning_rate=1e-4,
+        decay_steps=4000,
+    ),
+}
+
+
+class AttentionNCA(Automaton):
+    """Projection, position embeddings, attention to the neighbourhood, and a residual update."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        """Build the layers; the last one starts from zeros."""
+        c = config
+        self.project = nnx.Linear(c.channels, c.projection, rngs=rngs)
+        self.position = nnx.Embed(c.size, c.position, rngs=rngs)
+        width = c.projection + 2 * c.position
+        self.query, self.key, self.value = (nnx.Linear(width, c.qkv, rngs=rngs) for _ in range(3))
+        self.out = nnx.Linear(c.qkv, c.perception, rngs=rngs)
+        self.hidden = nnx.Linear(c.perception, c.hidden, rngs=rngs)
+        zeros = nnx.initializers.zeros_init()
+        self.last = nnx.Linear(c.hidden, c.channels, kernel_init=zeros, rngs=rngs)
+        self.heads, self.radius, self.backend = c.heads, c.radius, c.backend
+        self.rule = nk.Rule(fire_rate=c.fire_rate, step_size=1 / c.fire_rate, alive=None)
+
+    def perceive(self, state: jax.Array) -> jax.Array:
+        """Attend: `[*batch, height, width, C]` to `[*batch, height, width, perception]`."""
+        height, width = state.shape[-3:-1]
+        lead = (*state.shape[:-1], self.position.features)
+        rows = self.position(_places(height, self.position.num_embeddings))[:, None]
+        columns = self.position(_places(width, self.position.num_embeddings))
+        tokens = jnp.concatenate(
+            [self.project(state), jnp.broadcast_to(rows, lead), jnp.broadcast_to(columns, lead)],
+            axis=-1,
+        )
+        query, key, value = (
+            layer(tokens).reshape(*state.shape[:-1], self.heads, -1)
+            for layer in (self.query, self.key, self.value)
+        )
+        attended = nk.neighborhood_attention(query, key, value, self.radius, backend=self.backend)
+        return self.out(attended.reshape(*state.shape[:-1], -1))
+
+    def __call__(self, state: jax.Array, key: jax.Array) -> jax.Array:
+        """Take one step; see `Automaton`."""
+        perception = jax.checkpoint(self.perceive)(state)
+        layers = tuple(
+            (layer.kernel[...], None if layer.bias is None else layer.bias[...])
+            for layer in (self.hidden, self.last)
+        )
+        return nk.update(self.rule, layers, state, perception, key, backend=self.backend)
+
+
+def _places(size: int, known: int) -> jax.Array:
+    """Which position embedding each place of an axis takes: its own, stretched on longer axes."""
+    return jnp.arange(size) * known // max(size, known)
+
+
+class SystemClass:
+    """The attention NCA, as `nca_models.systems.System` asks."""
+
+    def __init__(self, config: Config, folder: Path):
+        """Read the digits of the run in `folder`."""
+        self.config = config
+        self.data = digits.load(folder / "digits.npz")
+        self.train_images = jnp.asarray(self.data.train_images)
+
+    @staticmethod
+    def prepare(config: Config, target: str | None, folder: Path) -> None:
+        """Write `digits.npz`: of a folder with MNIST's files, or (None) of scikit-learn."""
+        data = digits.digits(config.size, None if target is None else Path(target))
+        digits.save(data, folder / "digits.npz")
+
+    def model(self, rngs: nnx.Rngs) -> AttentionNCA:
+        """Return an untrained automaton."""
+        return AttentionNCA(self.config, rngs=rngs)
+
+    def fresh(self, key: jax.Array, n: int) -> Samples:
+        """Return `n` digits, masked."""
+        key_index, key_mask = jax.random.split(key)
+        index = jax.random.randint(key_index, (n,), 0, len(self.train_images))
+        state, _ = self._masked(key_mask, self.train_images[index])
+        return {"state": state, "index": index}
+
+    def errors(self, samples: Samples) -> jax.Array:
+        """Return each sample's mean squared error `[n]`, masked pixels and others alike."""
+        images = self.train_images[samples["index"]]
+        return jnp.mean((samples["state"][..., -1] - images) ** 2, axis=(1, 2))
+
+    def damage(self, key: jax.Array, samples: Samples) -> Samples:
+        """Return the samples as they are: nothing is damaged in training."""
+        return samples
+
+    def loss(
+        self, model: AttentionNCA, samples: Samples, key: jax.Array
+    ) -> tuple[jax.Array, Samples]:
+        """Return the mean squared error after the last step, and those states."""
+        final = model.rollout(samples["state"], key, self.config.num_steps)
+        new = {"state": final, "index": samples["index"]}
+        return jnp.mean(self.errors(new)), new
+
+    def metrics(self, model: AttentionNCA) -> dict[str, float]:
+        """Measure the masked pixels of digits that training never saw, as log10 of the error."""
+        steps = self.config.num_steps
+        key = jax.random.key(self.config.seed + 1)
+        images = jnp.asarray(self.data.test_images[:256])
+        state, masked = self._masked(key, images)
+        final = run(model, state, jax.random.fold_in(key, 0), steps)
+        later = run(model, final, jax.random.fold_in(key, 1), 3 * steps)
+        mean = jnp.mean(self.train_images, axis=0)
+
+        def error(guess: jax.Array) -> float:
+            return log10(float(jnp.sum(masked * (guess - images) ** 2) / jnp.sum(masked)))
+
+        return {
+            "the mean digit for every digit": error(mean),
+            f"masked pixels, unseen digits, {steps} steps": error(final[..., -1]),
+            f"masked pixels, unseen digits, {4 * steps} steps": error(later[..., -1]),
+        }
+
+    def film(
+        self,
+        model: AttentionNCA,
+        num_steps: int,
+        *,
+        every: int,
+        damage: str,
+        damage_at: int,
+        seed: int,
+    ) -> np.ndarray:
+        """Show the completion of an unseen digit; see `System.film`."""
+        key = jax.random.key(seed)
+        image = jnp.asarray(self.data.test_images[seed % len(self.data.test_images)])
+        states = states_over_time(
+            model,
+            self._masked(key, image[None])[0],
+            num_steps,
+            every=every,
+            key=key,
+            damage=DAMAGES[damage],
+            damage_at=damage_at,
+        )
+        return np.stack([render.grey(np.asarray(state[0, ..., -1])) for state in states])
+
+    def pictures(self, model: AttentionNCA, folder: Path) -> list[Path]:
+        """Write unseen digits, masked, completed and as they are, and a completion over time."""
+        key, scale = jax.random.key(self.config.seed + 1), max(1, 96 // self.config.size)
+        images = jnp.asarray(self.data.test_images[:10])
+        state, _ = self._masked(key, images)
+        final = run(model, state, key, self.config.num_steps)
+        rows = [render.beside([render.grey(picture) for picture in np.asarray(row)])
+                for row in (state[..., -1], final[..., -1], images)]  # fmt: skip
+        paths = [folder / name for name in ("masked_result_truth.png", "completion.gif")]
+        render.save_png(paths[0], render.upscale(render.above(rows), scale))
+        steps = 2 * self.config.num_steps
+        film = self.film(model, steps, every=1, damage="none", damage_at=0, seed=0)
+        render.save_gif(paths[1], render.upscale(film, 2 * scale))
+        return paths
+
+    def _masked(self, key: jax.Array, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """States that show `images` `[n, size, size]` but for masked pixels; and which are."""
+        masked = jax.random.bernoulli(key, self.config.mask_ratio, images.shape)
+        state = jnp.zeros((*images.shape, self.config.channels))
+        return state.at[..., -1].set(jnp.where(masked, 0.0, images)), masked

@@ -1,0 +1,202 @@
+"""Diffusing NCA: a picture appears out of noise, and comes back when it is damaged.
+
+After CAX (Faldor and Cully, ICLR 2025), example 43. Trained to remove noise, never to regrow.
+
+A state is `[*batch, size, size, C]` float32; its last four channels are premultiplied RGBA, and
+alpha, the last, says where cells live. It starts as a blend of the picture and noise.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import nca_kernels as nk
+from nca_models import render
+from nca_models.data import images
+from nca_models.filming import states_over_time
+from nca_models.modules import NCA, run
+from nca_models.training.damage import DAMAGES
+from nca_models.training.logging import log10
+from nca_models.training.trainer import TrainConfig, setting
+
+Samples = dict[str, jax.Array]  # {"state": [n, size, size, C]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(TrainConfig):
+    """Settings of Diffusing NCA, beside those of every system.
+
+    Attributes:
+        target_size: side of the square that the picture is scaled to fit, in cells.
+        padding: empty cells around that square, on each side.
+        channels: C, the last four being RGBA.
+        hidden: width of the hidden layer.
+        num_steps: steps of the automaton in a training step; the loss is at the last one.
+        fire_rate: probability that a cell updates in a step. Updates are scaled by its inverse.
+        alive_threshold: least alpha, among a cell and its neighbours, for the cell to live.
+    """
+
+    target_size: int
+    padding: int = setting(lowest=0)
+    channels: int = setting(64, lowest=4)
+    hidden: int = 256
+    num_steps: int
+    fire_rate: float = 0.5
+    alive_threshold: float = 0.1
+
+    @property
+    def size(self) -> int:
+        """Side of the grid, in cells."""
+        return self.target_size + 2 * self.padding
+
+
+PRESETS = {
+    "paper": Config(
+        target_size=40,
+        padding=16,
+        num_steps=64,
+        batch_size=8,
+        pool_size=0,
+        num_train_steps=8192,
+        learning_rate=1e-3,
+        final_learning_rate=1e-4,
+        decay_steps=2000,
+    ),
+    "small": Config(
+        target_size=20,
+        padding=4,
+        channels=24,
+        hidden=128,
+        num_steps=32,
+        batch_size=4,
+        pool_size=0,
+        num_train_steps=4000,
+        learning_rate=2e-3,
+        final_learning_rate=1e-4,
+        decay_steps=4000,
+    ),
+}
+
+
+class SystemClass:
+    """Diffusing NCA, as `nca_models.systems.System` asks."""
+
+    def __init__(self, config: Config, folder: Path):
+        """Read the target of the run in `folder`."""
+        self.config = config
+        picture = images.open_rgba(folder / "target.png")
+        self.target = jnp.asarray(images.premultiplied(picture, config.padding))
+
+    @staticmethod
+    def prepare(config: Config, target: str | None, folder: Path) -> None:
+        """Write `target.png`; see `nca_models.data.images.save_target`."""
+        images.save_target(target, config.target_size, folder / "target.png")
+
+    def model(self, rngs: nnx.Rngs) -> NCA:
+        """Return an untrained automaton; its taps, identity and Sobel, are constant."""
+        rule = nk.Rule(
+            fire_rate=self.config.fire_rate,
+            step_size=1 / self.config.fire_rate,
+            alive=nk.Alive(channel=-1, threshold=self.config.alive_threshold),
+        )
+        return NCA(
+            self.config.channels,
+            (self.config.hidden,),
+            rule=rule,
+            backend=self.config.backend,
+            rngs=rngs,
+        )
+
+    def fresh(self, key: jax.Array, n: int) -> Samples:
+        """Return `n` blends of the picture and noise, the share of noise uniform in 0 to 1."""
+        key_share, key_noise = jax.random.split(key)
+        return self._blend(key_noise, jax.random.uniform(key_share, (n, 1, 1, 1)))
+
+    def errors(self, samples: Samples) -> jax.Array:
+        """Return each sample's mean squared error `[n]` of RGBA."""
+        return jnp.mean((samples["state"][..., -4:] - self.target) ** 2, axis=(1, 2, 3))
+
+    def damage(self, key: jax.Array, samples: Samples) -> Samples:
+        """Return the samples as they are: nothing is damaged in training."""
+        return samples
+
+    def loss(self, model: NCA, samples: Samples, key: jax.Array) -> tuple[jax.Array, Samples]:
+        """Return the mean squared error after the last step, and those states."""
+        steps = self.config.num_steps
+        new = {"state": model.rollout(samples["state"], key, steps, checkpoint="all")}
+        return jnp.mean(self.errors(new)), new
+
+    def metrics(self, model: NCA) -> dict[str, float]:
+        """Measure denoising and regrowth as log10 of the mean squared error.
+
+        Of eight samples, with random numbers that training never used.
+        """
+        steps = self.config.num_steps
+        key = jax.random.key(self.config.seed + 1)
+        noise = self._noise(key, 8)
+        clear = run(model, noise, jax.random.fold_in(key, 0), steps)
+        later = run(model, clear, jax.random.fold_in(key, 1), 4 * steps)
+        cut = DAMAGES["circle"](key, clear)
+        healed = run(model, cut, jax.random.fold_in(key, 2), steps)
+        return {
+            "pure noise": self._log10(noise),
+            f"out of pure noise, {steps} steps": self._log10(clear),
+            f"kept, {5 * steps} steps": self._log10(later),
+            "right after a circle is cut out": self._log10(cut),
+            f"healed, {steps} steps after the cut": self._log10(healed),
+        }
+
+    def film(
+        self, model: NCA, num_steps: int, *, every: int, damage: str, damage_at: int, seed: int
+    ) -> np.ndarray:
+        """Start from pure noise, damaged after `damage_at` steps; see `System.film`."""
+        key = jax.random.key(seed)
+        states = states_over_time(
+            model,
+            self._noise(key, 1),
+            num_steps,
+            every=every,
+            key=key,
+            damage=DAMAGES[damage],
+            damage_at=damage_at,
+        )
+        return self.picture(states[:, 0])
+
+    def pictures(self, model: NCA, folder: Path) -> list[Path]:
+        """Write the denoising, the cut and the healing as GIF and strip, and target and result."""
+        steps = 3 * self.config.num_steps
+        film = self.film(
+            model, steps, every=2, damage="circle", damage_at=2 * steps // 3, seed=self.config.seed
+        )
+        scale = max(1, 320 // self.config.size)
+        paths = [
+            folder / name for name in ("denoising.gif", "denoising.png", "target_and_result.png")
+        ]
+        render.save_gif(paths[0], render.upscale(film, scale))
+        render.save_png(paths[1], render.upscale(render.strip(film, 9), max(1, scale // 2)))
+        pair = [self.picture(self.target), film[2 * len(film) // 3 - 1]]  # before the cut
+        render.save_png(paths[2], render.upscale(render.beside(pair), scale))
+        return paths
+
+    def picture(self, state: jax.Array) -> np.ndarray:
+        """Return states `[*lead, size, size, C]` as uint8 RGB over white."""
+        return render.over_white(np.asarray(state[..., -4:]))
+
+    def _noise(self, key: jax.Array, n: int) -> jax.Array:
+        """States of noise alone, `[n, size, size, C]`."""
+        return self._blend(key, jnp.ones((n, 1, 1, 1)))["state"]
+
+    def _blend(self, key: jax.Array, share: jax.Array) -> Samples:
+        """States whose RGBA is the picture with this share of noise, `[n, 1, 1, 1]`."""
+        n, size = len(share), self.config.size
+        noise = jax.random.normal(key, (n, size, size, 4))
+        rgba = jnp.clip((1 - share) * self.target + share * noise, 0.0, 1.0)
+        state = jnp.zeros((n, size, size, self.config.channels))
+        return {"state": state.at[..., -4:].set(rgba)}
+
+    def _log10(self, state: jax.Array) -> float:
+        return log10(float(jnp.mean(self.errors({"state": state}))))

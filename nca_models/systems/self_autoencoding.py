@@ -1,0 +1,232 @@
+"""Self-autoencoding digits: a digit on one face of a lattice reaches the other through one cell.
+
+After CAX (Faldor and Cully, ICLR 2025), example 45. A wall across the middle of a 3-D lattice has a
+single open cell, at its centre: the digit has to be written as a code that fits through, step by
+step, and read again on the other side.
+
+A state is `[*batch, size, size, depth, C]` float32; the last channel is the ink, and says where
+cells live. Plane 0 is the near face, the last plane the far one.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import nca_kernels as nk
+from nca_models import render
+from nca_models.data import digits
+from nca_models.filming import states_over_time
+from nca_models.modules import NCA, Automaton, run
+from nca_models.training.damage import DAMAGES
+from nca_models.training.logging import log10
+from nca_models.training.trainer import TrainConfig, setting
+
+Samples = dict[str, jax.Array]  # {"state": [n, size, size, depth, C], "index": [n]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(TrainConfig):
+    """Settings of self-autoencoding digits, beside those of every system.
+
+    Attributes:
+        size: side of a face, in cells; digits are scaled to it.
+        depth: planes from face to face; the wall is plane `depth // 2`.
+        channels: C, the last being ink.
+        hidden: width of the hidden layer.
+        num_steps: steps of the automaton in a training step.
+        min_steps: the loss takes each sample's state after a random number of steps, from this to
+            `num_steps`.
+        fire_rate: probability that a cell updates in a step. Updates are scaled by its inverse.
+        alive_threshold: least ink, among a cell and its neighbours, for the cell to live.
+    """
+
+    size: int = setting(lowest=3)
+    depth: int = setting(lowest=3)
+    channels: int = setting(16, lowest=2)
+    hidden: int = 256
+    num_steps: int
+    min_steps: int
+    fire_rate: float = 0.5
+    alive_threshold: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot be trained with (ValueError)."""
+        super().__post_init__()
+        if self.min_steps > self.num_steps:
+            raise ValueError(f"min_steps is {self.min_steps}, above num_steps ({self.num_steps})")
+
+
+PRESETS = {
+    "paper": Config(
+        size=28,
+        depth=42,
+        num_steps=96,
+        min_steps=49,
+        batch_size=8,
+        pool_size=1024,
+        num_train_steps=16384,
+        learning_rate=1e-3,
+        final_learning_rate=5e-4,
+        decay_steps=2000,
+    ),
+    "small": Config(
+        size=8,
+        depth=7,
+        hidden=96,
+        num_steps=32,
+        min_steps=17,
+        batch_size=8,
+        pool_size=128,
+        num_train_steps=4000,
+        learning_rate=2e-3,
+        final_learning_rate=2e-4,
+        decay_steps=4000,
+    ),
+}
+
+
+class Lattice(NCA):
+    """An automaton whose steps end with the wall and the face: what they are is not up to it."""
+
+    def __call__(
+        self, state: jax.Array, key: jax.Array, inputs: jax.Array | None = None
+    ) -> jax.Array:
+        """Take one step; the middle plane is cleared but for its hole, the near face inked anew."""
+        face = state[..., 0, -1]
+        state = super().__call__(state, key)
+        y, x, z = (n // 2 for n in state.shape[-4:-1])
+        hole = state[..., y, x, z, :]
+        state = state.at[..., z, :].set(0.0).at[..., y, x, z, :].set(hole)
+        return state.at[..., 0, -1].set(face)
+
+    def rollout(
+        self,
+        state: jax.Array,
+        key: jax.Array,
+        num_steps: int,
+        inputs: jax.Array | None = None,
+        **options: Any,
+    ) -> Any:
+        """Take these steps; see `Automaton.rollout`."""
+        return Automaton.rollout(self, state, key, num_steps, **options)
+
+
+class SystemClass:
+    """Self-autoencoding digits, as `nca_models.systems.System` asks."""
+
+    def __init__(self, config: Config, folder: Path):
+        """Read the digits of the run in `folder`."""
+        self.config = config
+        self.data = digits.load(folder / "digits.npz")
+        self.train_images = jnp.asarray(self.data.train_images)
+
+    @staticmethod
+    def prepare(config: Config, target: str | None, folder: Path) -> None:
+        """Write `digits.npz`: of a folder with MNIST's files, or (None) of scikit-learn."""
+        data = digits.digits(config.size, None if target is None else Path(target))
+        digits.save(data, folder / "digits.npz")
+
+    def model(self, rngs: nnx.Rngs) -> Lattice:
+        """Return an untrained automaton; its taps start as identity and Sobel, and are trained."""
+        rule = nk.Rule(
+            fire_rate=self.config.fire_rate,
+            step_size=1 / self.config.fire_rate,
+            alive=nk.Alive(channel=-1, threshold=self.config.alive_threshold),
+        )
+        return Lattice(
+            self.config.channels,
+            (self.config.hidden,),
+            num_spatial_dims=3,
+            rule=rule,
+            trainable_perception=True,
+            backend=self.config.backend,
+            rngs=rngs,
+        )
+
+    def fresh(self, key: jax.Array, n: int) -> Samples:
+        """Return `n` lattices, empty but for a digit on the near face."""
+        index = jax.random.randint(key, (n,), 0, len(self.train_images))
+        return {"state": self._inked(self.train_images[index]), "index": index}
+
+    def errors(self, samples: Samples) -> jax.Array:
+        """Return each sample's mean squared error `[n]`: the digit, on every plane."""
+        return self._errors(samples["state"], self.train_images[samples["index"]])
+
+    def damage(self, key: jax.Array, samples: Samples) -> Samples:
+        """Return the samples as they are: nothing is damaged in training."""
+        return samples
+
+    def loss(self, model: Lattice, samples: Samples, key: jax.Array) -> tuple[jax.Array, Samples]:
+        """Return the mean squared error at a random step of each sample, and those states."""
+        key_rollout, key_steps = jax.random.split(key)
+        state, least, most = samples["state"], self.config.min_steps, self.config.num_steps
+        steps = jax.random.randint(key_steps, state.shape[:1], least, most + 1)
+        _, sampled = model.rollout(state, key_rollout, most, sample_steps=steps)
+        new = {"state": sampled, "index": samples["index"]}
+        return jnp.mean(self.errors(new)), new
+
+    def metrics(self, model: Lattice) -> dict[str, float]:
+        """Measure the far face of digits that training never saw, as log10 of the squared error."""
+        steps = self.config.num_steps
+        images = jnp.asarray(self.data.test_images[:256])
+        final = run(model, self._inked(images), jax.random.key(self.config.seed + 1), steps)
+        later = run(model, final, jax.random.key(self.config.seed + 2), steps)
+        mean = jnp.mean(self.train_images, axis=0)
+
+        def error(images: jax.Array, guess: jax.Array) -> float:
+            return log10(float(jnp.mean((guess - images) ** 2)))
+
+        return {
+            "the mean digit for every digit": error(images, mean),
+            f"far face, unseen digits, {steps} steps": error(images, final[..., -1, -1]),
+            f"far face, unseen digits, {2 * steps} steps": error(images, later[..., -1, -1]),
+        }
+
+    def film(
+        self, model: Lattice, num_steps: int, *, every: int, damage: str, damage_at: int, seed: int
+    ) -> np.ndarray:
+        """Show all planes of a lattice with an unseen digit, near to far; see `System.film`."""
+        key = jax.random.key(seed)
+        image = self.data.test_images[seed % len(self.data.test_images)]
+        states = states_over_time(
+            model,
+            self._inked(jnp.asarray(image)[None]),
+            num_steps,
+            every=every,
+            key=key,
+            damage=lambda key, state: DAMAGES[damage](key, state, 3),
+            damage_at=damage_at,
+        )
+        return np.stack([self.planes(state[0]) for state in states])
+
+    def pictures(self, model: Lattice, folder: Path) -> list[Path]:
+        """Write near and far faces of unseen digits, planes over time, and a turning lattice."""
+        steps, scale = self.config.num_steps, max(1, 96 // self.config.size)
+        images = jnp.asarray(self.data.test_images[:10])
+        final = run(model, self._inked(images), jax.random.key(self.config.seed + 1), steps)
+        rows = [render.beside([render.grey(face) for face in np.asarray(faces)])
+                for faces in (images, final[..., -1, -1])]  # fmt: skip
+        paths = [folder / name for name in ("faces.png", "planes.gif", "lattice.gif")]
+        render.save_png(paths[0], render.upscale(render.above(rows), scale))
+        film = self.film(model, 2 * steps, every=1, damage="none", damage_at=0, seed=0)
+        render.save_gif(paths[1], render.upscale(film, max(1, scale // 2)))
+        render.save_lattice_gif(paths[2], np.asarray(final[0, ..., -1]))
+        return paths
+
+    def planes(self, state: jax.Array) -> np.ndarray:
+        """Return the ink of one lattice, plane beside plane, as uint8 RGB."""
+        ink = np.asarray(state[..., -1])
+        return render.beside([render.grey(ink[..., z]) for z in range(ink.shape[-1])], gap=1)
+
+    def _inked(self, images: jax.Array) -> jax.Array:
+        """Empty lattices with `images` `[n, size, size]` on the near face."""
+        shape = (*images.shape, self.config.depth, self.config.channels)
+        return jnp.zeros(shape).at[..., 0, -1].set(images)
+
+    def _errors(self, state: jax.Array, images: jax.Array) -> jax.Array:
+        return jnp.mean((state[..., -1] - images[..., None]) ** 2, axis=(1, 2, 3))
