@@ -1,0 +1,201 @@
+"""Every system at tiny size, through the command line; and what is particular to each."""
+
+import json
+from dataclasses import asdict, replace
+
+import imageio.v3 as iio
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from nca_models import cli, systems
+from nca_models.data import digits
+from nca_models.modules import Automaton
+from nca_models.systems import attention, diffusing, growing, self_autoencoding
+
+# The numbers of each paper preset, from the sources that the systems name.
+PAPER = {
+    "growing": {
+        "target_size": 40, "padding": 16, "channels": 16, "hidden": 128, "num_steps": 128,
+        "min_steps": 65, "fire_rate": 0.5, "alive_threshold": 0.1, "batch_size": 8,
+        "pool_size": 1024, "num_train_steps": 8192, "learning_rate": 1e-3,
+        "final_learning_rate": 1e-4, "decay_steps": 2000, "clip_norm": 1.0,
+    },
+    "diffusing": {
+        "target_size": 40, "padding": 16, "channels": 64, "hidden": 256, "num_steps": 64,
+        "fire_rate": 0.5, "alive_threshold": 0.1, "batch_size": 8, "pool_size": 0,
+        "num_train_steps": 8192, "learning_rate": 1e-3, "final_learning_rate": 1e-4,
+        "decay_steps": 2000, "clip_norm": 1.0,
+    },
+    "self_autoencoding": {
+        "size": 28, "depth": 42, "channels": 16, "hidden": 256, "num_steps": 96, "min_steps": 49,
+        "fire_rate": 0.5, "alive_threshold": 0.1, "batch_size": 8, "pool_size": 1024,
+        "num_train_steps": 16384, "learning_rate": 1e-3, "final_learning_rate": 5e-4,
+        "decay_steps": 2000, "clip_norm": 1.0,
+    },
+    "attention": {
+        "size": 28, "channels": 32, "projection": 32, "position": 4, "heads": 4, "qkv": 128,
+        "perception": 64, "hidden": 128, "radius": 1, "num_steps": 32, "fire_rate": 0.5,
+        "mask_ratio": 0.5, "batch_size": 4, "pool_size": 1024, "num_train_steps": 8196,
+        "learning_rate": 1e-3, "final_learning_rate": 1e-4, "decay_steps": 4096, "clip_norm": 1.0,
+    },
+}  # fmt: skip
+TRAINING = {"num_train_steps": 3, "batch_size": 2, "num_steps": 4}
+TINY = {
+    "growing": replace(
+        growing.PRESETS["small"], **TRAINING, target_size=7, padding=1, min_steps=3, pool_size=4
+    ),
+    "diffusing": replace(diffusing.PRESETS["small"], **TRAINING, target_size=7, padding=1),
+    "self_autoencoding": replace(
+        self_autoencoding.PRESETS["small"], **TRAINING, size=6, depth=5, min_steps=3, pool_size=4
+    ),
+    "attention": replace(attention.PRESETS["small"], **TRAINING, size=6, pool_size=4),
+}
+KEY = jax.random.key(0)
+
+
+def make(name, folder):
+    module = systems.load(name)
+    if name in systems.LEARNS_DIGITS:
+        pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    folder.mkdir()
+    module.SystemClass.prepare(TINY[name], None, folder)
+    return module.SystemClass(TINY[name], folder)
+
+
+def test_every_system_is_here():
+    assert sorted(PAPER) == sorted(TINY) == systems.names()
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_paper_preset(name):
+    config = asdict(systems.load(name).PRESETS["paper"])
+    assert {key: config[key] for key in PAPER[name]} == PAPER[name]
+
+
+@pytest.mark.parametrize("name", systems.names())
+def test_from_the_command_line(name, tmp_path, monkeypatch, capsys):
+    """Train, resume, measure and run, and the files that each writes."""
+    if name in systems.LEARNS_DIGITS:
+        pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    monkeypatch.setitem(systems.load(name).PRESETS, "small", TINY[name])
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", name, "--out", "run"]) == 0
+    said = capsys.readouterr().out
+    for line in said.splitlines():
+        if line.startswith("  ") and line.endswith((".png", ".gif")):
+            assert iio.imread(tmp_path / "run" / line.strip()).size > 100
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert len(metrics) >= 4
+    assert cli.main(["train", name, "--out", "run", "--resume", "--steps", "4"]) == 0
+    capsys.readouterr()
+    assert cli.main(["eval", name, "run"]) == 0
+    said = capsys.readouterr().out
+    assert all(words in said for words in list(metrics)[1:])
+    film = ["--steps", "3", "--every", "1", "--damage", "half", "--gif", "film.gif"]
+    assert cli.main(["run", "run", *film]) == 0
+    assert len(iio.imread("film.gif")) == 4
+    other = next(n for n in systems.names() if n != name)
+    assert cli.main(["eval", other, "run"]) == 2
+    assert f"is a run of {name}, not of {other}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", systems.names())
+def test_samples_and_errors(name, tmp_path):
+    system = make(name, tmp_path / "run")
+    samples = system.fresh(KEY, 3)
+    assert system.errors(samples).shape == (3,)
+    model = system.model(nnx.Rngs(0))
+    loss, new = nnx.jit(system.loss)(model, samples, KEY)
+    assert loss.shape == ()
+    assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, samples)
+    again, _ = nnx.jit(system.loss)(model, samples, KEY)
+    assert loss == again
+
+
+def test_rollouts_of_any_automaton():
+    """Each step's key is folded, each sample's state is the one after its number of steps."""
+
+    class Counts(Automaton):
+        def __call__(self, state, key):
+            return state + 1 + jax.random.uniform(key, ())
+
+    state = jnp.zeros((3, 2, 2, 1))
+    final, sampled = Counts().rollout(state, KEY, 5, sample_steps=jnp.array([0, 2, 5]))
+    noise = [float(jax.random.uniform(jax.random.fold_in(KEY, t), ())) for t in range(5)]
+    expected = [n + sum(noise[:n]) for n in (0, 2, 5)]
+    np.testing.assert_allclose(sampled[:, 0, 0, 0], expected, rtol=1e-6)
+    np.testing.assert_allclose(final[:, 0, 0, 0], 3 * [expected[-1]], rtol=1e-6)
+
+
+def test_settings_of_another_system_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "attention", "--out", "new", "--padding", "3"]) == 2
+    assert "attention has no setting padding" in capsys.readouterr().err
+    assert cli.main(["train", "attention", "--out", "new", "--data-dir", "nowhere"]) == 2
+    assert "attention wants a folder with MNIST's files" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert cli.main(["train", "attention", "--out", "new", "--data-dir", "empty"]) == 2
+    assert "has neither mnist.npz nor" in capsys.readouterr().err
+
+
+# ---- what is particular to each ----
+
+
+def test_diffusing_starts_between_the_picture_and_noise(tmp_path):
+    system = make("diffusing", tmp_path / "run")
+    states = system.fresh(KEY, 200)["state"]
+    errors = np.sort(np.asarray(system.errors({"state": states})))
+    noise = float(system.errors({"state": system._noise(KEY, 200)}).mean())
+    assert errors[0] < 0.1 * noise
+    assert errors[-1] == pytest.approx(noise, rel=0.5)
+    assert float(states.min()) == 0.0
+    assert float(states.max()) == 1.0
+    assert not np.any(states[..., :-4])
+
+
+def test_the_wall_has_one_hole_and_the_face_stays(tmp_path):
+    system = make("self_autoencoding", tmp_path / "run")
+    model = system.model(nnx.Rngs(0))
+    model.layers[-1].bias[...] = jnp.full(16, 0.3)  # everything changes
+    state = system.fresh(KEY, 2)["state"].at[..., -1].add(0.5)
+    after = model(state, KEY)
+    wall = np.array(after[..., 2, :])
+    assert np.any(wall[:, 3, 3])
+    wall[:, 3, 3] = 0
+    assert not np.any(wall)
+    np.testing.assert_array_equal(after[..., 0, -1], state[..., 0, -1])
+    assert np.any(np.asarray(after[..., -1, :] != state[..., -1, :]))
+    final = model.rollout(state, KEY, 3)
+    np.testing.assert_array_equal(final[..., 0, -1], state[..., 0, -1])
+    assert isinstance(model.perception, nnx.Param), "the taps are trained, too"
+
+
+def test_attention_masks_half_of_the_pixels_and_runs_on_large_grids(tmp_path):
+    system = make("attention", tmp_path / "run")
+    images = jnp.ones((50, 6, 6))
+    state, masked = system._masked(KEY, images)
+    np.testing.assert_array_equal(state[..., -1], ~masked)
+    assert 0.4 < float(masked.mean()) < 0.6
+    model = system.model(nnx.Rngs(0))
+    assert model(jnp.zeros((1, 256, 256, 16)), KEY).shape == (1, 256, 256, 16)
+
+
+def test_attention_sees_radius_cells_and_no_more(tmp_path):
+    system = make("attention", tmp_path / "run")
+    model = system.model(nnx.Rngs(0))
+    moved = model.perceive(jnp.zeros((6, 6, 16)).at[2, 2].set(1.0)) - model.perceive(
+        jnp.zeros((6, 6, 16))
+    )
+    reached = np.argwhere(np.any(np.asarray(moved) != 0, axis=-1))
+    assert {tuple(map(int, cell)) for cell in reached} == {
+        (y, x) for y in (1, 2, 3) for x in (1, 2, 3)
+    }
+
+
+def test_digits_of_a_run_are_kept_with_it(tmp_path):
+    system = make("attention", tmp_path / "run")
+    kept = digits.load(tmp_path / "run/digits.npz")
+    np.testing.assert_array_equal(kept.train_images, system.data.train_images)
