@@ -12,6 +12,7 @@ import nca_kernels as nk
 from nca_kernels.testing import Case, check_equivalent
 
 CHANNELS, HIDDEN, RATE, THRESHOLD = 6, 11, 0.4, 0.1
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
 SOBEL = np.outer([1, 2, 1], [-1, 0, 1]) / 8
 IDENTITY = np.outer([0, 1, 0], [0, 1, 0])
 RULE = nk.Rule(fire_rate=RATE, alive=nk.Alive(3, THRESHOLD))
@@ -104,15 +105,6 @@ DIFFERENCES = {
     "only the state after": {"before": False},
     "nothing is added to the old one": {"residual": False},
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_to_compile():
-    """Most of the time goes into compiling what then runs for milliseconds."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.mark.parametrize("message", DIFFERENCES)

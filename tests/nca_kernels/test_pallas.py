@@ -24,6 +24,7 @@ from nca_kernels.testing.conformance import (
 from nca_kernels.testing.triton_host import small_tiles
 
 INTERPRETED = "pallas_interpreted"
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
 BY_NAME = {case.name: case for case in CONFORMANCE}
 # About half of the cases, as XLA compiles the kernels anew for each: every padding, 1 to 3
 # dimensions, taps and layers of every kind, and where the kernels take another way.
@@ -103,15 +104,6 @@ dispatch.register(
         },
     )
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_to_compile():
-    """Most of the time goes into compiling kernels that then run for milliseconds."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 # ---- interpreted ----

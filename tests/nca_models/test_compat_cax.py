@@ -38,15 +38,7 @@ from tests.nca_models.cax_systems import (
 )
 
 STEPS = 32
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_to_compile():
-    """Most of the time goes into compiling what then runs for milliseconds."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 
 def pair(system, seed=0, backend="auto", **keywords):
