@@ -74,18 +74,19 @@ PRESETS = {
         final_learning_rate=5e-4,
         decay_steps=2000,
     ),
+    # No pool: the worst sample of a batch starts anew, so that easy digits would fill a small one.
     "small": Config(
         size=8,
         depth=7,
         hidden=96,
-        num_steps=32,
-        min_steps=17,
+        num_steps=28,
+        min_steps=20,
         batch_size=8,
-        pool_size=128,
-        num_train_steps=4000,
+        pool_size=0,
+        num_train_steps=7000,
         learning_rate=2e-3,
         final_learning_rate=2e-4,
-        decay_steps=4000,
+        decay_steps=7000,
     ),
 }
 
