@@ -8,13 +8,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CONSTRAINTS ?=
 CONSTRAIN := $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
-.PHONY: help demo test check bench fuzz sanitize gpu aot clean
+.PHONY: help demo test check bench gallery fuzz sanitize gpu aot clean
 
 help:
 	@echo "make demo   train a Growing NCA on the packaged target and show it (under 4 minutes)"
 	@echo "make test   all tests"
 	@echo "make check  formatting, lint and types"
 	@echo "make bench  against the reference, CAX and PyTorch on this machine; writes results"
+	@echo "make gallery  train the small preset of every system; pictures and figures to docs/gallery"
 	@echo "make fuzz   10,000 random shapes and rules on the native kernels; can be interrupted"
 	@echo "make sanitize  the native kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make gpu    conformance and timings on a GPU, with the Python that has its JAX"
@@ -52,6 +53,9 @@ check: $(VENV)/installed-models,test,check
 bench: $(VENV)/installed-models,test,peers
 	$(BIN)/python -m pytest benchmarks --save $(PYTEST_ARGS)
 	$(BIN)/python -m benchmarks.memory --save
+
+gallery: $(VENV)/installed-models,test
+	$(BIN)/python -m benchmarks.gallery
 
 # Without the compiler's optimizations: every case is compiled, and runs for a moment.
 QUICK := XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"

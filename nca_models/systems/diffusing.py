@@ -71,13 +71,13 @@ PRESETS = {
         padding=4,
         channels=24,
         hidden=128,
-        num_steps=32,
+        num_steps=48,
         batch_size=4,
         pool_size=0,
-        num_train_steps=4000,
+        num_train_steps=5000,
         learning_rate=2e-3,
         final_learning_rate=1e-4,
-        decay_steps=4000,
+        decay_steps=5000,
     ),
 }
 

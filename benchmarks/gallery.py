@@ -1,0 +1,84 @@
+"""Trains the small preset of every system and puts what comes of it into ``docs/gallery/``.
+
+``make gallery`` takes about half an hour on two cores; trainings that were stopped go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.measure import device_name, provenance
+from nca_models import systems
+
+GALLERY = Path(__file__).parents[1] / "docs" / "gallery"
+LARGEST = 400_000  # bytes of a picture that is kept
+NCA = "import sys; from nca_models.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+def train(system: str, runs: Path) -> dict:
+    """Trains unless that is done; returns the metrics and the seconds that training took."""
+    folder, done = runs / system, runs / system / "gallery.json"
+    if not done.exists():
+        command = ["train", system, "--preset", "small", "--out", str(folder)]
+        resumed = (folder / "config.json").exists()
+        start = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-c", NCA, *command, *(["--resume"] if resumed else [])], check=True
+        )
+        taken = None if resumed else time.perf_counter() - start
+        metrics = json.loads((folder / "metrics.json").read_text())
+        record = {"metrics": metrics, "seconds": taken, **provenance("make gallery")}
+        done.write_text(json.dumps(record, indent=1))
+    result: dict = json.loads(done.read_text())
+    return result
+
+
+def page(system: str, result: dict, pictures: list[str]) -> list[str]:
+    """The part of the gallery that shows a system."""
+    title = (systems.load(system).__doc__ or "").splitlines()[0]
+    taken = result["seconds"]
+    minutes = "" if taken is None else f", {taken / 60:.1f} minutes with all of its pictures"
+    lines = [f"## {title}", "", f"`nca train {system} --preset small`{minutes}.", ""]
+    for picture in pictures:
+        lines += [f"![{Path(picture).stem.replace('_', ' ')}]({picture})", ""]
+    lines += ["| | log10 of the mean squared error |", "|---|---|"]
+    for name, value in result["metrics"].items():
+        lines.append(f"| {name} | {'not finite' if value is None else f'{value:.2f}'} |")
+    return [*lines, ""]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=Path, default=Path("out/gallery"), help="where to train")
+    parser.add_argument("--systems", nargs="+", default=systems.names())
+    args = parser.parse_args()
+    lines = [
+        "# Gallery",
+        "",
+        "What the small presets come to, from data on the machine: a packaged picture and",
+        "scikit-learn's digits, those measured being ones that training never saw. Made by",
+        f"`make gallery` on {device_name()}.",
+        "",
+    ]
+    for system in args.systems:
+        result = train(system, args.runs)
+        kept = []
+        (GALLERY / system).mkdir(parents=True, exist_ok=True)
+        for path in sorted((args.runs / system).glob("*.*")):
+            if path.suffix in (".png", ".gif") and path.stat().st_size <= LARGEST:
+                if path.name in ("target.png", "loss.png"):
+                    continue
+                shutil.copy(path, GALLERY / system / path.name)
+                kept.append(f"{system}/{path.name}")
+        lines += page(system, result, kept)
+    (GALLERY / "README.md").write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
