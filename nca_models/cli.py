@@ -21,8 +21,10 @@ _EXAMPLES = """\
 examples:
   nca demo                                     train on the packaged picture and show the result
   nca train growing --target cat.png --out cat   grow any picture
+  nca train attention --out digits             complete masked digits; see `nca train --help`
   nca train growing --out cat --resume         continue where it stopped or was killed
   nca run cat --steps 400 --damage half --gif cat.gif
+  nca eval attention digits                    measure what was trained
   nca doctor                                   what is installed, and which backend runs
 
 `nca COMMAND --help` explains a command's options.
@@ -32,10 +34,13 @@ examples:
   nca train growing --target cat.png --out cat
   nca train growing --target 🦎 --preset paper --out lizard
   nca train growing --out lizard --resume
+  nca train diffusing --target cat.png --out cat-from-noise
+  nca train self_autoencoding --out lattice
+  nca train attention --data-dir mnist --preset paper --out digits
 
 Ctrl-C saves a checkpoint and says how to resume; a run that was killed resumes as well, and ends
-with the same bits as one left alone. DIR receives config.json, target.png, log.csv, checkpoints/
-and, at the end, pictures.
+with the same bits as one left alone. DIR receives config.json, what is
+learned (target.png or digits.npz), log.csv, checkpoints/ and, at the end, pictures.
 """
 _RUN_EXAMPLES = """\
 examples:
@@ -194,8 +199,8 @@ _SETTINGS: dict[str, tuple[Any, str | None, str]] = {
     "pool_size": (_whole(0), "N", "samples kept between training steps"),
     "learning_rate": (_above_zero, "X", "of Adam, at the start"),
     "checkpoint_every": (_whole(1), "N", "training steps between checkpoints"),
-    "target_size": (_whole(1), "N", "side of the picture, in cells"),
-    "padding": (_whole(0), "N", "empty cells on each side of the picture"),
+    "target_size": (_whole(1), "N", "side of the picture or digit, in cells"),
+    "padding": (_whole(0), "N", "empty cells on each side of a picture"),
     "damage": (str, None, "how samples are damaged"),
     "damaged_per_batch": (_whole(0), "N", "how many samples of a batch are damaged"),
 }

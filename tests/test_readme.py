@@ -38,7 +38,13 @@ def test_python_of_the_guide_runs(capsys, quick_to_compile):
     assert names["states"].shape == (16, 1, 64, 64, 20)
 
 
-COMMANDS = [line for block in blocks("sh") for line in block.splitlines() if line.strip()]
+COMMANDS = [
+    command.strip()
+    for block in blocks("sh")
+    for line in block.splitlines()
+    for command in line.split("&&")
+    if command.strip()
+]
 
 
 @pytest.mark.parametrize("line", COMMANDS)

@@ -32,7 +32,7 @@ class Config(TrainConfig):
     """Settings of the attention NCA, beside those of every system.
 
     Attributes:
-        size: side of the grid, in cells; digits are scaled to it.
+        target_size: side of the grid, in cells; digits are scaled to it.
         channels: C, the last being the picture.
         projection: width that the state is projected to.
         position: width of the position embedding of one axis.
@@ -46,7 +46,7 @@ class Config(TrainConfig):
         mask_ratio: share of the pixels that are masked.
     """
 
-    size: int
+    target_size: int
     channels: int = setting(32, lowest=2)
     projection: int = 32
     position: int = 4
@@ -70,7 +70,7 @@ class Config(TrainConfig):
 
 PRESETS = {
     "paper": Config(
-        size=28,
+        target_size=28,
         num_steps=32,
         batch_size=4,
         pool_size=1024,
@@ -80,7 +80,7 @@ PRESETS = {
         decay_steps=4096,
     ),
     "small": Config(
-        size=12,
+        target_size=12,
         channels=16,
         projection=16,
         qkv=64,
@@ -104,7 +104,7 @@ class AttentionNCA(Automaton):
         """Build the layers; the last one starts from zeros."""
         c = config
         self.project = nnx.Linear(c.channels, c.projection, rngs=rngs)
-        self.position = nnx.Embed(c.size, c.position, rngs=rngs)
+        self.position = nnx.Embed(c.target_size, c.position, rngs=rngs)
         width = c.projection + 2 * c.position
         self.query, self.key, self.value = (nnx.Linear(width, c.qkv, rngs=rngs) for _ in range(3))
         self.out = nnx.Linear(c.qkv, c.perception, rngs=rngs)
@@ -158,7 +158,7 @@ class SystemClass:
     @staticmethod
     def prepare(config: Config, target: str | None, folder: Path) -> None:
         """Write `digits.npz`: of a folder with MNIST's files, or (None) of scikit-learn."""
-        data = digits.digits(config.size, None if target is None else Path(target))
+        data = digits.digits(config.target_size, None if target is None else Path(target))
         digits.save(data, folder / "digits.npz")
 
     def model(self, rngs: nnx.Rngs) -> AttentionNCA:
@@ -234,7 +234,7 @@ class SystemClass:
 
     def pictures(self, model: AttentionNCA, folder: Path) -> list[Path]:
         """Write unseen digits, masked, completed and as they are, and a completion over time."""
-        key, scale = jax.random.key(self.config.seed + 1), max(1, 96 // self.config.size)
+        key, scale = jax.random.key(self.config.seed + 1), max(1, 96 // self.config.target_size)
         images = jnp.asarray(self.data.test_images[:10])
         state, _ = self._masked(key, images)
         final = run(model, state, key, self.config.num_steps)

@@ -34,7 +34,7 @@ class Config(TrainConfig):
     """Settings of self-autoencoding digits, beside those of every system.
 
     Attributes:
-        size: side of a face, in cells; digits are scaled to it.
+        target_size: side of a face, in cells; digits are scaled to it.
         depth: planes from face to face; the wall is plane `depth // 2`.
         channels: C, the last being ink.
         hidden: width of the hidden layer.
@@ -45,7 +45,7 @@ class Config(TrainConfig):
         alive_threshold: least ink, among a cell and its neighbours, for the cell to live.
     """
 
-    size: int = setting(lowest=3)
+    target_size: int = setting(lowest=3)
     depth: int = setting(lowest=3)
     channels: int = setting(16, lowest=2)
     hidden: int = 256
@@ -63,7 +63,7 @@ class Config(TrainConfig):
 
 PRESETS = {
     "paper": Config(
-        size=28,
+        target_size=28,
         depth=42,
         num_steps=96,
         min_steps=49,
@@ -76,7 +76,7 @@ PRESETS = {
     ),
     # No pool: the worst sample of a batch starts anew, so that easy digits would fill a small one.
     "small": Config(
-        size=8,
+        target_size=8,
         depth=7,
         hidden=96,
         num_steps=28,
@@ -129,7 +129,7 @@ class SystemClass:
     @staticmethod
     def prepare(config: Config, target: str | None, folder: Path) -> None:
         """Write `digits.npz`: of a folder with MNIST's files, or (None) of scikit-learn."""
-        data = digits.digits(config.size, None if target is None else Path(target))
+        data = digits.digits(config.target_size, None if target is None else Path(target))
         digits.save(data, folder / "digits.npz")
 
     def model(self, rngs: nnx.Rngs) -> Lattice:
@@ -207,7 +207,7 @@ class SystemClass:
 
     def pictures(self, model: Lattice, folder: Path) -> list[Path]:
         """Write near and far faces of unseen digits, planes over time, and a turning lattice."""
-        steps, scale = self.config.num_steps, max(1, 96 // self.config.size)
+        steps, scale = self.config.num_steps, max(1, 96 // self.config.target_size)
         images = jnp.asarray(self.data.test_images[:10])
         final = run(model, self._inked(images), jax.random.key(self.config.seed + 1), steps)
         rows = [render.beside([render.grey(face) for face in np.asarray(faces)])

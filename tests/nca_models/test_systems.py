@@ -30,13 +30,14 @@ PAPER = {
         "decay_steps": 2000, "clip_norm": 1.0,
     },
     "self_autoencoding": {
-        "size": 28, "depth": 42, "channels": 16, "hidden": 256, "num_steps": 96, "min_steps": 49,
+        "target_size": 28, "depth": 42, "channels": 16, "hidden": 256, "num_steps": 96,
+        "min_steps": 49,
         "fire_rate": 0.5, "alive_threshold": 0.1, "batch_size": 8, "pool_size": 1024,
         "num_train_steps": 16384, "learning_rate": 1e-3, "final_learning_rate": 5e-4,
         "decay_steps": 2000, "clip_norm": 1.0,
     },
     "attention": {
-        "size": 28, "channels": 32, "projection": 32, "position": 4, "heads": 4, "qkv": 128,
+        "target_size": 28, "channels": 32, "projection": 32, "position": 4, "heads": 4, "qkv": 128,
         "perception": 64, "hidden": 128, "radius": 1, "num_steps": 32, "fire_rate": 0.5,
         "mask_ratio": 0.5, "batch_size": 4, "pool_size": 1024, "num_train_steps": 8196,
         "learning_rate": 1e-3, "final_learning_rate": 1e-4, "decay_steps": 4096, "clip_norm": 1.0,
@@ -49,9 +50,14 @@ TINY = {
     ),
     "diffusing": replace(diffusing.PRESETS["small"], **TRAINING, target_size=7, padding=1),
     "self_autoencoding": replace(
-        self_autoencoding.PRESETS["small"], **TRAINING, size=6, depth=5, min_steps=3, pool_size=4
+        self_autoencoding.PRESETS["small"],
+        **TRAINING,
+        target_size=6,
+        depth=5,
+        min_steps=3,
+        pool_size=4,
     ),
-    "attention": replace(attention.PRESETS["small"], **TRAINING, size=6, pool_size=4),
+    "attention": replace(attention.PRESETS["small"], **TRAINING, target_size=6, pool_size=4),
 }
 KEY = jax.random.key(0)
 
