@@ -17,14 +17,12 @@ from flax import nnx
 
 import nca_kernels as nk
 from nca_models import render
-from nca_models.data import digits
 from nca_models.filming import states_over_time
+from nca_models.learning import LearnsDigits, Samples, dropout_rule
 from nca_models.modules import Automaton, run
 from nca_models.training.damage import DAMAGES
 from nca_models.training.logging import log10
 from nca_models.training.trainer import TrainConfig, setting
-
-Samples = dict[str, jax.Array]  # {"state": [n, size, size, C], "index": [n]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +110,7 @@ class AttentionNCA(Automaton):
         zeros = nnx.initializers.zeros_init()
         self.last = nnx.Linear(c.hidden, c.channels, kernel_init=zeros, rngs=rngs)
         self.heads, self.radius, self.backend = c.heads, c.radius, c.backend
-        self.rule = nk.Rule(fire_rate=c.fire_rate, step_size=1 / c.fire_rate, alive=None)
+        self.rule = dropout_rule(c)
 
     def perceive(self, state: jax.Array) -> jax.Array:
         """Attend: `[*batch, height, width, C]` to `[*batch, height, width, perception]`."""
@@ -146,20 +144,8 @@ def _places(size: int, known: int) -> jax.Array:
     return jnp.arange(size) * known // max(size, known)
 
 
-class SystemClass:
+class SystemClass(LearnsDigits):
     """The attention NCA, as `nca_models.systems.System` asks."""
-
-    def __init__(self, config: Config, folder: Path):
-        """Read the digits of the run in `folder`."""
-        self.config = config
-        self.data = digits.load(folder / "digits.npz")
-        self.train_images = jnp.asarray(self.data.train_images)
-
-    @staticmethod
-    def prepare(config: Config, target: str | None, folder: Path) -> None:
-        """Write `digits.npz`: of a folder with MNIST's files, or (None) of scikit-learn."""
-        data = digits.digits(config.target_size, None if target is None else Path(target))
-        digits.save(data, folder / "digits.npz")
 
     def model(self, rngs: nnx.Rngs) -> AttentionNCA:
         """Return an untrained automaton."""
@@ -176,10 +162,6 @@ class SystemClass:
         """Return each sample's mean squared error `[n]`, masked pixels and others alike."""
         images = self.train_images[samples["index"]]
         return jnp.mean((samples["state"][..., -1] - images) ** 2, axis=(1, 2))
-
-    def damage(self, key: jax.Array, samples: Samples) -> Samples:
-        """Return the samples as they are: nothing is damaged in training."""
-        return samples
 
     def loss(
         self, model: AttentionNCA, samples: Samples, key: jax.Array

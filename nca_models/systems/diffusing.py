@@ -14,16 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-import nca_kernels as nk
 from nca_models import render
-from nca_models.data import images
 from nca_models.filming import states_over_time
+from nca_models.learning import LearnsPicture, Samples, dropout_rule
 from nca_models.modules import NCA, run
 from nca_models.training.damage import DAMAGES
-from nca_models.training.logging import log10
 from nca_models.training.trainer import TrainConfig, setting
-
-Samples = dict[str, jax.Array]  # {"state": [n, size, size, C]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,31 +78,15 @@ PRESETS = {
 }
 
 
-class SystemClass:
+class SystemClass(LearnsPicture):
     """Diffusing NCA, as `nca_models.systems.System` asks."""
-
-    def __init__(self, config: Config, folder: Path):
-        """Read the target of the run in `folder`."""
-        self.config = config
-        picture = images.open_rgba(folder / "target.png")
-        self.target = jnp.asarray(images.premultiplied(picture, config.padding))
-
-    @staticmethod
-    def prepare(config: Config, target: str | None, folder: Path) -> None:
-        """Write `target.png`; see `nca_models.data.images.save_target`."""
-        images.save_target(target, config.target_size, folder / "target.png")
 
     def model(self, rngs: nnx.Rngs) -> NCA:
         """Return an untrained automaton; its taps, identity and Sobel, are constant."""
-        rule = nk.Rule(
-            fire_rate=self.config.fire_rate,
-            step_size=1 / self.config.fire_rate,
-            alive=nk.Alive(channel=-1, threshold=self.config.alive_threshold),
-        )
         return NCA(
             self.config.channels,
             (self.config.hidden,),
-            rule=rule,
+            rule=dropout_rule(self.config),
             backend=self.config.backend,
             rngs=rngs,
         )
@@ -115,10 +95,6 @@ class SystemClass:
         """Return `n` blends of the picture and noise, the share of noise uniform in 0 to 1."""
         key_share, key_noise = jax.random.split(key)
         return self._blend(key_noise, jax.random.uniform(key_share, (n, 1, 1, 1)))
-
-    def errors(self, samples: Samples) -> jax.Array:
-        """Return each sample's mean squared error `[n]` of RGBA."""
-        return jnp.mean((samples["state"][..., -4:] - self.target) ** 2, axis=(1, 2, 3))
 
     def damage(self, key: jax.Array, samples: Samples) -> Samples:
         """Return the samples as they are: nothing is damaged in training."""
@@ -143,11 +119,11 @@ class SystemClass:
         cut = DAMAGES["circle"](key, clear)
         healed = run(model, cut, jax.random.fold_in(key, 2), steps)
         return {
-            "pure noise": self._log10(noise),
-            f"out of pure noise, {steps} steps": self._log10(clear),
-            f"kept, {5 * steps} steps": self._log10(later),
-            "right after a circle is cut out": self._log10(cut),
-            f"healed, {steps} steps after the cut": self._log10(healed),
+            "pure noise": self.log10_error(noise),
+            f"out of pure noise, {steps} steps": self.log10_error(clear),
+            f"kept, {5 * steps} steps": self.log10_error(later),
+            "right after a circle is cut out": self.log10_error(cut),
+            f"healed, {steps} steps after the cut": self.log10_error(healed),
         }
 
     def film(
@@ -182,10 +158,6 @@ class SystemClass:
         render.save_png(paths[2], render.upscale(render.beside(pair), scale))
         return paths
 
-    def picture(self, state: jax.Array) -> np.ndarray:
-        """Return states `[*lead, size, size, C]` as uint8 RGB over white."""
-        return render.over_white(np.asarray(state[..., -4:]))
-
     def _noise(self, key: jax.Array, n: int) -> jax.Array:
         """States of noise alone, `[n, size, size, C]`."""
         return self._blend(key, jnp.ones((n, 1, 1, 1)))["state"]
@@ -197,6 +169,3 @@ class SystemClass:
         rgba = jnp.clip((1 - share) * self.target + share * noise, 0.0, 1.0)
         state = jnp.zeros((n, size, size, self.config.channels))
         return {"state": state.at[..., -4:].set(rgba)}
-
-    def _log10(self, state: jax.Array) -> float:
-        return log10(float(jnp.mean(self.errors({"state": state}))))

@@ -15,16 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-import nca_kernels as nk
 from nca_models import render
-from nca_models.data import images
 from nca_models.filming import states_over_time
+from nca_models.learning import LearnsPicture, Samples, dropout_rule
 from nca_models.modules import NCA, run
 from nca_models.training.damage import DAMAGES
-from nca_models.training.logging import log10
 from nca_models.training.trainer import TrainConfig, setting
-
-Samples = dict[str, jax.Array]  # {"state": [n, size, size, C]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,31 +95,15 @@ PRESETS = {
 }
 
 
-class SystemClass:
+class SystemClass(LearnsPicture):
     """Growing NCA, as `nca_models.systems.System` asks."""
-
-    def __init__(self, config: Config, folder: Path):
-        """Read the target of the run in `folder`."""
-        self.config = config
-        picture = images.open_rgba(folder / "target.png")
-        self.target = jnp.asarray(images.premultiplied(picture, config.padding))
-
-    @staticmethod
-    def prepare(config: Config, target: str | None, folder: Path) -> None:
-        """Write `target.png`; see `nca_models.data.images.save_target`."""
-        images.save_target(target, config.target_size, folder / "target.png")
 
     def model(self, rngs: nnx.Rngs) -> NCA:
         """Return an untrained automaton; its taps, identity and Sobel, are constant."""
-        rule = nk.Rule(
-            fire_rate=self.config.fire_rate,
-            step_size=1 / self.config.fire_rate,
-            alive=nk.Alive(channel=-1, threshold=self.config.alive_threshold),
-        )
         return NCA(
             self.config.channels,
             (self.config.hidden,),
-            rule=rule,
+            rule=dropout_rule(self.config),
             backend=self.config.backend,
             rngs=rngs,
         )
@@ -133,10 +113,6 @@ class SystemClass:
         size, middle = self.config.size, self.config.size // 2
         state = jnp.zeros((n, size, size, self.config.channels))
         return {"state": state.at[:, middle, middle, -1].set(1.0)}
-
-    def errors(self, samples: Samples) -> jax.Array:
-        """Return each sample's mean squared error `[n]` of RGBA."""
-        return jnp.mean((samples["state"][..., -4:] - self.target) ** 2, axis=(1, 2, 3))
 
     def damage(self, key: jax.Array, samples: Samples) -> Samples:
         """Return the samples, each damaged in its own way."""
@@ -163,10 +139,10 @@ class SystemClass:
         cut = DAMAGES["right"](key, grown)
         regrown = run(model, cut, jax.random.fold_in(key, 2), steps)
         return {
-            f"grown from one cell, {steps} steps": self._log10(grown),
-            f"kept, {max(1000, steps + 1)} steps": self._log10(later),
-            "right after the right half is cut away": self._log10(cut),
-            f"regrown, {steps} steps after the cut": self._log10(regrown),
+            f"grown from one cell, {steps} steps": self.log10_error(grown),
+            f"kept, {max(1000, steps + 1)} steps": self.log10_error(later),
+            "right after the right half is cut away": self.log10_error(cut),
+            f"regrown, {steps} steps after the cut": self.log10_error(regrown),
         }
 
     def film(
@@ -199,10 +175,3 @@ class SystemClass:
         result = film[len(film) // 2 - 1]  # the last one before the cut
         render.save_png(paths[2], render.upscale(render.beside([target, result]), scale))
         return paths
-
-    def picture(self, state: jax.Array) -> np.ndarray:
-        """Return states `[*lead, size, size, C]` as uint8 RGB over white."""
-        return render.over_white(np.asarray(state[..., -4:]))
-
-    def _log10(self, state: jax.Array) -> float:
-        return log10(float(jnp.mean(self.errors({"state": state}))))

@@ -17,16 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-import nca_kernels as nk
 from nca_models import render
-from nca_models.data import digits
 from nca_models.filming import states_over_time
+from nca_models.learning import LearnsDigits, Samples, dropout_rule
 from nca_models.modules import NCA, Automaton, run
 from nca_models.training.damage import DAMAGES
 from nca_models.training.logging import log10
 from nca_models.training.trainer import TrainConfig, setting
-
-Samples = dict[str, jax.Array]  # {"state": [n, size, size, depth, C], "index": [n]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,33 +114,16 @@ class Lattice(NCA):
         return Automaton.rollout(self, state, key, num_steps, **options)
 
 
-class SystemClass:
+class SystemClass(LearnsDigits):
     """Self-autoencoding digits, as `nca_models.systems.System` asks."""
-
-    def __init__(self, config: Config, folder: Path):
-        """Read the digits of the run in `folder`."""
-        self.config = config
-        self.data = digits.load(folder / "digits.npz")
-        self.train_images = jnp.asarray(self.data.train_images)
-
-    @staticmethod
-    def prepare(config: Config, target: str | None, folder: Path) -> None:
-        """Write `digits.npz`: of a folder with MNIST's files, or (None) of scikit-learn."""
-        data = digits.digits(config.target_size, None if target is None else Path(target))
-        digits.save(data, folder / "digits.npz")
 
     def model(self, rngs: nnx.Rngs) -> Lattice:
         """Return an untrained automaton; its taps start as identity and Sobel, and are trained."""
-        rule = nk.Rule(
-            fire_rate=self.config.fire_rate,
-            step_size=1 / self.config.fire_rate,
-            alive=nk.Alive(channel=-1, threshold=self.config.alive_threshold),
-        )
         return Lattice(
             self.config.channels,
             (self.config.hidden,),
             num_spatial_dims=3,
-            rule=rule,
+            rule=dropout_rule(self.config),
             trainable_perception=True,
             backend=self.config.backend,
             rngs=rngs,
@@ -157,10 +137,6 @@ class SystemClass:
     def errors(self, samples: Samples) -> jax.Array:
         """Return each sample's mean squared error `[n]`: the digit, on every plane."""
         return self._errors(samples["state"], self.train_images[samples["index"]])
-
-    def damage(self, key: jax.Array, samples: Samples) -> Samples:
-        """Return the samples as they are: nothing is damaged in training."""
-        return samples
 
     def loss(self, model: Lattice, samples: Samples, key: jax.Array) -> tuple[jax.Array, Samples]:
         """Return the mean squared error at a random step of each sample, and those states."""

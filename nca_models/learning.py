@@ -1,0 +1,81 @@
+"""What systems learn from, as base classes: a picture or digits, kept in the folder of the run."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import nca_kernels as nk
+from nca_models import render
+from nca_models.data import digits, images
+from nca_models.training.logging import log10
+
+Samples = dict[str, jax.Array]
+
+
+def dropout_rule(config: Any) -> nk.Rule:
+    """The rule of CAX's updates: what fires is scaled up by the fire rate, the last channel lives.
+
+    `config` has `fire_rate` and, where cells can be dead, `alive_threshold`.
+    """
+    threshold = getattr(config, "alive_threshold", None)
+    return nk.Rule(
+        fire_rate=config.fire_rate,
+        step_size=1 / config.fire_rate,
+        alive=None if threshold is None else nk.Alive(channel=-1, threshold=threshold),
+    )
+
+
+class LearnsPicture:
+    """A system whose last four channels are to become a picture: premultiplied RGBA.
+
+    Its config has `target_size` and `padding`; samples are `{"state": [n, size, size, C]}`.
+    """
+
+    def __init__(self, config: Any, folder: Path):
+        """Read the target of the run in `folder`."""
+        self.config = config
+        picture = images.open_rgba(folder / "target.png")
+        self.target = jnp.asarray(images.premultiplied(picture, config.padding))
+
+    @staticmethod
+    def prepare(config: Any, target: str | None, folder: Path) -> None:
+        """Write `target.png`: an image file, an emoji or (None) the packaged picture, scaled."""
+        images.save_target(target, config.target_size, folder / "target.png")
+
+    def errors(self, samples: Samples) -> jax.Array:
+        """Return each sample's mean squared error `[n]` of RGBA."""
+        return jnp.mean((samples["state"][..., -4:] - self.target) ** 2, axis=(1, 2, 3))
+
+    def log10_error(self, state: jax.Array) -> float:
+        """Return log10 of the mean of the errors of states `[n, size, size, C]`."""
+        return log10(float(jnp.mean(self.errors({"state": state}))))
+
+    def picture(self, state: jax.Array) -> np.ndarray:
+        """Return states `[*lead, size, size, C]` as uint8 RGB over white."""
+        return render.over_white(np.asarray(state[..., -4:]))
+
+
+class LearnsDigits:
+    """A system that is shown digits; its config has `target_size`.
+
+    Samples are `{"state": [n, *spatial, C], "index": [n]}`, the index that of a training digit.
+    """
+
+    def __init__(self, config: Any, folder: Path):
+        """Read the digits of the run in `folder`."""
+        self.config = config
+        self.data = digits.load(folder / "digits.npz")
+        self.train_images = jnp.asarray(self.data.train_images)  # [n, size, size]
+
+    @staticmethod
+    def prepare(config: Any, target: str | None, folder: Path) -> None:
+        """Write `digits.npz`: of a folder with MNIST's files, or (None) of scikit-learn."""
+        data = digits.digits(config.target_size, None if target is None else Path(target))
+        digits.save(data, folder / "digits.npz")
+
+    def damage(self, key: jax.Array, samples: Samples) -> Samples:
+        """Return the samples as they are: nothing is damaged in training."""
+        return samples
