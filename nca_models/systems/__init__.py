@@ -2,8 +2,8 @@
 
 A system file holds two names: `PRESETS`, the settings by name ("paper" and "small"), and
 `SystemClass`, a class that offers what `System` lists. The trainer and the command `nca` use
-nothing else, so adding a file adds a system. What several have in common is in `nca_models.learning` (a
-picture or digits to learn from), `nca_models.modules` and `nca_models.filming`.
+nothing else, so adding a file adds a system. What several have in common is in `nca_models.learning`
+(pictures and digits to learn from), `nca_models.modules` and `nca_models.filming`.
 
 Imports nothing heavy, so that the command line can check names before JAX starts.
 """
