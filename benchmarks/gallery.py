@@ -47,7 +47,8 @@ def page(system: str, result: dict, pictures: list[str]) -> list[str]:
     lines = [f"## {title}", "", f"`nca train {system} --preset small`{minutes}.", ""]
     for picture in pictures:
         lines += [f"![{Path(picture).stem.replace('_', ' ')}]({picture})", ""]
-    lines += ["| | log10 of the mean squared error |", "|---|---|"]
+    measured = systems.load(system).SystemClass.measured
+    lines += [f"| | {measured} |", "|---|---|"]
     for name, value in result["metrics"].items():
         lines.append(f"| {name} | {'not finite' if value is None else f'{value:.2f}'} |")
     return [*lines, ""]

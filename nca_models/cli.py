@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from nca_models import data, run_folder, systems
-from nca_models.data import emoji, images
+from nca_models.data import emoji, images, textures
 from nca_models.training import DAMAGE_NAMES
 
 if TYPE_CHECKING:
@@ -99,7 +99,8 @@ def _parser() -> argparse.ArgumentParser:
         "--data-dir",
         metavar="FILE|EMOJI|DIR",
         help="what to learn: an image file or an emoji (default: the packaged butterfly); for "
-        "digits, a folder with MNIST's files (default: scikit-learn's digits)",
+        "digits, a folder with MNIST's files (default: scikit-learn's digits); for dynamics, an "
+        "image file, brick (default), grass or gravel",
     )
     train.add_argument(
         "--preset", choices=systems.PRESET_NAMES, help="settings to start from (default: small)"
@@ -244,7 +245,7 @@ def _train_and_show(
     except trainer.Diverged as error:
         return _fail(f"{error}, with --learning-rate X and another --out", 1)
     metrics, paths = demo.show(system, model, folder)
-    _print_metrics(metrics)
+    _print_metrics(system.measured, metrics)
     if compare:
         print('\nspeed of backend "auto" against the same rollouts of plain JAX', flush=True)
         print('(backend "reference", which recomputes each step in the backward) ...', flush=True)
@@ -258,8 +259,8 @@ def _train_and_show(
     return 0
 
 
-def _print_metrics(metrics: dict[str, float]) -> None:
-    print("\nlog10 of the mean squared error")
+def _print_metrics(measured: str, metrics: dict[str, float]) -> None:
+    print(f"\n{measured}")
     for name, value in metrics.items():
         print(f"  {value:6.2f}  {name}")
 
@@ -273,7 +274,7 @@ def _eval(args: argparse.Namespace) -> int:
 
     system = run_folder.load(args.folder, args.backend)
     model = trainer.trained_model(system, args.folder)
-    _print_metrics(demo.measure(system, model, args.folder))
+    _print_metrics(system.measured, demo.measure(system, model, args.folder))
     return 0
 
 
@@ -310,6 +311,8 @@ def _check_target(system: str, target: str | None) -> None:
     if system in systems.LEARNS_DIGITS:
         if not Path(target).is_dir():
             raise InputError(f"--data-dir {target}: {system} wants a folder with MNIST's files")
+    elif system in systems.LEARNS_TEXTURE and target in textures.AT_HAND:
+        return
     elif Path(target).exists() or not emoji.is_emoji(target):
         images.open_rgba(Path(target))
 

@@ -13,6 +13,7 @@ from nca_models.data import digits, images
 from nca_models.training.logging import log10
 
 Samples = dict[str, jax.Array]
+SQUARED_ERROR = "log10 of the mean squared error"
 
 
 def dropout_rule(config: Any) -> nk.Rule:
@@ -33,6 +34,8 @@ class LearnsPicture:
 
     Its config has `target_size` and `padding`; samples are `{"state": [n, size, size, C]}`.
     """
+
+    measured = SQUARED_ERROR
 
     def __init__(self, config: Any, folder: Path):
         """Read the target of the run in `folder`."""
@@ -63,6 +66,8 @@ class LearnsDigits:
 
     Samples are `{"state": [n, *spatial, C], "index": [n]}`, the index that of a training digit.
     """
+
+    measured = SQUARED_ERROR
 
     def __init__(self, config: Any, folder: Path):
         """Read the digits of the run in `folder`."""

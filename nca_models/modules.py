@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 import nca_kernels as nk
@@ -81,7 +82,7 @@ class NCA(Automaton):
         self,
         channels: int,
         hidden: Sequence[int] = (128,),
-        filters: Sequence[str] = ("identity", "sobel"),
+        filters: Sequence[str | np.ndarray] = ("identity", "sobel"),
         num_spatial_dims: int = 2,
         *,
         rule: nk.Rule = _DEFAULT_RULE,
@@ -97,7 +98,7 @@ class NCA(Automaton):
         Args:
             channels: C, the channels of the state.
             hidden: widths of the hidden layers.
-            filters: names of filter banks, as `nca_kernels.taps` takes them.
+            filters: names of filter banks or arrays of taps, as `nca_kernels.taps` takes them.
             num_spatial_dims: 1, 2 or 3.
             rule: what a step computes; see `nca_kernels.Rule`.
             inputs: I, the width of the external inputs; 0 for none.

@@ -117,6 +117,26 @@ def save_lattice_gif(path: Path, ink: np.ndarray, frames: int = 36, fps: float =
     save_gif(path, np.stack(film), fps)
 
 
+def save_flow_plot(path: Path, picture: np.ndarray, flow: np.ndarray) -> None:
+    """Draw flow `[height, width, 2]`, x first, in pixels, as arrows over a picture."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.imshow(picture)
+    every = max(1, picture.shape[0] // 20)
+    y, x = np.mgrid[: picture.shape[0] : every, : picture.shape[1] : every]
+    arrows = flow[::every, ::every]
+    axes.quiver(
+        x, y, arrows[..., 0], arrows[..., 1], angles="xy", scale_units="xy", scale=1, color="red"
+    )
+    axes.set_axis_off()
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+
+
 def save_loss_plot(path: Path, steps: Sequence[int], losses: Sequence[float]) -> None:
     """Plot log10 of the loss against the training step, with a running mean."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -2,8 +2,9 @@
 
 A system file holds two names: `PRESETS`, the settings by name ("paper" and "small"), and
 `SystemClass`, a class that offers what `System` lists. The trainer and the command `nca` use
-nothing else, so adding a file adds a system. What several have in common is in `nca_models.learning`
-(pictures and digits to learn from), `nca_models.modules` and `nca_models.filming`.
+nothing else, so adding a file adds a system. What several have in common is in
+`nca_models.learning` (pictures and digits to learn from), `nca_models.modules` and
+`nca_models.filming`.
 
 Imports nothing heavy, so that the command line can check names before JAX starts.
 """
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from nca_models.training.trainer import TrainConfig
 
 PRESET_NAMES = ("small", "paper")
-LEARNS_DIGITS = ("attention", "self_autoencoding")  # the others learn a picture
+LEARNS_DIGITS = ("attention", "self_autoencoding")
+LEARNS_TEXTURE = ("dynamics",)  # the others learn a picture
 
 
 class System(Protocol):
@@ -34,6 +36,7 @@ class System(Protocol):
     """
 
     config: TrainConfig
+    measured: str  # what the values of `metrics` are
 
     def __init__(self, config: Any, folder: Path) -> None:
         """Read the data that `prepare` wrote to the run's folder."""
@@ -61,7 +64,7 @@ class System(Protocol):
         """Run the model on the samples: the scalar loss, and the samples for the pool."""
 
     def metrics(self, model: Any) -> dict[str, float]:
-        """Measure a trained model: name (a phrase) to log10 of a mean squared error."""
+        """Measure a trained model: name (a phrase) to value; `measured` says of what."""
 
     def film(
         self, model: Any, num_steps: int, *, every: int, damage: str, damage_at: int, seed: int

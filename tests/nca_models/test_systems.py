@@ -13,7 +13,7 @@ from flax import nnx
 from nca_models import cli, systems
 from nca_models.data import digits
 from nca_models.modules import Automaton
-from nca_models.systems import attention, diffusing, growing, self_autoencoding
+from nca_models.systems import attention, diffusing, dynamics, growing, self_autoencoding
 
 # The numbers of each paper preset, from the sources that the systems name.
 PAPER = {
@@ -28,6 +28,10 @@ PAPER = {
         "fire_rate": 0.5, "alive_threshold": 0.1, "batch_size": 8, "pool_size": 0,
         "num_train_steps": 8192, "learning_rate": 1e-3, "final_learning_rate": 1e-4,
         "decay_steps": 2000, "clip_norm": 1.0,
+    },
+    "dynamics": {  # of the study's widths, 8 to 128 and 16 to 128, one in the middle
+        "target_size": 128, "channels": 64, "hidden": 64, "fire_rate": 0.5,
+        "num_train_steps": 6000, "learning_rate": 1e-3,
     },
     "self_autoencoding": {
         "target_size": 28, "depth": 42, "channels": 16, "hidden": 256, "num_steps": 96,
@@ -49,6 +53,9 @@ TINY = {
         growing.PRESETS["small"], **TRAINING, target_size=7, padding=1, min_steps=3, pool_size=4
     ),
     "diffusing": replace(diffusing.PRESETS["small"], **TRAINING, target_size=7, padding=1),
+    "dynamics": replace(
+        dynamics.PRESETS["small"], **TRAINING, target_size=20, min_steps=3, pool_size=4
+    ),
     "self_autoencoding": replace(
         self_autoencoding.PRESETS["small"],
         **TRAINING,
@@ -62,10 +69,18 @@ TINY = {
 KEY = jax.random.key(0)
 
 
-def make(name, folder):
-    module = systems.load(name)
+def needs(name):
+    """Skip if what a system learns, or measures with, is not installed."""
     if name in systems.LEARNS_DIGITS:
         pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    if name in systems.LEARNS_TEXTURE:
+        pytest.importorskip("skimage", reason="scikit-image is not installed")
+        pytest.importorskip("cv2", reason="OpenCV is not installed")
+
+
+def make(name, folder):
+    module = systems.load(name)
+    needs(name)
     folder.mkdir()
     module.SystemClass.prepare(TINY[name], None, folder)
     return module.SystemClass(TINY[name], folder)
@@ -84,8 +99,7 @@ def test_paper_preset(name):
 @pytest.mark.parametrize("name", systems.names())
 def test_from_the_command_line(name, tmp_path, monkeypatch, capsys):
     """Train, resume, measure and run, and the files that each writes."""
-    if name in systems.LEARNS_DIGITS:
-        pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    needs(name)
     monkeypatch.setitem(systems.load(name).PRESETS, "small", TINY[name])
     monkeypatch.chdir(tmp_path)
     assert cli.main(["train", name, "--out", "run"]) == 0

@@ -1,0 +1,228 @@
+"""Emergent dynamics: a texture that nobody asked to move, and that moves.
+
+After "Emergent Dynamics in Neural Cellular Automata", arXiv 2404.06406: automata are trained to
+look like a texture; then, with their weights fixed, the motion in what they show is measured.
+
+A state is `[*batch, size, size, C]` float32 on a torus; its first three channels plus a half are
+RGB. It starts from noise.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from PIL import Image
+
+import nca_kernels as nk
+from nca_models import motion, render
+from nca_models._files import whole_file
+from nca_models.data.images import open_rgba
+from nca_models.data.textures import texture
+from nca_models.filming import states_over_time
+from nca_models.learning import Samples
+from nca_models.modules import NCA, run
+from nca_models.texture_loss import features, sliced_transport
+from nca_models.training.damage import DAMAGES
+from nca_models.training.logging import log10
+from nca_models.training.trainer import TrainConfig, setting
+
+_SOBEL = np.outer([1.0, 2.0, 1.0], [-1.0, 0.0, 1.0])
+_LAPLACIAN = np.ones((3, 3)) - 9 * np.outer([0, 1, 0], [0, 1, 0])
+FILTERS = np.stack([_SOBEL, _SOBEL.T, _LAPLACIAN], axis=-1)  # beside the cell itself
+STRIDE, FRAMES = 32, 100  # motion is measured over so many frames, so many steps apart
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(TrainConfig):
+    """Settings of emergent dynamics, beside those of every system.
+
+    Attributes:
+        target_size: side of the texture and of the grid, in cells.
+        channels: C, the first three being RGB.
+        hidden: D, the width of the hidden layer.
+        num_steps: steps of the automaton in a training step.
+        min_steps: the loss takes each sample's state after a random number of steps, from this to
+            `num_steps`.
+        fire_rate: probability that a cell updates in a step.
+        overflow: weight of the penalty on states beyond -1 to 1.
+    """
+
+    target_size: int = setting(lowest=20)
+    channels: int = setting(12, lowest=3)
+    hidden: int = 96
+    num_steps: int
+    min_steps: int
+    fire_rate: float = 0.5
+    overflow: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot be trained with (ValueError)."""
+        super().__post_init__()
+        if self.min_steps > self.num_steps:
+            raise ValueError(f"min_steps is {self.min_steps}, above num_steps ({self.num_steps})")
+
+
+PRESETS = {
+    "paper": Config(
+        target_size=128,
+        channels=64,
+        hidden=64,
+        num_steps=96,
+        min_steps=32,
+        batch_size=4,
+        pool_size=256,
+        num_train_steps=6000,
+        learning_rate=1e-3,
+        final_learning_rate=1e-4,
+        decay_steps=6000,
+    ),
+    "small": Config(
+        target_size=40,
+        channels=12,
+        hidden=48,
+        num_steps=40,
+        min_steps=24,
+        batch_size=4,
+        pool_size=64,
+        num_train_steps=3000,
+        learning_rate=2e-3,
+        final_learning_rate=2e-4,
+        decay_steps=3000,
+    ),
+}
+
+
+class SystemClass:
+    """Emergent dynamics, as `nca_models.systems.System` asks."""
+
+    measured = "log10 of the texture loss, and motion in cells per 32 steps"
+
+    def __init__(self, config: Config, folder: Path):
+        """Read the texture of the run in `folder`."""
+        self.config = config
+        picture = open_rgba(folder / "target.png").convert("RGB")
+        self.target = jnp.asarray(np.asarray(picture, np.float32) / 255)
+        self.wanted = features(self.target[None])
+
+    @staticmethod
+    def prepare(config: Config, target: str | None, folder: Path) -> None:
+        """Write `target.png`: an image file, or a texture at hand by its name (None: brick)."""
+        picture: Image.Image = texture(target, config.target_size)
+        with whole_file(folder / "target.png") as temporary:
+            picture.save(temporary)
+
+    def model(self, rngs: nnx.Rngs) -> NCA:
+        """Return an untrained automaton; its taps are constant and not normalised."""
+        rule = nk.Rule(fire_rate=self.config.fire_rate, padding="circular", alive=None)
+        return NCA(
+            self.config.channels,
+            (self.config.hidden,),
+            filters=("identity", FILTERS),
+            rule=rule,
+            backend=self.config.backend,
+            rngs=rngs,
+        )
+
+    def fresh(self, key: jax.Array, n: int) -> Samples:
+        """Return `n` states of noise, uniform in -0.5 to 0.5."""
+        shape = (n, self.config.target_size, self.config.target_size, self.config.channels)
+        return {"state": jax.random.uniform(key, shape, minval=-0.5, maxval=0.5)}
+
+    def errors(self, samples: Samples) -> jax.Array:
+        """Return each sample's texture loss `[n]`, along directions that are always the same."""
+        return self._errors(samples["state"], jax.random.key(self.config.seed))
+
+    def damage(self, key: jax.Array, samples: Samples) -> Samples:
+        """Return the samples as they are: nothing is damaged in training."""
+        return samples
+
+    def loss(self, model: NCA, samples: Samples, key: jax.Array) -> tuple[jax.Array, Samples]:
+        """Return texture loss and overflow at a random step of each sample, and those states."""
+        key_rollout, key_steps, key_directions = jax.random.split(key, 3)
+        state, least, most = samples["state"], self.config.min_steps, self.config.num_steps
+        steps = jax.random.randint(key_steps, state.shape[:1], least, most + 1)
+        _, sampled = model.rollout(state, key_rollout, most, sample_steps=steps, checkpoint="all")
+        overflow = jnp.mean(jnp.abs(sampled - jnp.clip(sampled, -1.0, 1.0)))
+        loss = jnp.mean(self._errors(sampled, key_directions)) + self.config.overflow * overflow
+        return loss, {"state": sampled}
+
+    def metrics(self, model: NCA) -> dict[str, float]:
+        """Measure the texture, early and late, and its motion, with the spread over three seeds."""
+        steps = 2 * self.config.num_steps
+        key = jax.random.key(self.config.seed + 1)
+        noise = self.fresh(key, 4)["state"]
+        early = run(model, noise, jax.random.fold_in(key, 0), steps)
+        late = run(model, early, jax.random.fold_in(key, 1), 1000)
+        strengths = [self.motion_strength(model, seed) for seed in range(3)]
+        return {
+            "noise": self._log10(noise),
+            f"out of noise, {steps} steps": self._log10(early),
+            f"kept, {steps + 1000} steps": self._log10(late),
+            "motion, mean over three seeds": float(np.mean(strengths)),
+            "motion, standard deviation over them": float(np.std(strengths, ddof=1)),
+        }
+
+    def motion_strength(self, model: NCA, seed: int) -> float:
+        """Return the mean length of the optical flow, in cells per `STRIDE` steps.
+
+        Between each two of `FRAMES` frames, `STRIDE` steps apart, once the texture is there.
+        """
+        key = jax.random.fold_in(jax.random.key(self.config.seed + 2), seed)
+        state = run(model, self.fresh(key, 1)["state"], key, 4 * self.config.num_steps)
+        return motion.strength(self._film(model, state, STRIDE * (FRAMES - 1), STRIDE, key))
+
+    def film(
+        self, model: NCA, num_steps: int, *, every: int, damage: str, damage_at: int, seed: int
+    ) -> np.ndarray:
+        """Start from noise, damaged after `damage_at` steps; see `System.film`."""
+        key = jax.random.key(seed)
+        state = self.fresh(key, 1)["state"]
+        return self._film(model, state, num_steps, every, key, damage, damage_at)
+
+    def pictures(self, model: NCA, folder: Path) -> list[Path]:
+        """Write exemplar beside result, the texture over time, and its flow drawn on a frame."""
+        steps, scale = 2 * self.config.num_steps, max(1, 240 // self.config.target_size)
+        key = jax.random.key(self.config.seed)
+        film = self._film(model, self.fresh(key, 1)["state"], steps + 60 * 4, 4, key)
+        paths = [folder / name for name in ("exemplar_and_result.png", "texture.gif", "flow.png")]
+        exemplar = (np.asarray(self.target) * 255).round().astype(np.uint8)
+        render.save_png(paths[0], render.upscale(render.beside([exemplar, film[-1]]), scale))
+        render.save_gif(paths[1], render.upscale(film, max(1, scale // 2)))
+        pair = film[[-1 - STRIDE // 4, -1]]
+        render.save_flow_plot(paths[2], pair[0], motion.flow(pair)[0])
+        return paths
+
+    def picture(self, state: jax.Array) -> np.ndarray:
+        """Return states `[*lead, size, size, C]` as uint8 RGB."""
+        rgb = np.clip(np.nan_to_num(np.asarray(state[..., :3])) + 0.5, 0, 1)
+        return (rgb * 255).round().astype(np.uint8)
+
+    def _film(
+        self,
+        model: NCA,
+        state: jax.Array,
+        num_steps: int,
+        every: int,
+        key: jax.Array,
+        damage: str = "none",
+        damage_at: int = 0,
+    ) -> np.ndarray:
+        states = states_over_time(
+            model,
+            state,
+            num_steps,
+            every=every,
+            key=key,
+            damage=DAMAGES[damage],
+            damage_at=damage_at,
+        )
+        return self.picture(states[:, 0])
+
+    def _errors(self, state: jax.Array, key: jax.Array) -> jax.Array:
+        return sliced_transport(features(state[..., :3] + 0.5), self.wanted, key)
+
+    def _log10(self, state: jax.Array) -> float:
+        return log10(float(jnp.mean(self.errors({"state": state}))))
