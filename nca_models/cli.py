@@ -1,4 +1,4 @@
-"""The command `nca`: train, run, eval, doctor, demo.
+"""The command `nca`: train, run, eval, sweep, doctor, demo.
 
 Arguments are checked before JAX starts. Wrong input is one line on stderr and exit code 2; a
 training run that diverges is exit code 1; a signal is 128 plus its number.
@@ -25,6 +25,7 @@ examples:
   nca train growing --out cat --resume         continue where it stopped or was killed
   nca run cat --steps 400 --damage half --gif cat.gif
   nca eval attention digits                    measure what was trained
+  nca sweep dynamics --channels 8 16 --hidden 16 48 --out sweep   the motion of textures
   nca doctor                                   what is installed, and which backend runs
 
 `nca COMMAND --help` explains a command's options.
@@ -164,6 +165,26 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--backend", metavar="NAME", help="default: the run's own")
     evaluate.set_defaults(run=_eval)
 
+    sweep = commands.add_parser("sweep", help="train many models of dynamics and map their motion")
+    sweep.add_argument("system", choices=systems.LEARNS_TEXTURE, help="what to train")
+    for name, text in (("channels", "C"), ("hidden", "D")):
+        sweep.add_argument(
+            f"--{name}", type=_whole(3), nargs="+", required=True, metavar=text, help="some widths"
+        )
+    sweep.add_argument(
+        "--textures",
+        nargs="+",
+        default=[textures.AT_HAND[0]],
+        metavar="FILE|NAME",
+        help="image files, brick (default), grass, gravel",
+    )
+    sweep.add_argument("--preset", choices=systems.PRESET_NAMES, default="small")
+    sweep.add_argument("--steps", type=_whole(1), metavar="N", help="training steps of each model")
+    sweep.add_argument(
+        "--out", metavar="DIR", type=Path, required=True, help="a sweep in it is continued"
+    )
+    sweep.set_defaults(run=_sweep)
+
     doctor = commands.add_parser("doctor", help="show versions, devices and backends")
     doctor.set_defaults(run=_doctor)
     return parser
@@ -275,6 +296,28 @@ def _eval(args: argparse.Namespace) -> int:
     system = run_folder.load(args.folder, args.backend)
     model = trainer.trained_model(system, args.folder)
     _print_metrics(system.measured, demo.measure(system, model, args.folder))
+    return 0
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    for texture in args.textures:
+        _check_target(args.system, texture)
+    if args.out.exists() and not args.out.is_dir():
+        raise InputError(f"--out {args.out}: is a file; give a folder, which is made if absent")
+
+    from nca_models import sweep
+    from nca_models.training import trainer
+
+    grid = sweep.Grid(
+        tuple(args.textures), tuple(args.channels), tuple(args.hidden), args.preset, args.steps
+    )
+    try:
+        table = sweep.sweep(grid, args.out)
+    except trainer.Interrupted as stop:
+        return _fail(f"{stop}, and saved; the same command continues", 128 + stop.signum)
+    print(table.read_text(encoding="utf-8"), end="")
+    for path in sorted(args.out.glob("motion*.png")):
+        print(path)
     return 0
 
 

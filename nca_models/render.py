@@ -137,6 +137,31 @@ def save_flow_plot(path: Path, picture: np.ndarray, flow: np.ndarray) -> None:
         figure.savefig(temporary, dpi=110)
 
 
+def save_heat_map(
+    path: Path,
+    values: np.ndarray,
+    columns: tuple[str, Sequence[object]],
+    rows: tuple[str, Sequence[object]],
+    title: str,
+) -> None:
+    """Draw a table `[rows, columns]` as colours and numbers; axes are (name, labels)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2 + len(columns[1]), 1.5 + 0.8 * len(rows[1])), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    image = axes.imshow(values, origin="lower")
+    figure.colorbar(image)
+    axes.set_xticks(range(len(columns[1])), list(map(str, columns[1])))
+    axes.set_yticks(range(len(rows[1])), list(map(str, rows[1])))
+    axes.set(xlabel=columns[0], ylabel=rows[0], title=title)
+    for (y, x), value in np.ndenumerate(values):
+        axes.text(x, y, f"{value:.2f}", ha="center", va="center", color="white")
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+
+
 def save_loss_plot(path: Path, steps: Sequence[int], losses: Sequence[float]) -> None:
     """Plot log10 of the loss against the training step, with a running mean."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

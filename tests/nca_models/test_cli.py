@@ -91,10 +91,12 @@ def test_missing_flax_names_the_extra():
     assert 'flax: run `pip install "nca-kernels[models]"`' in result.stderr
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["run"], ["demo"], ["doctor"]])
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["run"], ["eval"], ["sweep"], ["demo"], ["doctor"]]
+)
 def test_help_explains_every_option(capsys, command):
     with pytest.raises(SystemExit) as stop:
-        cli.main([*command, "--help"])
+        cli.main([*command.split(), "--help"])
     assert stop.value.code == 0
     assert "usage: nca" in capsys.readouterr().out
 

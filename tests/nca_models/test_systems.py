@@ -1,6 +1,7 @@
 """Every system at tiny size, through the command line; and what is particular to each."""
 
 import json
+import signal
 from dataclasses import asdict, replace
 
 import imageio.v3 as iio
@@ -14,6 +15,7 @@ from nca_models import cli, systems
 from nca_models.data import digits
 from nca_models.modules import Automaton
 from nca_models.systems import attention, diffusing, dynamics, growing, self_autoencoding
+from nca_models.training import trainer
 
 # The numbers of each paper preset, from the sources that the systems name.
 PAPER = {
@@ -159,6 +161,37 @@ def test_settings_of_another_system_are_refused(tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     assert cli.main(["train", "attention", "--out", "new", "--data-dir", "empty"]) == 2
     assert "has neither mnist.npz nor" in capsys.readouterr().err
+
+
+def test_a_sweep_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
+    needs("dynamics")
+    monkeypatch.setitem(dynamics.PRESETS, "small", TINY["dynamics"])
+    monkeypatch.setattr(dynamics, "FRAMES", 3)
+    monkeypatch.chdir(tmp_path)
+    line = "sweep dynamics --channels 3 4 --hidden 5 6 --textures gravel --steps 2 --out sweep"
+    trained = []
+
+    def train(system, folder):
+        if len(trained) == 2:
+            raise trainer.Interrupted(signal.SIGINT, 1)
+        trained.append(folder.name)
+        return system.model(nnx.Rngs(0))
+
+    monkeypatch.setattr(trainer, "train", train)
+    assert cli.main(line.split()) == 130
+    assert "the same command continues" in capsys.readouterr().err
+    first = (tmp_path / "sweep/sweep.csv").read_text()
+    assert len(first.splitlines()) == 3
+    monkeypatch.setattr(trainer, "train", lambda system, folder: system.model(nnx.Rngs(0)))
+    assert cli.main(line.split()) == 0
+    whole = (tmp_path / "sweep/sweep.csv").read_text()
+    assert whole.startswith(first)
+    assert [row.split(",")[1:3] for row in whole.splitlines()[1:]] == [
+        ["3", "5"], ["3", "6"], ["4", "5"], ["4", "6"]
+    ]  # fmt: skip
+    assert iio.imread(tmp_path / "sweep/motion.png").size > 0
+    assert cli.main([*line.replace("--steps 2", "--steps 3").split()]) == 2
+    assert "choose another --out" in capsys.readouterr().err
 
 
 # ---- what is particular to each ----
