@@ -91,9 +91,7 @@ def test_missing_flax_names_the_extra():
     assert 'flax: run `pip install "nca-kernels[models]"`' in result.stderr
 
 
-@pytest.mark.parametrize(
-    "command", [[], ["train"], ["run"], ["eval"], ["sweep"], ["demo"], ["doctor"]]
-)
+@pytest.mark.parametrize("command", ["", "train", "run", "eval", "sweep", "demo", "doctor"])
 def test_help_explains_every_option(capsys, command):
     with pytest.raises(SystemExit) as stop:
         cli.main([*command.split(), "--help"])
