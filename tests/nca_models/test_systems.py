@@ -69,6 +69,7 @@ TINY = {
     "attention": replace(attention.PRESETS["small"], **TRAINING, target_size=6, pool_size=4),
 }
 KEY = jax.random.key(0)
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 
 def needs(name):
@@ -102,6 +103,7 @@ def test_paper_preset(name):
 def test_from_the_command_line(name, tmp_path, monkeypatch, capsys):
     """Train, resume, measure and run, and the files that each writes."""
     needs(name)
+    monkeypatch.setattr(dynamics, "FRAMES", 3)
     monkeypatch.setitem(systems.load(name).PRESETS, "small", TINY[name])
     monkeypatch.chdir(tmp_path)
     assert cli.main(["train", name, "--out", "run"]) == 0
