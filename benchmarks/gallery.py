@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.measure import device_name, provenance
+from benchmarks.measure import ROOT, device_name, provenance, write_json
 from nca_models import systems
 
 GALLERY = Path(__file__).parents[1] / "docs" / "gallery"
@@ -64,11 +64,13 @@ def main() -> None:
         "",
         "What the small presets come to, from data on the machine: a packaged picture and",
         "scikit-learn's digits, those measured being ones that training never saw. Made by",
-        f"`make gallery` on {device_name()}.",
+        f"`make gallery` on {device_name()}; figures, commits and versions:",
+        f"[gallery.json](../../benchmarks/results/{device_name()}/gallery.json).",
         "",
     ]
+    records = {}
     for system in args.systems:
-        result = train(system, args.runs)
+        result = records[system] = train(system, args.runs)
         kept = []
         (GALLERY / system).mkdir(parents=True, exist_ok=True)
         for path in sorted((args.runs / system).glob("*.*")):
@@ -79,6 +81,7 @@ def main() -> None:
                 kept.append(f"{system}/{path.name}")
         lines += page(system, result, kept)
     (GALLERY / "README.md").write_text("\n".join(lines))
+    write_json(ROOT / "results" / device_name() / "gallery.json", records)
 
 
 if __name__ == "__main__":

@@ -354,8 +354,13 @@ def _check_target(system: str, target: str | None) -> None:
     if system in systems.LEARNS_DIGITS:
         if not Path(target).is_dir():
             raise InputError(f"--data-dir {target}: {system} wants a folder with MNIST's files")
-    elif system in systems.LEARNS_TEXTURE and target in textures.AT_HAND:
-        return
+    elif system in systems.LEARNS_TEXTURE:
+        if target in textures.AT_HAND:
+            return
+        if not Path(target).exists():
+            known = ", ".join(textures.AT_HAND)
+            raise InputError(f"--target {target}: no such file, and not one of {known}")
+        images.open_rgba(Path(target))
     elif Path(target).exists() or not emoji.is_emoji(target):
         images.open_rgba(Path(target))
 

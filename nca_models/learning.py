@@ -6,10 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 import nca_kernels as nk
 from nca_models import render
 from nca_models.data import digits, images
+from nca_models.filming import states_over_time
+from nca_models.modules import NCA
+from nca_models.training.damage import DAMAGES
 from nca_models.training.logging import log10
 
 Samples = dict[str, jax.Array]
@@ -47,6 +51,37 @@ class LearnsPicture:
     def prepare(config: Any, target: str | None, folder: Path) -> None:
         """Write `target.png`: an image file, an emoji or (None) the packaged picture, scaled."""
         images.save_target(target, config.target_size, folder / "target.png")
+
+    def model(self, rngs: nnx.Rngs) -> NCA:
+        """Return an untrained automaton; its taps, identity and Sobel, are constant."""
+        return NCA(
+            self.config.channels,
+            (self.config.hidden,),
+            rule=dropout_rule(self.config),
+            backend=self.config.backend,
+            rngs=rngs,
+        )
+
+    def start(self, key: jax.Array, n: int) -> jax.Array:
+        """Return `n` states for films to start from, `[n, size, size, C]`: fresh samples."""
+        state: jax.Array = self.fresh(key, n)["state"]  # type: ignore[attr-defined]
+        return state
+
+    def film(
+        self, model: NCA, num_steps: int, *, every: int, damage: str, damage_at: int, seed: int
+    ) -> np.ndarray:
+        """Run from a state of `start`, damaged after `damage_at` steps; see `System.film`."""
+        key = jax.random.key(seed)
+        states = states_over_time(
+            model,
+            self.start(key, 1),
+            num_steps,
+            every=every,
+            key=key,
+            damage=DAMAGES[damage],
+            damage_at=damage_at,
+        )
+        return self.picture(states[:, 0])
 
     def errors(self, samples: Samples) -> jax.Array:
         """Return each sample's mean squared error `[n]` of RGBA."""

@@ -31,7 +31,7 @@ class Automaton(nnx.Module):
     ) -> Any:
         """Take `num_steps` steps; step t uses `jax.random.fold_in(key, t)`.
 
-        For the backward, the states are kept, and what a step needs beside them computed anew.
+        For the backward, what each step keeps is kept: of `nk.step` and `nk.update`, the state.
 
         Args:
             state: `[*batch, *spatial, C]`.
@@ -43,11 +43,10 @@ class Automaton(nnx.Module):
             The final state; with `sample_steps`, `(final, sampled)`: each sample's state after
             that many steps.
         """
-        step = jax.checkpoint(self.__call__)
 
         def one(carry: Any, t: jax.Array) -> tuple[Any, None]:
             state, sampled = carry
-            state = step(state, jax.random.fold_in(key, t))
+            state = self(state, jax.random.fold_in(key, t))
             if sample_steps is not None:
                 ones = (1,) * (state.ndim - sample_steps.ndim)
                 chosen = (sample_steps == t + 1).reshape(*sample_steps.shape, *ones)

@@ -11,12 +11,9 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 
 from nca_models import render
-from nca_models.filming import states_over_time
-from nca_models.learning import LearnsPicture, Samples, dropout_rule
+from nca_models.learning import LearnsPicture, Samples
 from nca_models.modules import NCA, run
 from nca_models.training.damage import DAMAGES
 from nca_models.training.trainer import TrainConfig, setting
@@ -81,16 +78,6 @@ PRESETS = {
 class SystemClass(LearnsPicture):
     """Diffusing NCA, as `nca_models.systems.System` asks."""
 
-    def model(self, rngs: nnx.Rngs) -> NCA:
-        """Return an untrained automaton; its taps, identity and Sobel, are constant."""
-        return NCA(
-            self.config.channels,
-            (self.config.hidden,),
-            rule=dropout_rule(self.config),
-            backend=self.config.backend,
-            rngs=rngs,
-        )
-
     def fresh(self, key: jax.Array, n: int) -> Samples:
         """Return `n` blends of the picture and noise, the share of noise uniform in 0 to 1."""
         key_share, key_noise = jax.random.split(key)
@@ -113,7 +100,7 @@ class SystemClass(LearnsPicture):
         """
         steps = self.config.num_steps
         key = jax.random.key(self.config.seed + 1)
-        noise = self._noise(key, 8)
+        noise = self.start(key, 8)
         clear = run(model, noise, jax.random.fold_in(key, 0), steps)
         later = run(model, clear, jax.random.fold_in(key, 1), 4 * steps)
         cut = DAMAGES["circle"](key, clear)
@@ -125,22 +112,6 @@ class SystemClass(LearnsPicture):
             "right after a circle is cut out": self.log10_error(cut),
             f"healed, {steps} steps after the cut": self.log10_error(healed),
         }
-
-    def film(
-        self, model: NCA, num_steps: int, *, every: int, damage: str, damage_at: int, seed: int
-    ) -> np.ndarray:
-        """Start from pure noise, damaged after `damage_at` steps; see `System.film`."""
-        key = jax.random.key(seed)
-        states = states_over_time(
-            model,
-            self._noise(key, 1),
-            num_steps,
-            every=every,
-            key=key,
-            damage=DAMAGES[damage],
-            damage_at=damage_at,
-        )
-        return self.picture(states[:, 0])
 
     def pictures(self, model: NCA, folder: Path) -> list[Path]:
         """Write the denoising, the cut and the healing as GIF and strip, and target and result."""
@@ -158,8 +129,8 @@ class SystemClass(LearnsPicture):
         render.save_png(paths[2], render.upscale(render.beside(pair), scale))
         return paths
 
-    def _noise(self, key: jax.Array, n: int) -> jax.Array:
-        """States of noise alone, `[n, size, size, C]`."""
+    def start(self, key: jax.Array, n: int) -> jax.Array:
+        """Return states of noise alone, `[n, size, size, C]`."""
         return self._blend(key, jnp.ones((n, 1, 1, 1)))["state"]
 
     def _blend(self, key: jax.Array, share: jax.Array) -> Samples:

@@ -12,12 +12,9 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 
 from nca_models import render
-from nca_models.filming import states_over_time
-from nca_models.learning import LearnsPicture, Samples, dropout_rule
+from nca_models.learning import LearnsPicture, Samples
 from nca_models.modules import NCA, run
 from nca_models.training.damage import DAMAGES
 from nca_models.training.trainer import TrainConfig, setting
@@ -98,16 +95,6 @@ PRESETS = {
 class SystemClass(LearnsPicture):
     """Growing NCA, as `nca_models.systems.System` asks."""
 
-    def model(self, rngs: nnx.Rngs) -> NCA:
-        """Return an untrained automaton; its taps, identity and Sobel, are constant."""
-        return NCA(
-            self.config.channels,
-            (self.config.hidden,),
-            rule=dropout_rule(self.config),
-            backend=self.config.backend,
-            rngs=rngs,
-        )
-
     def fresh(self, key: jax.Array, n: int) -> Samples:
         """Return `n` seeds: a single cell in the middle whose alpha is 1, all else zero."""
         size, middle = self.config.size, self.config.size // 2
@@ -144,22 +131,6 @@ class SystemClass(LearnsPicture):
             "right after the right half is cut away": self.log10_error(cut),
             f"regrown, {steps} steps after the cut": self.log10_error(regrown),
         }
-
-    def film(
-        self, model: NCA, num_steps: int, *, every: int, damage: str, damage_at: int, seed: int
-    ) -> np.ndarray:
-        """Grow from one cell, damaged after `damage_at` steps; see `System.film`."""
-        key = jax.random.key(seed)
-        states = states_over_time(
-            model,
-            self.fresh(key, 1)["state"],
-            num_steps,
-            every=every,
-            key=key,
-            damage=DAMAGES[damage],
-            damage_at=damage_at,
-        )
-        return self.picture(states[:, 0])
 
     def pictures(self, model: NCA, folder: Path) -> list[Path]:
         """Write the growth, the cut and the regrowth as GIF and strip, and target beside result."""

@@ -203,7 +203,7 @@ def test_diffusing_starts_between_the_picture_and_noise(tmp_path):
     system = make("diffusing", tmp_path / "run")
     states = system.fresh(KEY, 200)["state"]
     errors = np.sort(np.asarray(system.errors({"state": states})))
-    noise = float(system.errors({"state": system._noise(KEY, 200)}).mean())
+    noise = float(system.errors({"state": system.start(KEY, 200)}).mean())
     assert errors[0] < 0.1 * noise
     assert errors[-1] == pytest.approx(noise, rel=0.5)
     assert float(states.min()) == 0.0
