@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+import nca_kernels as nk
 from benchmarks.measure import interleaved
 from nca_kernels.testing import Case
 
 
 class Work(NamedTuple):
-    """Of one cell and step: floating-point operations of the MLP's products, bytes moved."""
+    """Of one cell and step: floating-point operations, bytes moved."""
 
     flops: float
     bytes: float
@@ -26,15 +26,10 @@ def work(case: Case, mode: str) -> Work:
 
     The state is read and written once, and once more with its cotangent on the way back.
     """
-    widths = (case.perception_size + case.inputs, *case.hidden, case.channels)
-    macs = sum(n * m for n, m in pairwise(widths))
-    itemsize = jnp.dtype(case.dtype).itemsize
-    forward = Work(2 * macs, 2 * itemsize * case.channels)
+    least = nk.cost(case.arguments().params, case.dtype)
     if mode == "forward":
-        return forward
-    # Back: hidden layers again, then the gradients of inputs and of weights of every layer.
-    again = 2 * (macs - widths[-2] * widths[-1])
-    return Work(forward.flops + again + 4 * macs, forward.bytes + 3 * itemsize * case.channels)
+        return Work(least.forward_flops, least.forward_bytes)
+    return Work(least.training_flops, least.training_bytes)
 
 
 class Peak(NamedTuple):

@@ -3,10 +3,12 @@
 ``nk.step`` is one step, ``nk.rollout`` many, ``nk.update`` a step whose perception is given.
 ``nk.neighborhood_attention`` lets every cell attend to the cells around it.
 ``nk.Rule`` and ``nk.RuleParams`` say what a step computes; ``nk.taps`` makes perceptions from
-filter banks by name. ``nk.backends()`` says what runs here, and why not.
+filter banks by name. ``nk.backends()`` says what runs here, and why not; ``nk.cost`` what a step
+costs at least.
 """
 
 import nca_kernels.backends as _backends  # registers every backend
+from nca_kernels.cost import Cost, cost
 from nca_kernels.dispatch import BackendUnavailable, backends
 from nca_kernels.ops.neighborhood_attention import neighborhood_attention
 from nca_kernels.ops.rollout import rollout
@@ -20,9 +22,11 @@ __version__ = "0.1.0"
 __all__ = [
     "Alive",
     "BackendUnavailable",
+    "Cost",
     "Rule",
     "RuleParams",
     "backends",
+    "cost",
     "filter_bank",
     "neighborhood_attention",
     "rollout",

@@ -8,6 +8,7 @@ import argparse
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from nca_models import data, run_folder, systems
@@ -38,6 +39,7 @@ examples:
   nca train diffusing --target cat.png --out cat-from-noise
   nca train self_autoencoding --out lattice
   nca train attention --data-dir mnist --preset paper --out digits
+  nca train growing --preset paper --estimate   what it will take, before it starts
 
 Ctrl-C saves a checkpoint and says how to resume; a run that was killed resumes as well, and ends
 with the same bits as one left alone. DIR receives config.json, what is
@@ -106,8 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--preset", choices=systems.PRESET_NAMES, help="settings to start from (default: small)"
     )
+    train.add_argument("--out", metavar="DIR", type=Path, help="folder of the run, made if absent")
     train.add_argument(
-        "--out", metavar="DIR", type=Path, required=True, help="folder of the run, made if absent"
+        "--estimate", action="store_true", help="only say what memory and time it will take"
     )
     for name, (kind, metavar, text) in _SETTINGS.items():
         flag = "--" + _FLAGS.get(name, name).replace("_", "-")
@@ -232,6 +235,10 @@ _FLAGS = {"num_train_steps": "steps", "target_size": "size"}  # shorter names
 def _train(args: argparse.Namespace) -> int:
     settings = {name: getattr(args, name) for name in _SETTINGS}
     request = run_folder.Request(args.system, args.preset, args.target, settings)
+    if args.estimate:
+        return _estimate(request)
+    if args.out is None:
+        raise InputError("--out is needed: the folder of the run; see `nca train --help`")
     resume = f"nca train {args.system} --out {args.out} --resume"
     return _train_and_show(args, request, resume, compare=False)
 
@@ -278,6 +285,22 @@ def _train_and_show(
         print(f"  {path.relative_to(folder)}")
     print(f"\nnow try: nca run {folder} --steps 600 --damage circle --gif {folder / 'run.gif'}")
     return 0
+
+
+def _estimate(request: run_folder.Request) -> int:
+    """Say what a training will take; it is set up in a folder that is removed again."""
+    _check_target(request.system, request.target)
+    _check_backend(request.settings.get("backend"))
+    with TemporaryDirectory() as folder:
+        system = _open(Path(folder), request)
+
+        from nca_models.training import estimate, trainer
+
+        found = estimate.estimate(trainer.Trainer(system))
+    print(f"{request.system}, preset {request.preset or 'small'}")
+    for line in found.lines():
+        print(f"  {line}")
+    return 0 if found.seconds is not None else _fail("it does not fit into memory", 2)
 
 
 def _print_metrics(measured: str, metrics: dict[str, float]) -> None:

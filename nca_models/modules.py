@@ -21,6 +21,10 @@ class Automaton(nnx.Module):
         """Take one step: `state` is `[*batch, *spatial, C]`, `key` that of its fire mask."""
         raise NotImplementedError
 
+    def cost(self) -> nk.Cost:
+        """Return what a step costs at least, per cell, if every cell fires."""
+        raise NotImplementedError
+
     def rollout(
         self,
         state: jax.Array,
@@ -127,6 +131,10 @@ class NCA(Automaton):
             for layer in self.layers
         )
         return nk.RuleParams(perception=self.perception[...], layers=layers)
+
+    def cost(self) -> nk.Cost:
+        """See `Automaton.cost`."""
+        return nk.cost(self.rule_params())
 
     def __call__(
         self, state: jax.Array, key: jax.Array, inputs: jax.Array | None = None

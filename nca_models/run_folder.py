@@ -57,9 +57,16 @@ def create(folder: Path, request: Request) -> systems.System:
     if unknown := sorted(settings.keys() - known):
         raise ValueError(f"{request.system} has no setting {', '.join(unknown)}")
     config = replace(module.PRESETS[preset], **settings)
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _STARTING).touch()
-    module.SystemClass.prepare(config, request.target, folder)
+    try:
+        module.SystemClass.prepare(config, request.target, folder)
+    except ValueError:  # there is nothing to learn from: leave nothing behind
+        (folder / _STARTING).unlink()
+        if made:
+            folder.rmdir()
+        raise
     _write(folder, request.system, preset, request.target, config)
     (folder / _STARTING).unlink()
     system: systems.System = module.SystemClass(config, folder)

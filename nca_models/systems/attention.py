@@ -129,6 +129,17 @@ class AttentionNCA(Automaton):
         attended = nk.neighborhood_attention(query, key, value, self.radius, backend=self.backend)
         return self.out(attended.reshape(*state.shape[:-1], -1))
 
+    def cost(self) -> nk.Cost:
+        """See `Automaton.cost`: the products of all layers, and those of the attention."""
+        layers = (self.project, self.query, self.key, self.value, self.out, self.hidden, self.last)
+        neighbours = (2 * self.radius + 1) ** 2
+        macs = sum(layer.in_features * layer.out_features for layer in layers)
+        macs += 2 * neighbours * self.query.out_features
+        state = 4 * self.project.in_features  # bytes
+        # Going back, all is recomputed but the last layer.
+        again = macs - self.last.in_features * self.last.out_features
+        return nk.Cost(2 * macs, 2 * again + 4 * macs, 2 * state, 3 * state)
+
     def __call__(self, state: jax.Array, key: jax.Array) -> jax.Array:
         """Take one step; see `Automaton`."""
         perception = jax.checkpoint(self.perceive)(state)

@@ -25,6 +25,7 @@ from nca_models.run_folder import RunError
 from nca_models.systems import System
 from nca_models.training import pool as pools
 from nca_models.training.checkpoints import Checkpoints
+from nca_models.training.estimate import refuse_if_too_large
 from nca_models.training.logging import Log, log10
 
 
@@ -121,6 +122,7 @@ class Trainer:
     """A system's jitted training step and its initial state.
 
     Attributes:
+        params: the parameters of a new model.
         step: jitted `(TrainState, root_key) -> (TrainState, loss)`; it donates its first argument.
     """
 
@@ -131,24 +133,33 @@ class Trainer:
         self.optimizer = optimizer(self.config)
         self.root_key, self._pool_key = jax.random.split(jax.random.key(self.config.seed))
         self.step = jax.jit(self._step, donate_argnums=0)
+        self._fresh_pool = jax.jit(lambda key: system.fresh(key, system.config.pool_size))
         model = system.model(nnx.Rngs(self.config.seed))
         parts: Any = nnx.split(model, nnx.Param, ...)
-        self._graph, self._params, self._constants = parts
+        self._graph, self.params, self._constants = parts
 
     def initial_state(self) -> TrainState:
         """Return the state before the first step: new weights and a pool of fresh samples."""
         # Copies: the training step donates its state's buffers, and these are needed again.
-        params = jax.tree.map(jnp.copy, self._params)
-        pool = None
-        if self.config.pool_size:
-            fresh = jax.jit(self.system.fresh, static_argnums=1)
-            pool = fresh(self._pool_key, self.config.pool_size)
+        params = jax.tree.map(jnp.copy, self.params)
+        pool = self._fresh_pool(self._pool_key) if self.config.pool_size else None
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             opt_state=self.optimizer.init(params),
             pool=pool,
         )
+
+    def compiled(self) -> Any:
+        """Return `step`, compiled: callable, and with XLA's plan for its memory."""
+        state = jax.eval_shape(self.initial_state)
+        return self.step.lower(state, self.root_key).compile()
+
+    def compiled_pool(self) -> Any:
+        """Return what makes the first pool, compiled; None where there is no pool."""
+        if not self.config.pool_size:
+            return None
+        return self._fresh_pool.lower(self._pool_key).compile()
 
     def model(self, params: Any) -> Any:
         """Return the module with these parameters."""
@@ -200,8 +211,11 @@ def train(system: System, folder: Path, *, tensorboard: bool = False, progress: 
     Raises:
         Interrupted: on SIGINT or SIGTERM, once the step is done and a checkpoint saved.
         Diverged: the loss is not finite.
+        TooLarge: it does not fit into memory; nothing has run yet.
     """
     trainer = Trainer(system)
+    step = trainer.compiled()
+    refuse_if_too_large(step, trainer.compiled_pool())
     with Checkpoints(folder / "checkpoints") as checkpoints:
         state = checkpoints.restore(jax.eval_shape(trainer.initial_state))
         if state is None:
@@ -213,7 +227,7 @@ def train(system: System, folder: Path, *, tensorboard: bool = False, progress: 
                 total=total, initial=first, desc="training", unit="step", disable=not progress
             )
             with bar:
-                state = _loop(trainer, state, checkpoints, log, bar, received)
+                state = _loop(trainer, step, state, checkpoints, log, bar, received)
     return trainer.model(state.params)
 
 
@@ -233,6 +247,7 @@ def trained_model(system: System, folder: Path) -> Any:
 
 def _loop(
     trainer: Trainer,
+    train_step: Any,
     state: TrainState,
     checkpoints: Checkpoints,
     log: Log,
@@ -242,7 +257,7 @@ def _loop(
     """Take the remaining steps, saving on schedule, on a signal and at the end."""
     config, step, losses = trainer.config, int(state.step), []
     while step < config.num_train_steps:
-        state, loss = trainer.step(state, trainer.root_key)
+        state, loss = train_step(state, trainer.root_key)
         step += 1
         losses.append(loss)
         stop = received[:1]  # read once: a signal may come at any time

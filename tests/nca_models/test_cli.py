@@ -154,3 +154,35 @@ def test_a_backend_that_is_not_here(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["train", "growing", "--out", "new", "--backend", "triton"]) == 2
     assert "triton: not available here (no NVIDIA GPU)" in capsys.readouterr().err
+
+
+def test_estimate(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(f"{TRAIN} --estimate".split()) == 0
+    out = capsys.readouterr().out
+    assert "484 cells, 17,424 cell-steps" in out
+    assert "s a training step, measured" in out
+    assert "H200 at its limit" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_does_not_fit_is_refused(tmp_path, capsys, monkeypatch):
+    from nca_models.training import estimate
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(estimate, "available_memory", lambda: 1_000_000)
+    assert cli.main(f"{TRAIN} --estimate".split()) == 2
+    captured = capsys.readouterr()
+    assert "0.0 GB there are" in captured.out
+    assert captured.err == "nca: it does not fit into memory\n"
+    assert cli.main(f"{TRAIN} --out new".split()) == 2
+    assert "choose a smaller --size" in capsys.readouterr().err
+    assert not (tmp_path / "new" / "checkpoints").exists()
+
+
+def test_nothing_stays_of_a_run_without_data(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert cli.main("train attention --data-dir empty --out new".split()) == 2
+    assert "neither mnist.npz" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()

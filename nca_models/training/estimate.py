@@ -1,0 +1,180 @@
+"""What a training will take, before it starts: memory from XLA's plan, time from a few steps."""
+
+import math
+import os
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from nca_models.run_folder import RunError
+from nca_models.systems import System
+
+# NVIDIA's data sheet: dense TensorFloat-32, which is XLA's default there, and memory's bandwidth.
+H200_FLOPS, H200_BYTES = 494.7e12, 4.8e12
+_PATIENCE = 60.0  # seconds after which no further step is timed
+
+
+class TooLarge(RunError):
+    """The training does not fit into memory."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What `estimate` found.
+
+    Attributes:
+        cells: of a batch.
+        cell_steps: of a training step, forward and backward being one.
+        flops: of a training step where every cell fires, with what the backward recomputes.
+        memory: bytes at the peak; `available`: bytes there are, None if unknown.
+        seconds: of a training step, measured here; None where it does not fit.
+        limit: seconds of a training step on an H200 at its roofline.
+        num_train_steps: steps of the whole training.
+    """
+
+    cells: int
+    cell_steps: int
+    flops: float
+    memory: int
+    available: int | None
+    seconds: float | None
+    limit: float
+    num_train_steps: int
+
+    def lines(self) -> list[str]:
+        """The estimate for people."""
+        steps = self.num_train_steps
+        out = [
+            f"a training step   {self.cells:,} cells, {self.cell_steps:,} cell-steps, "
+            f"{self.flops / 1e9:,.0f} GFLOP if every cell fires",
+            f"memory            {gigabytes(self.memory)} at the peak"
+            + (f", of {gigabytes(self.available)} there are" if self.available else ""),
+        ]
+        if self.seconds is not None:
+            out.append(
+                f"time here         {self.seconds:.3g} s a training step, measured; "
+                f"{duration(self.seconds * steps)} for {steps:,}"
+            )
+        out.append(
+            f"H200 at its limit {self.limit:.2g} s a training step, computed; "
+            f"{duration(self.limit * steps)} for {steps:,}"
+        )
+        return out
+
+
+def estimate(trainer: Any, steps: int = 3) -> Estimate:
+    """Compile a training step, and take a few if they fit; nothing is written.
+
+    Args:
+        trainer: an `nca_models.training.trainer.Trainer`.
+        steps: how many steps are timed, the first one apart; fewer if they are long.
+    """
+    system: System = trainer.system
+    config: Any = system.config
+    samples = jax.eval_shape(lambda key: system.fresh(key, config.batch_size), trainer.root_key)
+    cells = math.prod(samples["state"].shape[:-1])
+    cell_steps = cells * config.num_steps
+    least = trainer.model(trainer.params).cost()
+    compiled = trainer.compiled()
+    memory = peak_memory(compiled, trainer.compiled_pool())
+    available = available_memory()
+    fits = available is None or memory <= available
+    return Estimate(
+        cells=cells,
+        cell_steps=cell_steps,
+        flops=cell_steps * least.training_flops,
+        memory=memory,
+        available=available,
+        seconds=_timed(trainer, compiled, steps) if fits else None,
+        limit=cell_steps
+        * max(least.training_flops / H200_FLOPS, least.training_bytes / H200_BYTES),
+        num_train_steps=config.num_train_steps,
+    )
+
+
+def refuse_if_too_large(*compiled: Any) -> None:
+    """Raise TooLarge, with the numbers, if one of these compiled calls cannot fit."""
+    memory, available = peak_memory(*compiled), available_memory()
+    if available is not None and memory > available:
+        raise TooLarge(
+            f"training needs {gigabytes(memory)} and there are {gigabytes(available)}: choose a "
+            "smaller --size, --batch-size or --pool-size"
+        )
+
+
+def peak_memory(*compiled: Any) -> int:
+    """Bytes that the largest of some compiled calls needs, arguments and this process included."""
+    plans = [call.memory_analysis() for call in compiled if call is not None]
+    needed: int = max(
+        plan.temp_size_in_bytes
+        + plan.argument_size_in_bytes
+        + plan.output_size_in_bytes
+        - plan.alias_size_in_bytes
+        for plan in plans
+    )
+    return needed + (_resident() if jax.default_backend() == "cpu" else 0)
+
+
+def available_memory() -> int | None:
+    """Bytes that a process can have on this device, what it has already included."""
+    if jax.default_backend() != "cpu":
+        stats = jax.local_devices()[0].memory_stats() or {}
+        limit: int | None = stats.get("bytes_limit")
+        return limit
+    try:
+        meminfo = Path("/proc/meminfo").read_text(encoding="ascii").split()
+        free = int(meminfo[meminfo.index("MemAvailable:") + 1]) * 1024
+    except (OSError, ValueError):
+        try:
+            free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (ValueError, OSError, AttributeError):
+            return None
+    return min(free, _container_limit()) + _resident()
+
+
+def _container_limit() -> int:
+    """What a control group leaves to its processes."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit = int((folder / "memory.max").read_text())
+        return limit - int((folder / "memory.current").read_text())
+    except (OSError, ValueError):  # no control group, or no limit
+        return sys.maxsize
+
+
+def _resident() -> int:
+    """Peak of this process so far, in bytes; macOS counts in bytes, Linux in KiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _timed(trainer: Any, compiled: Any, steps: int) -> float:
+    """Mean seconds of a step, the first one apart unless it was long."""
+    state, taken = trainer.initial_state(), []
+    for _ in range(steps + 1):
+        start = time.perf_counter()
+        state, loss = compiled(state, trainer.root_key)
+        jax.block_until_ready(loss)
+        taken.append(time.perf_counter() - start)
+        if sum(taken) > _PATIENCE:
+            break
+    counted = taken[1:] or taken
+    return sum(counted) / len(counted)
+
+
+def gigabytes(count: int) -> str:
+    """`count` bytes, for people."""
+    return f"{count / 1e9:.1f} GB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, for people."""
+    for size, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {name}"
+    return f"{seconds:.1f} seconds"
