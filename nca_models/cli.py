@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE|EMOJI|DIR",
         help="what to learn: an image file or an emoji (default: the packaged butterfly); for "
         "digits, a folder with MNIST's files (default: scikit-learn's digits); for dynamics, an "
-        "image file, brick (default), grass or gravel",
+        "image file, DTD/NAME with DTD that dataset's folder, brick (default), grass or gravel",
     )
     train.add_argument(
         "--preset", choices=systems.PRESET_NAMES, help="settings to start from (default: small)"
@@ -179,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[textures.AT_HAND[0]],
         metavar="FILE|NAME",
-        help="image files, brick (default), grass, gravel",
+        help="image files, DTD/NAME as for `nca train`, brick (default), grass, gravel",
     )
     sweep.add_argument("--preset", choices=systems.PRESET_NAMES, default="small")
     sweep.add_argument("--steps", type=_whole(1), metavar="N", help="training steps of each model")
@@ -227,6 +227,7 @@ _SETTINGS: dict[str, tuple[Any, str | None, str]] = {
     "target_size": (_whole(1), "N", "side of the picture or digit, in cells"),
     "padding": (_whole(0), "N", "empty cells on each side of a picture"),
     "damage": (str, None, "how samples are damaged"),
+    "vgg16": (str, "FILE", "weights of a VGG16 (.pth, .npz, .h5) to compare textures by"),
     "damaged_per_batch": (_whole(0), "N", "how many samples of a batch are damaged"),
 }
 _FLAGS = {"num_train_steps": "steps", "target_size": "size"}  # shorter names
@@ -380,10 +381,11 @@ def _check_target(system: str, target: str | None) -> None:
     elif system in systems.LEARNS_TEXTURE:
         if target in textures.AT_HAND:
             return
-        if not Path(target).exists():
+        path = textures.find(target)
+        if path is None:
             known = ", ".join(textures.AT_HAND)
             raise InputError(f"--target {target}: no such file, and not one of {known}")
-        images.open_rgba(Path(target))
+        images.open_rgba(path)
     elif Path(target).exists() or not emoji.is_emoji(target):
         images.open_rgba(Path(target))
 

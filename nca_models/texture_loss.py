@@ -1,17 +1,22 @@
 """How unlike two textures are, whatever is where in them: sliced optimal transport of features.
 
 The features are those of a fixed network of random filters at several scales (Ustyuzhaninov et
-al., "What does it take to generate natural textures?", ICLR 2017): nothing is downloaded. Their
-distributions are compared along random directions, where optimal transport is sorting (Heitz et
-al., "A Sliced Wasserstein Loss for Neural Texture Synthesis", CVPR 2021, arXiv 2006.07229).
+al., "What does it take to generate natural textures?", ICLR 2017), or of a VGG16 whose weights are
+at hand (Gatys et al., "Texture Synthesis Using Convolutional Neural Networks", NeurIPS 2015):
+nothing is downloaded. Their distributions are compared along random directions, where optimal
+transport is sorting (Heitz et al., "A Sliced Wasserstein Loss for Neural Texture Synthesis", CVPR
+2021, arXiv 2006.07229).
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+from nca_models.data.vgg16 import BLOCKS, VGG16
 
 FILTERS, KERNEL, SCALES, DIRECTIONS = 32, 5, 3, 32
 _FAINTEST = 0.01  # of colours from 0 to 1
@@ -33,15 +38,48 @@ def features(images: jax.Array) -> list[jax.Array]:
     """
     filters, out = random_filters(), []
     for _ in range(SCALES):
-        around = [(0, 0), (KERNEL // 2, KERNEL // 2), (KERNEL // 2, KERNEL // 2), (0, 0)]
-        wrapped = jnp.pad(images, around, mode="wrap")
-        answers = lax.conv_general_dilated(
-            wrapped, filters, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-        both = jnp.concatenate([images, jax.nn.relu(answers)], axis=-1)
+        both = jnp.concatenate([images, jax.nn.relu(_convolved(images, filters))], axis=-1)
         out.append(both.reshape(images.shape[0], -1, both.shape[-1]))
-        images = lax.reduce_window(images, 0.0, lax.add, (1, 2, 2, 1), (1, 2, 2, 1), "VALID") / 4
+        images = _pooled(images, lax.add) / 4
     return out
+
+
+def vgg16_features(network: VGG16, images: jax.Array) -> list[jax.Array]:
+    """Features of images `[n, height, width, 3]`: of each block of VGG16 `[n, places, features]`.
+
+    The colours themselves, and then what the first convolution of each block answers, rectified.
+    The images repeat beyond their borders; a block whose image is below 2 x 2 is left out.
+    """
+    out = [images.reshape(images.shape[0], -1, 3)]
+    colours = images[..., np.array(network.order)]
+    x = (colours - network.mean.astype(np.float32)) / network.deviation.astype(np.float32)
+    layers = iter(network.layers)
+    for block, size in enumerate(BLOCKS):
+        if min(x.shape[1:3]) < 2:
+            break
+        for i in range(size if block < len(BLOCKS) - 1 else 1):
+            kernel, bias = next(layers)
+            x = jax.nn.relu(_convolved(x, jnp.asarray(kernel, jnp.float32)) + bias)
+            if i == 0:
+                out.append(x.reshape(x.shape[0], -1, x.shape[-1]))
+        x = _pooled(x, lax.max)
+    return out
+
+
+def _convolved(images: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`images` `[n, height, width, in]` on a torus, by `kernel` `[k, k, in, out]`, k odd."""
+    margin = kernel.shape[0] // 2
+    around = [(0, 0), (margin, margin), (margin, margin), (0, 0)]
+    wrapped = jnp.pad(images, around, mode="wrap")
+    return lax.conv_general_dilated(
+        wrapped, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def _pooled(images: jax.Array, operation: Any) -> jax.Array:
+    """Sum or maximum of each 2 x 2 pixels."""
+    first = 0.0 if operation is lax.add else -jnp.inf
+    return lax.reduce_window(images, first, operation, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
 
 
 def sliced_transport(

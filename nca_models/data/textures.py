@@ -1,6 +1,8 @@
-"""Textures: any image file (one of the Describable Textures Dataset, say), or those at hand.
+"""Textures: any image file, one of the Describable Textures Dataset, or those at hand.
 
-Nothing is downloaded: `brick`, `grass` and `gravel` come with scikit-image.
+Nothing is downloaded: `brick`, `grass` and `gravel` come with scikit-image. Of the dataset (Cimpoi
+et al., "Describing Textures in the Wild", CVPR 2014), unpacked in a folder `dtd`,
+`dtd/bubbly_0101` names a texture.
 """
 
 from pathlib import Path
@@ -18,7 +20,8 @@ def texture(name: str | None, size: int) -> Image.Image:
     """Return a texture as RGB, its middle square scaled to `size` pixels.
 
     Args:
-        name: an image file, or one of `AT_HAND`; None for the first of these.
+        name: an image file, a texture of a dataset's folder (`dtd/bubbly_0101`), or one of
+            `AT_HAND`; None for the first of these.
         size: side of the result.
 
     Raises:
@@ -32,10 +35,24 @@ def texture(name: str | None, size: int) -> Image.Image:
     return square.resize((size, size), Image.Resampling.LANCZOS)
 
 
+def find(name: str) -> Path | None:
+    """Return the file of a texture: `name` itself, or of a dataset's folder, or None."""
+    path = Path(name)
+    if path.exists():
+        return path
+    category = path.name.split("_")[0]
+    for folder in (path.parent / "images" / category, path.parent / category):
+        for suffix in (".jpg", ".png"):
+            if (file := folder / f"{path.name}{suffix}").is_file():
+                return file
+    return None
+
+
 def _file(name: str) -> Image.Image:
-    if not Path(name).exists():
+    path = find(name)
+    if path is None:
         raise DataError(f"{name}: no such file, nor one of {', '.join(AT_HAND)}")
-    return open_rgba(Path(name)).convert("RGB")
+    return open_rgba(path).convert("RGB")
 
 
 def _at_hand(name: str) -> Image.Image:

@@ -8,6 +8,7 @@ RGB. It starts from noise.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -21,10 +22,11 @@ from nca_models import motion, render
 from nca_models._files import whole_file
 from nca_models.data.images import open_rgba
 from nca_models.data.textures import texture
+from nca_models.data.vgg16 import vgg16
 from nca_models.filming import states_over_time
 from nca_models.learning import Samples
 from nca_models.modules import NCA, run
-from nca_models.texture_loss import features, sliced_transport
+from nca_models.texture_loss import features, sliced_transport, vgg16_features
 from nca_models.training.damage import DAMAGES
 from nca_models.training.logging import log10
 from nca_models.training.trainer import TrainConfig, setting
@@ -48,6 +50,8 @@ class Config(TrainConfig):
             `num_steps`.
         fire_rate: probability that a cell updates in a step.
         overflow: weight of the penalty on states beyond -1 to 1.
+        vgg16: file with the weights of a VGG16, whose features are then compared; None for the
+            features of random filters.
     """
 
     target_size: int = setting(lowest=20)
@@ -57,6 +61,7 @@ class Config(TrainConfig):
     min_steps: int
     fire_rate: float = 0.5
     overflow: float = 1.0
+    vgg16: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot be trained with (ValueError)."""
@@ -105,11 +110,16 @@ class SystemClass:
         self.config = config
         picture = open_rgba(folder / "target.png").convert("RGB")
         self.target = jnp.asarray(np.asarray(picture, np.float32) / 255)
-        self.wanted = features(self.target[None])
+        self.features = features
+        if config.vgg16 is not None:
+            self.features = partial(vgg16_features, vgg16(Path(config.vgg16)))
+        self.wanted = self.features(self.target[None])
 
     @staticmethod
     def prepare(config: Config, target: str | None, folder: Path) -> None:
         """Write `target.png`: an image file, or a texture at hand by its name (None: brick)."""
+        if config.vgg16 is not None:
+            vgg16(Path(config.vgg16))  # fails now, if ever
         picture: Image.Image = texture(target, config.target_size)
         with whole_file(folder / "target.png") as temporary:
             picture.save(temporary)
@@ -222,7 +232,7 @@ class SystemClass:
         return self.picture(states[:, 0])
 
     def _errors(self, state: jax.Array, key: jax.Array) -> jax.Array:
-        return sliced_transport(features(state[..., :3] + 0.5), self.wanted, key)
+        return sliced_transport(self.features(state[..., :3] + 0.5), self.wanted, key)
 
     def _log10(self, state: jax.Array) -> float:
         return log10(float(jnp.mean(self.errors({"state": state}))))

@@ -183,6 +183,6 @@ def test_what_does_not_fit_is_refused(tmp_path, capsys, monkeypatch):
 def test_nothing_stays_of_a_run_without_data(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    assert cli.main("train attention --data-dir empty --out new".split()) == 2
+    assert cli.main(["train", "attention", "--data-dir", "empty", "--out", "new"]) == 2
     assert "neither mnist.npz" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
