@@ -184,6 +184,16 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--preset", choices=systems.PRESET_NAMES, default="small")
     sweep.add_argument("--steps", type=_whole(1), metavar="N", help="training steps of each model")
     sweep.add_argument(
+        "--seeds", type=_whole(1), default=1, metavar="N", help="trainings of each (default: 1)"
+    )
+    sweep.add_argument("--vgg16", metavar="FILE", help="as for `nca train`")
+    sweep.add_argument(
+        "--together",
+        type=_whole(1),
+        metavar="N",
+        help="models of the same widths that train at once (default: as many as fit into memory)",
+    )
+    sweep.add_argument(
         "--out", metavar="DIR", type=Path, required=True, help="a sweep in it is continued"
     )
     sweep.set_defaults(run=_sweep)
@@ -333,7 +343,14 @@ def _sweep(args: argparse.Namespace) -> int:
     from nca_models.training import trainer
 
     grid = sweep.Grid(
-        tuple(args.textures), tuple(args.channels), tuple(args.hidden), args.preset, args.steps
+        textures=tuple(args.textures),
+        channels=tuple(args.channels),
+        hidden=tuple(args.hidden),
+        seeds=args.seeds,
+        preset=args.preset,
+        steps=args.steps,
+        vgg16=args.vgg16,
+        together=args.together,
     )
     try:
         table = sweep.sweep(grid, args.out)

@@ -113,7 +113,7 @@ class SystemClass:
         self.features = features
         if config.vgg16 is not None:
             self.features = partial(vgg16_features, vgg16(Path(config.vgg16)))
-        self.wanted = self.features(self.target[None])
+        self.learned = self.features(self.target[None])
 
     @staticmethod
     def prepare(config: Config, target: str | None, folder: Path) -> None:
@@ -143,7 +143,7 @@ class SystemClass:
 
     def errors(self, samples: Samples) -> jax.Array:
         """Return each sample's texture loss `[n]`, along directions that are always the same."""
-        return self._errors(samples["state"], jax.random.key(self.config.seed))
+        return self._errors(samples["state"], jax.random.key(0))
 
     def damage(self, key: jax.Array, samples: Samples) -> Samples:
         """Return the samples as they are: nothing is damaged in training."""
@@ -232,7 +232,7 @@ class SystemClass:
         return self.picture(states[:, 0])
 
     def _errors(self, state: jax.Array, key: jax.Array) -> jax.Array:
-        return sliced_transport(self.features(state[..., :3] + 0.5), self.wanted, key)
+        return sliced_transport(self.features(state[..., :3] + 0.5), self.learned, key)
 
     def _log10(self, state: jax.Array) -> float:
         return log10(float(jnp.mean(self.errors({"state": state}))))

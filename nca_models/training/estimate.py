@@ -109,6 +109,11 @@ def refuse_if_too_large(*compiled: Any) -> None:
 
 def peak_memory(*compiled: Any) -> int:
     """Bytes that the largest of some compiled calls needs, arguments and this process included."""
+    return planned_memory(*compiled) + resident_memory()
+
+
+def planned_memory(*compiled: Any) -> int:
+    """Bytes that XLA plans for the largest of some compiled calls; None is no call."""
     plans = [call.memory_analysis() for call in compiled if call is not None]
     needed: int = max(
         plan.temp_size_in_bytes
@@ -117,7 +122,7 @@ def peak_memory(*compiled: Any) -> int:
         - plan.alias_size_in_bytes
         for plan in plans
     )
-    return needed + (_resident() if jax.default_backend() == "cpu" else 0)
+    return needed
 
 
 def available_memory() -> int | None:
@@ -134,7 +139,7 @@ def available_memory() -> int | None:
             free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         except (ValueError, OSError, AttributeError):
             return None
-    return min(free, _container_limit()) + _resident()
+    return min(free, _container_limit()) + resident_memory()
 
 
 def _container_limit() -> int:
@@ -147,10 +152,12 @@ def _container_limit() -> int:
         return sys.maxsize
 
 
-def _resident() -> int:
-    """Peak of this process so far, in bytes; macOS counts in bytes, Linux in KiB."""
+def resident_memory() -> int:
+    """Peak of this process so far, in bytes, where it shares its memory with the device."""
+    if jax.default_backend() != "cpu":
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts in KiB
 
 
 def _timed(trainer: Any, compiled: Any, steps: int) -> float:
@@ -158,7 +165,7 @@ def _timed(trainer: Any, compiled: Any, steps: int) -> float:
     state, taken = trainer.initial_state(), []
     for _ in range(steps + 1):
         start = time.perf_counter()
-        state, loss = compiled(state, trainer.root_key)
+        state, loss = trainer.call(compiled, state)
         jax.block_until_ready(loss)
         taken.append(time.perf_counter() - start)
         if sum(taken) > _PATIENCE:

@@ -5,11 +5,12 @@ step needs is in the checkpoint, so a run that was killed and resumed reaches th
 left alone.
 """
 
-import math
+import shutil
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from types import FrameType
@@ -17,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from tqdm import tqdm
@@ -155,6 +157,11 @@ class Trainer:
         state = jax.eval_shape(self.initial_state)
         return self.step.lower(state, self.root_key).compile()
 
+    def call(self, compiled: Any, state: TrainState) -> tuple[TrainState, jax.Array]:
+        """Take a training step by what `compiled` returned."""
+        new: tuple[TrainState, jax.Array] = compiled(state, self.root_key)
+        return new
+
     def compiled_pool(self) -> Any:
         """Return what makes the first pool, compiled; None where there is no pool."""
         if not self.config.pool_size:
@@ -196,6 +203,51 @@ class Trainer:
         return indices, batch
 
 
+class Together:
+    """Trainers of systems of one shape as one: a training step takes all of them a step on.
+
+    Has what `train` uses of a `Trainer`; arrays of its state have a leading axis of the models.
+    What the systems learn may differ (their attribute `learned`, arrays), of their settings only
+    the seed.
+    """
+
+    def __init__(self, systems: Sequence[Any]):
+        """Build the models and compile nothing yet."""
+        self.members = [Trainer(system) for system in systems]
+        self.config = systems[0].config
+        self.root_key = jnp.stack([member.root_key for member in self.members])
+        self._learned = jax.tree.map(lambda *x: jnp.stack(x), *(s.learned for s in systems))
+        self._step = jax.jit(jax.vmap(self._member_step), donate_argnums=0)
+
+    def _member_step(
+        self, state: TrainState, root_key: jax.Array, learned: Any
+    ) -> tuple[TrainState, jax.Array]:
+        member, system = copy(self.members[0]), copy(self.members[0].system)
+        vars(system)["learned"] = learned
+        member.system = system
+        return member._step(state, root_key)
+
+    def initial_state(self) -> TrainState:
+        """Return the members' initial states, stacked."""
+        states = [member.initial_state() for member in self.members]
+        stacked: TrainState = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+        return stacked
+
+    def compiled(self) -> Any:
+        """Return the training step, compiled; see `Trainer.compiled`."""
+        state = jax.eval_shape(self.initial_state)
+        return self._step.lower(state, self.root_key, self._learned).compile()
+
+    def call(self, compiled: Any, state: TrainState) -> tuple[TrainState, jax.Array]:
+        """Take a training step; the losses are `[models]`."""
+        new: tuple[TrainState, jax.Array] = compiled(state, self.root_key, self._learned)
+        return new
+
+    def compiled_pool(self) -> Any:
+        """See `Trainer.compiled_pool`; the members' pools are made one after the other."""
+        return self.members[0].compiled_pool()
+
+
 def train(system: System, folder: Path, *, tensorboard: bool = False, progress: bool = True) -> Any:
     """Train until `system.config.num_train_steps`, from the newest checkpoint in `folder` if any.
 
@@ -214,21 +266,59 @@ def train(system: System, folder: Path, *, tensorboard: bool = False, progress: 
         TooLarge: it does not fit into memory; nothing has run yet.
     """
     trainer = Trainer(system)
+    state = _train(trainer, folder, [folder], tensorboard=tensorboard, progress=progress)
+    return trainer.model(state.params)
+
+
+def train_together(systems: Sequence[Any], folder: Path, folders: Sequence[Path]) -> list[Any]:
+    """Train systems of one shape at once, by `jax.vmap` over their weights.
+
+    Args:
+        systems: alike but for their seeds and what they learn, in `learned`.
+        folder: receives the checkpoints of all while they train, and is removed afterwards.
+        folders: of each, as `train` would leave them.
+
+    Returns:
+        The trained models.
+
+    Raises:
+        Interrupted, TooLarge: as `train`.
+        Diverged: the losses of all of them are not finite; of some, the log shows it.
+    """
+    together = Together(systems)
+    state = _train(together, folder, folders, tensorboard=False, progress=True)
+    models = []
+    for i, (member, own) in enumerate(zip(together.members, folders, strict=True)):
+        part: TrainState = jax.tree.map(lambda leaf, i=i: leaf[i], state)
+        with Checkpoints(own / "checkpoints") as checkpoints:
+            checkpoints.save(int(part.step), part)
+        models.append(member.model(part.params))
+    shutil.rmtree(folder)
+    return models
+
+
+def _train(
+    trainer: Trainer | Together,
+    folder: Path,
+    log_folders: Sequence[Path],
+    *,
+    tensorboard: bool,
+    progress: bool,
+) -> TrainState:
+    """Train to the end, with the checkpoints in `folder` and a log in each of `log_folders`."""
     step = trainer.compiled()
     refuse_if_too_large(step, trainer.compiled_pool())
-    with Checkpoints(folder / "checkpoints") as checkpoints:
+    with Checkpoints(folder / "checkpoints") as checkpoints, ExitStack() as stack:
         state = checkpoints.restore(jax.eval_shape(trainer.initial_state))
         if state is None:
             state = trainer.initial_state()
-        first = int(state.step)
-        with Log(folder, first, tensorboard=tensorboard) as log, stop_signals() as received:
-            total = system.config.num_train_steps
-            bar = tqdm(
-                total=total, initial=first, desc="training", unit="step", disable=not progress
-            )
-            with bar:
-                state = _loop(trainer, step, state, checkpoints, log, bar, received)
-    return trainer.model(state.params)
+        first, total = int(jnp.max(state.step)), trainer.config.num_train_steps
+        logs = [stack.enter_context(Log(f, first, tensorboard=tensorboard)) for f in log_folders]
+        received = stack.enter_context(stop_signals())
+        bar = stack.enter_context(
+            tqdm(total=total, initial=first, desc="training", unit="step", disable=not progress)
+        )
+        return _loop(trainer, step, state, first, checkpoints, logs, bar, received)
 
 
 def trained_model(system: System, folder: Path) -> Any:
@@ -246,28 +336,30 @@ def trained_model(system: System, folder: Path) -> Any:
 
 
 def _loop(
-    trainer: Trainer,
-    train_step: Any,
+    trainer: Trainer | Together,
+    compiled: Any,
     state: TrainState,
+    step: int,
     checkpoints: Checkpoints,
-    log: Log,
+    logs: Sequence[Log],
     bar: Any,
     received: list[int],
 ) -> TrainState:
     """Take the remaining steps, saving on schedule, on a signal and at the end."""
-    config, step, losses = trainer.config, int(state.step), []
+    config, losses = trainer.config, []
     while step < config.num_train_steps:
-        state, loss = train_step(state, trainer.root_key)
+        state, loss = trainer.call(compiled, state)
         step += 1
         losses.append(loss)
         stop = received[:1]  # read once: a signal may come at any time
         last = bool(stop) or step == config.num_train_steps
         save = last or step % config.checkpoint_every == 0
         if save or len(losses) == _LOG_EVERY:
-            _record(log, bar, step, losses)
+            _record(logs, bar, step, losses)
             losses = []
         if save:
-            log.flush()  # before the checkpoint, so that no checkpoint is ahead of its log
+            for log in logs:
+                log.flush()  # before the checkpoint, so that no checkpoint is ahead of its log
             checkpoints.save(step, state)
         if stop:
             raise Interrupted(stop[0], step)
@@ -277,14 +369,15 @@ def _loop(
 _LOG_EVERY = 10  # steps between reads of the loss, which make the host wait for the device
 
 
-def _record(log: Log, bar: Any, step: int, losses: list[jax.Array]) -> None:
-    """Log the losses of the steps up to `step`, and show them."""
-    values = [float(loss) for loss in jax.device_get(losses)]
-    for i, value in enumerate(values, start=step - len(values) + 1):
-        if not math.isfinite(value):
-            raise Diverged(f"the loss is {value} at step {i}: try a lower learning rate")
-        log.write(i, value)
-    mean = sum(values) / len(values)
+def _record(logs: Sequence[Log], bar: Any, step: int, losses: list[jax.Array]) -> None:
+    """Log the losses of the steps up to `step`, each a scalar or `[logs]`, and show them."""
+    values = np.stack(jax.device_get(losses)).reshape(len(losses), len(logs))
+    for i, row in enumerate(values, start=step - len(values) + 1):
+        if not np.isfinite(row).any():
+            raise Diverged(f"the loss is {row[0]} at step {i}: try a lower learning rate")
+        for log, value in zip(logs, row, strict=True):
+            log.write(i, float(value))
+    mean = float(values[np.isfinite(values)].mean())
     bar.set_postfix_str(f"loss {mean:.2e}, log10 {log10(mean):.2f}", refresh=False)
     bar.update(len(values))
 

@@ -15,7 +15,7 @@ from nca_models import cli, systems
 from nca_models.data import digits
 from nca_models.modules import Automaton
 from nca_models.systems import attention, diffusing, dynamics, growing, self_autoencoding
-from nca_models.training import trainer
+from nca_models.training import logging, trainer
 
 # The numbers of each paper preset, from the sources that the systems name.
 PAPER = {
@@ -165,6 +165,11 @@ def test_settings_of_another_system_are_refused(tmp_path, monkeypatch, capsys):
     assert "has neither mnist.npz nor" in capsys.readouterr().err
 
 
+def untrained(system, folder):
+    (folder / "log.csv").write_text("step,loss,log10_loss\n1,1.0,0.0\n")
+    return system.model(nnx.Rngs(0))
+
+
 def test_a_sweep_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     needs("dynamics")
     monkeypatch.setitem(dynamics.PRESETS, "small", TINY["dynamics"])
@@ -177,14 +182,14 @@ def test_a_sweep_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
         if len(trained) == 2:
             raise trainer.Interrupted(signal.SIGINT, 1)
         trained.append(folder.name)
-        return system.model(nnx.Rngs(0))
+        return untrained(system, folder)
 
     monkeypatch.setattr(trainer, "train", train)
     assert cli.main(line.split()) == 130
     assert "the same command continues" in capsys.readouterr().err
     first = (tmp_path / "sweep/sweep.csv").read_text()
     assert len(first.splitlines()) == 3
-    monkeypatch.setattr(trainer, "train", lambda system, folder: system.model(nnx.Rngs(0)))
+    monkeypatch.setattr(trainer, "train", untrained)
     assert cli.main(line.split()) == 0
     whole = (tmp_path / "sweep/sweep.csv").read_text()
     assert whole.startswith(first)
@@ -194,6 +199,43 @@ def test_a_sweep_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     assert iio.imread(tmp_path / "sweep/motion.png").size > 0
     assert cli.main([*line.replace("--steps 2", "--steps 3").split()]) == 2
     assert "choose another --out" in capsys.readouterr().err
+
+
+def test_a_sweep_trains_models_together(tmp_path, monkeypatch, capsys):
+    """By vmap over their weights, stopped and continued: as each would train alone."""
+    needs("dynamics")
+    monkeypatch.setitem(dynamics.PRESETS, "small", TINY["dynamics"])
+    monkeypatch.setattr(dynamics, "FRAMES", 3)
+    monkeypatch.chdir(tmp_path)
+    line = "sweep dynamics --channels 4 --hidden 5 --textures gravel brick --seeds 2 --steps 4"
+    record, calls = trainer._record, []
+
+    def stops(*args):
+        calls.append(args)
+        record(*args)
+        if len(calls) == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(trainer, "_LOG_EVERY", 1)
+    monkeypatch.setattr(trainer, "_record", stops)
+    assert cli.main([*line.split(), "--out", "sweep"]) == 130
+    assert (tmp_path / "sweep/gravel-c4-d5-s0-and-3-more").is_dir()
+    # Whatever there is room for now, those that have begun go on together.
+    assert cli.main([*line.split(), "--together", "3", "--out", "sweep"]) == 0
+    rows = (tmp_path / "sweep/sweep.csv").read_text().splitlines()[1:]
+    assert [row.split(",")[0] + row.split(",")[3] for row in rows] == [
+        "gravel0", "gravel1", "brick0", "brick1"
+    ]  # fmt: skip
+    assert not list((tmp_path / "sweep").glob("*-more"))
+    assert cli.main([*line.split(), "--together", "1", "--out", "alone"]) == 0
+    for name in ("gravel-c4-d5-s0", "gravel-c4-d5-s1", "brick-c4-d5-s0", "brick-c4-d5-s1"):
+        together, alone = (
+            logging.read(tmp_path / f / name / "log.csv") for f in ("sweep", "alone")
+        )
+        assert together[0] == alone[0] == [1, 2, 3, 4]
+        np.testing.assert_allclose(together[1], alone[1], rtol=1e-4)
+    capsys.readouterr()
+    assert cli.main(["eval", "dynamics", "sweep/brick-c4-d5-s1"]) == 0
 
 
 # ---- what is particular to each ----
