@@ -1,6 +1,7 @@
 """Fused steps for neural cellular automata in JAX: arrays in, arrays out.
 
-``nk.step`` is one step, ``nk.rollout`` many, ``nk.update`` a step whose perception is given.
+``nk.step`` is one step, ``nk.rollout`` many, ``nk.sharded_rollout`` many on many devices;
+``nk.update`` is a step whose perception is given.
 ``nk.neighborhood_attention`` lets every cell attend to the cells around it.
 ``nk.Rule`` and ``nk.RuleParams`` say what a step computes; ``nk.taps`` makes perceptions from
 filter banks by name. ``nk.backends()`` says what runs here, and why not; ``nk.cost`` what a step
@@ -12,6 +13,7 @@ from nca_kernels.cost import Cost, cost
 from nca_kernels.dispatch import BackendUnavailable, backends
 from nca_kernels.ops.neighborhood_attention import neighborhood_attention
 from nca_kernels.ops.rollout import rollout
+from nca_kernels.ops.sharded_rollout import sharded_rollout
 from nca_kernels.ops.step import step
 from nca_kernels.ops.update import update
 from nca_kernels.perception import filter_bank, taps
@@ -30,6 +32,7 @@ __all__ = [
     "filter_bank",
     "neighborhood_attention",
     "rollout",
+    "sharded_rollout",
     "step",
     "taps",
     "update",

@@ -12,6 +12,7 @@ JAX's with ``jax_threefry_partitionable``.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,17 +28,54 @@ def fire_operand(key: Any, fire_rate: float, shape: tuple[int, ...]) -> Array | 
     """What a kernel needs to know who fires: key data ``uint32 [2]``, a mask, or None for all.
 
     The mask ``bool [*shape]`` is drawn here by ``jax.random`` where its bits are not threefry's
-    of the cell index: another PRNG, ``jax_threefry_partitionable=False``, or x64.
+    of the cell index: another PRNG, ``jax_threefry_partitionable=False``, or x64. A mask in the
+    place of the key is that mask.
     """
     if fire_rate >= 1.0:
         return None
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
-    config: Any = jax.config
-    counted = config.jax_threefry_partitionable and not config.jax_enable_x64
-    if str(jax.random.key_impl(key)) == "threefry2x32" and counted:
+    if key.dtype == jnp.bool_:
+        return key
+    key = _typed(key)
+    if _counted(key):
         return jax.random.key_data(key)
     return jax.random.bernoulli(key, fire_rate, shape)
+
+
+def drawn(key: Any, fire_rate: float, shape: tuple[int, ...]) -> Array:
+    """The mask ``bool [*shape]`` by ``jax.random``; a mask in the place of the key is that mask."""
+    return key if key.dtype == jnp.bool_ else jax.random.bernoulli(key, fire_rate, shape)
+
+
+def drawn_at(
+    key: Any, fire_rate: float, shape: tuple[int, ...], positions: Sequence[Array]
+) -> Array:
+    """A part of the mask of ``shape``: ``bool [n, m, ...]`` at ``positions``, of each axis int32.
+
+    Equivalent to ``jax.random.bernoulli(key, fire_rate, shape)[jnp.ix_(*positions)]``, and as long
+    as the bits are threefry's of the cell index no other cell's are drawn.
+    """
+    key = _typed(key)
+    if not _counted(key):
+        whole = jax.random.bernoulli(key, fire_rate, shape)
+        return whole.at[jnp.ix_(*positions)].get(mode="clip")
+    part = tuple(position.size for position in positions)
+    words = [p.astype(jnp.uint32).reshape(-1, *(1,) * (len(part) - a - 1))
+             for a, p in enumerate(positions)]  # fmt: skip
+    high, low = _index(shape, [jnp.broadcast_to(word, part) for word in words])
+    data = jax.random.key_data(key)
+    return _below_rate(threefry_bits(data[0], data[1], high, low), fire_rate)
+
+
+def _typed(key: Any) -> Any:
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return key if typed else jax.random.wrap_key_data(key)
+
+
+def _counted(key: Any) -> bool:
+    """Whether a cell's bits are threefry's of the key and the cell's index."""
+    config: Any = jax.config
+    counted = config.jax_threefry_partitionable and not config.jax_enable_x64
+    return counted and str(jax.random.key_impl(key)) == "threefry2x32"
 
 
 def fires(key_data: Array, fire_rate: float, shape: tuple[int, ...]) -> Array:
@@ -47,6 +85,10 @@ def fires(key_data: Array, fire_rate: float, shape: tuple[int, ...]) -> Array:
     """
     high, low = cell_index(shape)
     bits = threefry_bits(key_data[0], key_data[1], high, low)
+    return _below_rate(bits, fire_rate)
+
+
+def _below_rate(bits: Array, fire_rate: float) -> Array:
     return (bits >> np.uint32(9)) < np.uint32(threshold(fire_rate))
 
 
@@ -73,12 +115,19 @@ def cell_index(shape: tuple[int, ...]) -> tuple[Array, Array]:
     """The C-order index of every cell as two uint32 ``[*shape]``: (high, low) words."""
     if math.prod(shape) <= 2**32:
         return jnp.zeros(shape, jnp.uint32), lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
-    high = low = jnp.zeros(shape, jnp.uint32)
+    return _index(shape, [lax.broadcasted_iota(jnp.uint32, shape, a) for a in range(len(shape))])
+
+
+def _index(shape: tuple[int, ...], positions: Sequence[Array]) -> tuple[Array, Array]:
+    """The C-order index in ``shape``, as two words, of cells at uint32 ``positions`` by axis."""
+    high = low = jnp.zeros_like(positions[0])
     stride = 1
-    for axis in reversed(range(len(shape))):
-        position = lax.broadcasted_iota(jnp.uint32, shape, axis)
-        high, low = multiply_add(high, low, position, stride)
-        stride *= shape[axis]
+    for position, size in zip(reversed(positions), reversed(shape), strict=True):
+        if math.prod(shape) <= 2**32:
+            low = low + position * np.uint32(stride)
+        else:
+            high, low = multiply_add(high, low, position, stride)
+        stride *= size
     return high, low
 
 

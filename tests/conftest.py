@@ -1,4 +1,4 @@
-"""Set up before JAX and Triton are imported: several host devices, Triton's interpreter."""
+"""Set up before JAX and Triton are imported: eight host devices, Triton's interpreter."""
 
 import os
 
@@ -10,7 +10,7 @@ os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 os.environ.pop("NCA_BACKEND", None)
 flags = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in flags:
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=4".strip()
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
 
 
 @pytest.fixture(scope="module")

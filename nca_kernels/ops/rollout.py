@@ -57,39 +57,40 @@ def rollout(
         state, sampled = carry
         state = step(rule, params, state, jax.random.fold_in(key, t), inputs, backend)
         if sample_steps is not None:
-            sampled = _where_sample(sample_steps == t + 1, state, sampled)
+            sampled = where_sample(sample_steps == t + 1, state, sampled)
         return (state, sampled), state if return_states else None
 
     state = jnp.asarray(state)
     carry = (state, state if sample_steps is not None else None)
-    (final, sampled), states = _checkpointed_scan(one_step, carry, num_steps, checkpoint)
+    steps = jnp.arange(num_steps)
+    (final, sampled), states = checkpointed_scan(one_step, carry, steps, checkpoint)
     if return_states:
         return final, states
     return final if sample_steps is None else (final, sampled)
 
 
-def _checkpointed_scan(body: Callable, carry: Any, num_steps: int, checkpoint: str | int) -> Any:
-    """``lax.scan(body, carry, arange(num_steps))``, keeping the carry of one step in ``every``."""
+def checkpointed_scan(body: Callable, carry: Any, steps: Array, checkpoint: str | int) -> Any:
+    """``lax.scan(body, carry, steps)``, keeping the carry of one step in ``every``."""
     # Between two kept states a step's own residuals (its input state) live for a moment only.
+    num_steps = len(steps)
     if isinstance(checkpoint, int):
         every = checkpoint
     else:
         every = 1 if checkpoint == "all" else math.isqrt(max(num_steps - 1, 0)) + 1
     body = jax.checkpoint(body, prevent_cse=False, policy=_saves_kernel_outputs)
     if every == 1 or num_steps <= every:
-        return lax.scan(body, carry, jnp.arange(num_steps))
+        return lax.scan(body, carry, steps)
 
     @jax.checkpoint
     def segment(carry: Any, steps: Array) -> Any:
         return lax.scan(body, carry, steps)
 
     whole = num_steps - num_steps % every
-    steps = jnp.arange(whole).reshape(-1, every)
-    carry, outs = lax.scan(segment, carry, steps)
+    carry, outs = lax.scan(segment, carry, steps[:whole].reshape(-1, every))
     outs = jax.tree.map(lambda o: o.reshape(-1, *o.shape[2:]), outs)
     if whole == num_steps:
         return carry, outs
-    carry, rest = lax.scan(body, carry, jnp.arange(whole, num_steps))
+    carry, rest = lax.scan(body, carry, steps[whole:])
     return carry, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), outs, rest)
 
 
@@ -98,7 +99,7 @@ def _saves_kernel_outputs(primitive: Any, *args: Any, **params: Any) -> bool:
     return primitive.name == "nca_step_forward"
 
 
-def _where_sample(chosen: Array, state: Array, otherwise: Array) -> Array:
+def where_sample(chosen: Array, state: Array, otherwise: Array) -> Array:
     """Per sample: ``chosen [*batch]`` selects between two ``[*batch, *spatial, C]``."""
     chosen = chosen.reshape(*chosen.shape, *(1,) * (state.ndim - chosen.ndim))
     return jnp.where(chosen, state, otherwise)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from nca_kernels.fire_mask import drawn
 from nca_kernels.perception import same_margins
 from nca_kernels.rule import ACTIVATIONS, Rule, RuleParams, compute_dtype, dot, lax_precision
 
@@ -52,7 +52,7 @@ def update(
             hidden = hidden + bias.astype(dtype).reshape((1,) * (hidden.ndim - 1) + (-1,))
         if i < len(layers) - 1:
             hidden = ACTIVATIONS[rule.activation](hidden)
-    fires = jax.random.bernoulli(key, rule.fire_rate, state.shape[:-1])
+    fires = drawn(key, rule.fire_rate, state.shape[:-1])
     change = jnp.where(fires[..., None], rule.step_size * hidden, 0)
     new_state = (state.astype(dtype) + change).astype(state.dtype)
     if rule.alive is None:

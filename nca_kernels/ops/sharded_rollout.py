@@ -1,0 +1,337 @@
+"""``sharded_rollout``: a rollout of one lattice on many devices.
+
+Every device holds a block of the grid. Before ``steps_per_exchange`` steps it receives from its
+neighbours the cells around its block that those steps depend on (the halo), takes the steps on
+block and halo, and keeps its block: the halo's cells, wrong from their outer end inwards, never
+reach it.
+
+At a true border there is nothing to receive, and a block does not lie in the middle of what its
+device steps on but at the end: so the step's own padding is at work there, whatever it is, and not
+an imitation of it.
+
+A grid that the mesh does not divide evenly lies in blocks of equal size all the same, which
+overlap by a cell here and there; of a cell that two blocks hold, both hold the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.sharding import PartitionSpec
+
+from nca_kernels import dispatch
+from nca_kernels.fire_mask import drawn_at
+from nca_kernels.ops.rollout import checkpointed_scan, where_sample
+from nca_kernels.ops.step import nca_step
+from nca_kernels.perception import same_margins
+from nca_kernels.rule import Rule, RuleParams, check_rollout, check_step
+
+
+def sharded_rollout(
+    rule: Rule,
+    params: RuleParams,
+    state: Array,
+    key: Any,
+    num_steps: int,
+    inputs: Array | None = None,
+    checkpoint: str | int = "sqrt",
+    return_states: bool = False,
+    sample_steps: Array | None = None,
+    backend: str = "auto",
+    *,
+    mesh: Any,
+    partition_spec: PartitionSpec,
+    steps_per_exchange: int = 1,
+) -> Any:
+    """A rollout with the lattice, the batch or both split over the devices of a mesh.
+
+    Equivalent to ``nk.rollout`` with the same arguments, and with the same backend the same states
+    to the bit: a cell fires by its place in the whole grid. Gradients of the weights are summed in
+    another order, so they agree to rounding.
+
+    Args:
+        rule, params, state, key, num_steps, inputs, checkpoint, return_states, sample_steps,
+            backend: as for :func:`nca_kernels.rollout`; the weights are on every device.
+        mesh: the devices, a ``jax.sharding.Mesh``.
+        partition_spec: which mesh axes split which dims of ``state``: ``P("data", "x", "y")`` for
+            ``[batch, height, width, C]``, say; the channels cannot be split, and batch dims must
+            be divisible.
+        steps_per_exchange: k, the steps between two exchanges of halos. A halo is as wide as k
+            steps reach (3x3 taps: k cells, 2k with alive masking): larger k means fewer, larger
+            messages, and cells computed twice.
+
+    Returns:
+        As :func:`nca_kernels.rollout`, split as ``partition_spec`` says; along grid dims that are
+        not divisible, whole on every device.
+
+    Raises:
+        ValueError, TypeError, BackendUnavailable: as :func:`nca_kernels.rollout`, and for a mesh
+            that cannot hold the state, or blocks smaller than a halo.
+
+    The states move between neighbours only, by ``lax.ppermute``; of the weights' gradients there is
+    one ``lax.psum``. With ``checkpoint``, "step" stands for ``steps_per_exchange`` steps.
+    """
+    batch_shape = check_step(rule, params, state, key, inputs)
+    check_rollout(num_steps, checkpoint, sample_steps, return_states, batch_shape)
+    layout = _layout(rule, params, np.shape(state), mesh, partition_spec, steps_per_exchange)
+    run = partial(_run, rule, num_steps, checkpoint, return_states, dispatch.requested(backend))
+    return run(layout, mesh, params, jnp.asarray(state), key, inputs, sample_steps)
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """One dim of the state, batch or grid; ``shards`` devices hold ``block`` places of it each."""
+
+    size: int
+    names: tuple[str, ...]  # of mesh axes; empty where every device holds all of it
+    shards: int
+    halo: int  # places received on either side
+    periodic: bool
+
+    @property
+    def block(self) -> int:
+        return -(-self.size // self.shards)
+
+    @property
+    def window(self) -> int:
+        """Places that a device steps on."""
+        return self.block + 2 * self.halo
+
+    @property
+    def even(self) -> bool:
+        return self.block * self.shards == self.size
+
+    def shard(self) -> Any:
+        return lax.axis_index(self.names) if self.names else 0
+
+    def start(self, shard: Any) -> Any:
+        """First place of a block; also of the one before the first, and after the last."""
+        return shard * self.size // self.shards
+
+    def offset(self) -> Any:
+        """Where in its window this device's block begins: at the end where the border is true."""
+        if self.periodic or not self.halo:
+            return self.halo
+        shard = self.shard()
+        middle = jnp.where(shard == self.shards - 1, 2 * self.halo, self.halo)
+        return jnp.where(shard == 0, 0, middle)
+
+    def positions(self) -> Array:
+        """Which places of the whole dim this device's window shows; beyond a true border, any."""
+        places = self.start(self.shard()) - self.offset() + jnp.arange(self.window)
+        return places % self.size if self.periodic else places
+
+
+def _layout(
+    rule: Rule,
+    params: RuleParams,
+    shape: tuple[int, ...],
+    mesh: Any,
+    spec: PartitionSpec,
+    steps_per_exchange: int,
+) -> tuple[tuple[_Axis, ...], int, int]:
+    """Per dim of the state without its channels an axis; the batch dims; steps per exchange."""
+    if not isinstance(mesh, (jax.sharding.Mesh, jax.sharding.AbstractMesh)):
+        raise TypeError(f"mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}")
+    if not isinstance(spec, PartitionSpec):
+        raise TypeError(
+            f"partition_spec must be a jax.sharding.PartitionSpec, got {type(spec).__name__}"
+        )
+    if isinstance(steps_per_exchange, bool) or not isinstance(steps_per_exchange, int):
+        raise TypeError(f"steps_per_exchange must be an int, got {steps_per_exchange!r}")
+    if steps_per_exchange < 1:
+        raise ValueError(f"steps_per_exchange must be at least 1, got {steps_per_exchange}")
+    entries = (*spec, *(None,) * (len(shape) - len(spec)))
+    if len(entries) > len(shape) or entries[-1] is not None:
+        raise ValueError(
+            f"partition_spec must name mesh axes for dims of a state of shape {shape} but not for "
+            f"its channels, the last one; got {spec}"
+        )
+    kernel = np.shape(params.perception)[:-2]
+    num_batch_dims = len(shape) - len(kernel) - 1
+    axes = []
+    for dim, (size, entry) in enumerate(zip(shape[:-1], entries, strict=False)):
+        names = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+        unknown = [name for name in names if name not in mesh.shape]
+        if unknown:
+            raise ValueError(
+                f"partition_spec names {', '.join(map(repr, unknown))}, but the mesh has "
+                f"{', '.join(map(repr, mesh.shape))}"
+            )
+        shards = int(np.prod([mesh.shape[name] for name in names], dtype=int))
+        if dim < num_batch_dims:
+            if size % shards:
+                raise ValueError(
+                    f"state dim {dim}, a batch dim of {size}, cannot be split over {shards} "
+                    "devices: give a batch that is divisible"
+                )
+            axes.append(_Axis(size, names, shards, 0, False))
+            continue
+        reach = max(same_margins(kernel)[dim - num_batch_dims]) + (rule.alive is not None)
+        halo = reach * steps_per_exchange if shards > 1 else 0
+        if halo > size // shards:
+            raise ValueError(
+                f"state dim {dim} of {size} cells over {shards} devices leaves {size // shards} "
+                f"cells to one, fewer than its halo of {halo} (a step reaches {reach}, "
+                f"steps_per_exchange is {steps_per_exchange}): split it over fewer devices"
+                + (", or exchange more often" if steps_per_exchange > 1 else "")
+            )
+        axes.append(_Axis(size, names, shards, halo, rule.padding == "circular"))
+    return tuple(axes), num_batch_dims, steps_per_exchange
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6))
+def _run(
+    rule: Rule,
+    num_steps: int,
+    checkpoint: str | int,
+    return_states: bool,
+    backend: str,
+    layout: tuple[tuple[_Axis, ...], int, int],
+    mesh: Any,
+    params: RuleParams,
+    state: Array,
+    key: Any,
+    inputs: Array | None,
+    sample_steps: Array | None,
+) -> Any:
+    axes, num_batch_dims, steps_per_exchange = layout
+    names = [axis.names or None for axis in axes]
+    cells, samples = PartitionSpec(*names), PartitionSpec(*names[:num_batch_dims])
+    per_cell = inputs is not None and inputs.ndim == state.ndim
+
+    def on_each(params: RuleParams, block: Array, key: Any, inputs: Any, sample_steps: Any) -> Any:
+        used = tuple(name for axis in axes for name in axis.names)
+        if used:  # once, so that their gradients are summed over the devices once
+            params = jax.tree.map(lambda w: lax.pcast(w, used, to="varying"), params)
+        if per_cell:
+            inputs = _window(inputs, axes)
+
+        def one_step(carry: tuple[Array, Any], t: Array) -> tuple[tuple[Array, Any], Any]:
+            window, sampled = carry
+            step_key, shape = jax.random.fold_in(key, t), tuple(axis.size for axis in axes)
+            if rule.fire_rate < 1.0:
+                positions = [axis.positions() for axis in axes]
+                step_key = drawn_at(step_key, rule.fire_rate, shape, positions)
+            window = nca_step(rule, params, window, step_key, inputs, backend)
+            if sample_steps is not None:
+                sampled = where_sample(sample_steps == t + 1, _block(window, axes), sampled)
+            return (window, sampled), _block(window, axes) if return_states else None
+
+        def exchange_and_step(steps: int, carry: tuple[Array, Any], first: Array) -> Any:
+            block, sampled = carry
+            carry = (_window(block, axes), sampled)
+            if steps == 1:
+                carry, states = one_step(carry, first)
+                states = None if states is None else states[None]
+            else:
+                carry, states = lax.scan(one_step, carry, first + jnp.arange(steps))
+            return (_block(carry[0], axes), carry[1]), states
+
+        carry = (block, block if sample_steps is not None else None)
+        rounds, rest = divmod(num_steps, steps_per_exchange)
+        carry, states = checkpointed_scan(
+            partial(exchange_and_step, steps_per_exchange),
+            carry,
+            jnp.arange(rounds) * steps_per_exchange,
+            checkpoint,
+        )
+        if return_states:
+            states = states.reshape(-1, *block.shape)
+        if rest:
+            steps = jnp.array([rounds * steps_per_exchange])
+            body = partial(exchange_and_step, rest)
+            carry, more = checkpointed_scan(body, carry, steps, checkpoint)
+            if return_states:
+                states = jnp.concatenate([states, more.reshape(-1, *block.shape)])
+        final, sampled = carry
+        return final, states if return_states else sampled
+
+    more = PartitionSpec(None, *cells) if return_states else cells
+    mapped = jax.shard_map(
+        on_each,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), cells, PartitionSpec(), cells if per_cell else samples, samples),
+        out_specs=(cells, more),
+    )
+    place = partial(_place, mesh)
+    blocks = place(_in_blocks(state, axes), cells)
+    if inputs is not None and per_cell:
+        inputs = place(_in_blocks(inputs, axes), cells)
+    elif inputs is not None:
+        inputs = place(inputs, samples)
+    if sample_steps is not None:
+        sample_steps = place(sample_steps, samples)
+    final, other = mapped(params, blocks, key, inputs, sample_steps)
+    whole = PartitionSpec(*(name if axis.even else None for name, axis in zip(names, axes)))
+    final = _whole(place(final, whole), axes)
+    if return_states:
+        other = _whole(place(other, PartitionSpec(None, *whole)), axes, leading=1)
+    elif sample_steps is not None:
+        other = _whole(place(other, whole), axes)
+    return final if other is None else (final, other)
+
+
+def _window(block: Array, axes: Sequence[_Axis]) -> Array:
+    """A device's block with the halo that its neighbours send it, one dim after the other.
+
+    What a dim's halo brings is part of what is sent along the next one, so that corners arrive.
+    """
+    for dim, axis in enumerate(axes):
+        if not axis.halo:
+            continue
+        halo, shard, shards = axis.halo, axis.shard(), axis.shards
+        take = partial(lax.dynamic_slice_in_dim, block, slice_size=halo, axis=dim)
+        after = axis.start(shard + 1) - axis.start(shard) - halo
+        before = axis.start(shard - 1) + axis.block - axis.start(shard)
+        pairs = [(i, (i + 1) % shards) for i in range(shards if axis.periodic else shards - 1)]
+        left = lax.ppermute(take(after), axis.names, pairs)
+        right = lax.ppermute(take(before), axis.names, [(b, a) for a, b in pairs])
+        if axis.periodic:
+            block = jnp.concatenate([left, block, right], dim)
+        else:  # of this the first device takes the end, the last one the beginning
+            padded = jnp.concatenate([right, left, block, right, left], dim)
+            start = 2 * halo - axis.offset()
+            block = lax.dynamic_slice_in_dim(padded, start, axis.window, dim)
+    return block
+
+
+def _block(window: Array, axes: Sequence[_Axis]) -> Array:
+    """What a device keeps of its window."""
+    for dim, axis in enumerate(axes):
+        if axis.halo:
+            window = lax.dynamic_slice_in_dim(window, axis.offset(), axis.block, dim)
+    return window
+
+
+def _in_blocks(array: Array, axes: Sequence[_Axis]) -> Array:
+    """The whole grid as blocks of equal size in a row, overlapping where they must."""
+    for dim, axis in enumerate(axes):
+        if not axis.even:
+            starts = np.arange(axis.shards)[:, None] * axis.size // axis.shards
+            array = jnp.take(array, (starts + np.arange(axis.block)).ravel(), axis=dim)
+    return array
+
+
+def _place(mesh: Any, array: Array, spec: PartitionSpec) -> Array:
+    """``array``, split as ``spec`` says where the mesh wants that to be said (explicit axes)."""
+    explicit = jax.sharding.AxisType.Explicit in mesh.axis_types
+    return jax.reshard(array, jax.NamedSharding(mesh, spec)) if explicit else array
+
+
+def _whole(array: Array, axes: Sequence[_Axis], leading: int = 0) -> Array:
+    """What :func:`_in_blocks` took apart; ``leading`` dims come before those of ``axes``."""
+    for dim, axis in enumerate(axes, start=leading):
+        if not axis.even:
+            starts = np.arange(axis.shards) * axis.size // axis.shards
+            place = np.arange(axis.size)
+            shard = np.searchsorted(starts, place, side="right") - 1
+            array = jnp.take(array, shard * axis.block + place - starts[shard], axis=dim)
+    return array
