@@ -5,6 +5,7 @@ training run that diverges is exit code 1; a signal is 128 plus its number.
 """
 
 import argparse
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +18,7 @@ from nca_models.training import DAMAGE_NAMES
 
 if TYPE_CHECKING:
     from nca_models.systems import System
+    from nca_models.training.split import Split
 
 _EXAMPLES = """\
 examples:
@@ -116,6 +118,19 @@ def _parser() -> argparse.ArgumentParser:
         flag = "--" + _FLAGS.get(name, name).replace("_", "-")
         choices = DAMAGE_NAMES if name == "damage" else None
         train.add_argument(flag, dest=name, type=kind, metavar=metavar, choices=choices, help=text)
+    devices = train.add_argument_group("several devices")
+    devices.add_argument(
+        "--mesh",
+        metavar="AXES",
+        help="devices along the batch (data) and the dims of the grid (x, y, z), as in data=2,x=4",
+    )
+    devices.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT|auto",
+        help="of several processes: where the first one is, or as the cluster's environment says",
+    )
+    devices.add_argument("--processes", type=_whole(1), metavar="N", help="how many there are")
+    devices.add_argument("--process-id", type=_whole(0), metavar="I", help="this one, from 0")
     train.set_defaults(run=_train)
 
     demo = commands.add_parser(
@@ -131,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="training steps (default: the preset's)",
     )
-    demo.set_defaults(run=_demo)
+    demo.set_defaults(run=_demo, mesh=None, coordinator=None)
     for command in (train, demo):
         command.add_argument("--resume", action="store_true", help="continue the run in DIR")
         command.add_argument(
@@ -247,10 +262,12 @@ def _train(args: argparse.Namespace) -> int:
     settings = {name: getattr(args, name) for name in _SETTINGS}
     request = run_folder.Request(args.system, args.preset, args.target, settings)
     if args.estimate:
-        return _estimate(request)
+        return _estimate(request, _split(args))
     if args.out is None:
         raise InputError("--out is needed: the folder of the run; see `nca train --help`")
     resume = f"nca train {args.system} --out {args.out} --resume"
+    if args.mesh:
+        resume += f" --mesh {args.mesh}"
     return _train_and_show(args, request, resume, compare=False)
 
 
@@ -269,20 +286,32 @@ def _train_and_show(
     _check_target(request.system, request.target)
     if args.tensorboard and find_spec("tensorboardX") is None:
         raise InputError("--tensorboard needs `pip install tensorboardX`")
+    split = _split(args)
     _check_backend(request.settings.get("backend"))
-    system = _open(folder, request)
+    first = split is None or split.first_process
+    if first:
+        _open(folder, request)
+    if split is not None:
+        split.wait("the run's folder")
+    system = run_folder.load(folder)
 
     from nca_models import demo
     from nca_models.training import trainer
 
-    config = system.config
-    print(f"training {request.system} for {config.num_train_steps} steps, in {folder}", flush=True)
+    steps = system.config.num_train_steps
+    if first:
+        print(f"training {request.system} for {steps} steps, in {folder}", flush=True)
     try:
-        model = trainer.train(system, folder, tensorboard=args.tensorboard)
+        model = trainer.train(system, folder, tensorboard=args.tensorboard, split=split)
     except trainer.Interrupted as stop:
         return _fail(f"{stop}, and saved; continue with: {resume}", 128 + stop.signum)
     except trainer.Diverged as error:
         return _fail(f"{error}, with --learning-rate X and another --out", 1)
+    except trainer.ProcessLost as error:
+        _fail(f"another process is gone ({error}); once all are: {resume}", 1)
+        os._exit(1)  # leaving JAX in order would wait for the lost one
+    if not first:
+        return 0
     metrics, paths = demo.show(system, model, folder)
     _print_metrics(system.measured, metrics)
     if compare:
@@ -298,7 +327,28 @@ def _train_and_show(
     return 0
 
 
-def _estimate(request: run_folder.Request) -> int:
+def _split(args: argparse.Namespace) -> "Split | None":
+    """Connect with the other processes, and lay the mesh out; None without --mesh."""
+    if args.coordinator is not None and args.mesh is None:
+        raise InputError("--coordinator: several processes need --mesh, as in --mesh data=2,x=4")
+    if args.mesh is None:
+        return None
+    both = args.processes is not None and args.process_id is not None
+    if args.coordinator not in (None, "auto") and not both:
+        raise InputError(f"--coordinator {args.coordinator}: needs --processes and --process-id")
+
+    from nca_models.training import split
+
+    try:
+        sizes = split.parse(args.mesh)
+        if args.coordinator is not None:
+            split.join(args.coordinator, args.processes, args.process_id)
+        return split.make(sizes)
+    except ValueError as error:
+        raise InputError(f"--mesh: {error}") from error
+
+
+def _estimate(request: run_folder.Request, split: "Split | None") -> int:
     """Say what a training will take; it is set up in a folder that is removed again."""
     _check_target(request.system, request.target)
     _check_backend(request.settings.get("backend"))
@@ -307,7 +357,7 @@ def _estimate(request: run_folder.Request) -> int:
 
         from nca_models.training import estimate, trainer
 
-        found = estimate.estimate(trainer.Trainer(system))
+        found = estimate.estimate(trainer.Trainer(system, split))
     print(f"{request.system}, preset {request.preset or 'small'}")
     for line in found.lines():
         print(f"  {line}")
@@ -479,7 +529,6 @@ _OPTIONAL = ("imageio-ffmpeg", "tensorboardX", "jax-triton")
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    import os
     import platform
 
     import jax

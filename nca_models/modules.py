@@ -1,6 +1,6 @@
 """Flax nnx modules over the public operations of `nca_kernels`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -123,6 +123,11 @@ class NCA(Automaton):
         )
         self.rule = rule
         self.backend = backend
+        self.devices: tuple[Any, Any] | None = None
+
+    def split_over(self, mesh: jax.sharding.Mesh, spec: Callable[[int], Any]) -> None:
+        """From now on split rollouts over a mesh: `spec(state.ndim)` is the `PartitionSpec`."""
+        self.devices = mesh, spec
 
     def rule_params(self) -> nk.RuleParams:
         """Return the weights in the form that `nca_kernels` takes."""
@@ -162,7 +167,13 @@ class NCA(Automaton):
         """Take `num_steps` steps; step t uses `jax.random.fold_in(key, t)`.
 
         `options` are those of `nca_kernels.rollout`: `checkpoint`, `return_states`,
-        `sample_steps`. The result is as there.
+        `sample_steps`, `after_step`. The result is as there.
         """
         options.setdefault("backend", self.backend)
+        if self.devices is not None:
+            mesh, spec = self.devices
+            split = {"mesh": mesh, "partition_spec": spec(state.ndim)}
+            return nk.sharded_rollout(
+                self.rule, self.rule_params(), state, key, num_steps, inputs, **options, **split
+            )
         return nk.rollout(self.rule, self.rule_params(), state, key, num_steps, inputs, **options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,8 @@ from jax import Array, lax
 
 from nca_kernels.ops.step import step
 from nca_kernels.rule import Rule, RuleParams, check_rollout, check_step
+
+AfterStep = Callable[[Array, Array, Sequence[Array]], Array]
 
 
 def rollout(
@@ -25,13 +27,15 @@ def rollout(
     return_states: bool = False,
     sample_steps: Array | None = None,
     backend: str = "auto",
+    after_step: AfterStep | None = None,
 ) -> Any:
     """``num_steps`` steps; step ``t`` (from 0) uses ``jax.random.fold_in(key, t)``.
 
     Equivalent to::
 
         for t in range(num_steps):
-            state = nk.step(rule, params, state, jax.random.fold_in(key, t), inputs)
+            new = nk.step(rule, params, state, jax.random.fold_in(key, t), inputs)
+            state = new if after_step is None else after_step(state, new, places)
 
     Args:
         rule, params, state, key, inputs, backend: as for :func:`nca_kernels.step`.
@@ -42,6 +46,9 @@ def rollout(
         return_states: also return every state.
         sample_steps: int ``[*batch]``, each from 0 to T: also return each sample's state after
             that many steps, without keeping the trajectory.
+        after_step: what happens to the state after each step, cell by cell, such as a wall:
+            ``(state before the step, state after it, places) -> state``. ``places`` has for each
+            grid dim the indices of the cells, int32, shaped to broadcast with the states.
 
     Returns:
         The final state; ``(final, states [T, *batch, *spatial, C])`` with ``return_states``;
@@ -52,10 +59,13 @@ def rollout(
     """
     batch_shape = check_step(rule, params, state, key, inputs)
     check_rollout(num_steps, checkpoint, sample_steps, return_states, batch_shape)
+    grid = state.shape[len(batch_shape) : -1]
 
     def one_step(carry: tuple[Array, Any], t: Array) -> tuple[tuple[Array, Any], Array | None]:
-        state, sampled = carry
-        state = step(rule, params, state, jax.random.fold_in(key, t), inputs, backend)
+        before, sampled = carry
+        state = step(rule, params, before, jax.random.fold_in(key, t), inputs, backend)
+        if after_step is not None:
+            state = after_step(before, state, broadcast_places(map(jnp.arange, grid)))
         if sample_steps is not None:
             sampled = where_sample(sample_steps == t + 1, state, sampled)
         return (state, sampled), state if return_states else None
@@ -92,6 +102,12 @@ def checkpointed_scan(body: Callable, carry: Any, steps: Array, checkpoint: str 
         return carry, outs
     carry, rest = lax.scan(body, carry, steps[whole:])
     return carry, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), outs, rest)
+
+
+def broadcast_places(places: Iterable[Array]) -> list[Array]:
+    """Of each grid dim the places ``[n]``, with dims of 1 for the dims after it, channels too."""
+    listed = list(places)
+    return [p.reshape(-1, *(1,) * (len(listed) - dim)) for dim, p in enumerate(listed)]
 
 
 def _saves_kernel_outputs(primitive: Any, *args: Any, **params: Any) -> bool:

@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec
 
 from nca_kernels import dispatch
 from nca_kernels.fire_mask import drawn_at
-from nca_kernels.ops.rollout import checkpointed_scan, where_sample
+from nca_kernels.ops.rollout import AfterStep, broadcast_places, checkpointed_scan, where_sample
 from nca_kernels.ops.step import nca_step
 from nca_kernels.perception import same_margins
 from nca_kernels.rule import Rule, RuleParams, check_rollout, check_step
@@ -45,6 +45,7 @@ def sharded_rollout(
     return_states: bool = False,
     sample_steps: Array | None = None,
     backend: str = "auto",
+    after_step: AfterStep | None = None,
     *,
     mesh: Any,
     partition_spec: PartitionSpec,
@@ -58,7 +59,9 @@ def sharded_rollout(
 
     Args:
         rule, params, state, key, num_steps, inputs, checkpoint, return_states, sample_steps,
-            backend: as for :func:`nca_kernels.rollout`; the weights are on every device.
+            backend, after_step: as for :func:`nca_kernels.rollout`; the weights are on every
+            device. ``after_step`` sees a device's part of the state, with the places of that part
+            in the whole grid; it must be hashable, and is compiled once if it is equal to the last.
         mesh: the devices, a ``jax.sharding.Mesh``.
         partition_spec: which mesh axes split which dims of ``state``: ``P("data", "x", "y")`` for
             ``[batch, height, width, C]``, say; the channels cannot be split, and batch dims must
@@ -82,7 +85,7 @@ def sharded_rollout(
     check_rollout(num_steps, checkpoint, sample_steps, return_states, batch_shape)
     layout = _layout(rule, params, np.shape(state), mesh, partition_spec, steps_per_exchange)
     run = partial(_run, rule, num_steps, checkpoint, return_states, dispatch.requested(backend))
-    return run(layout, mesh, params, jnp.asarray(state), key, inputs, sample_steps)
+    return run(after_step, layout, mesh, params, jnp.asarray(state), key, inputs, sample_steps)
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ class _Axis:
         middle = jnp.where(shard == self.shards - 1, 2 * self.halo, self.halo)
         return jnp.where(shard == 0, 0, middle)
 
-    def positions(self) -> Array:
+    def places(self) -> Array:
         """Which places of the whole dim this device's window shows; beyond a true border, any."""
         places = self.start(self.shard()) - self.offset() + jnp.arange(self.window)
         return places % self.size if self.periodic else places
@@ -187,13 +190,14 @@ def _layout(
     return tuple(axes), num_batch_dims, steps_per_exchange
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6))
+@partial(jax.jit, static_argnums=tuple(range(8)))
 def _run(
     rule: Rule,
     num_steps: int,
     checkpoint: str | int,
     return_states: bool,
     backend: str,
+    after_step: AfterStep | None,
     layout: tuple[tuple[_Axis, ...], int, int],
     mesh: Any,
     params: RuleParams,
@@ -215,12 +219,14 @@ def _run(
             inputs = _window(inputs, axes)
 
         def one_step(carry: tuple[Array, Any], t: Array) -> tuple[tuple[Array, Any], Any]:
-            window, sampled = carry
+            before, sampled = carry
             step_key, shape = jax.random.fold_in(key, t), tuple(axis.size for axis in axes)
+            places = [axis.places() for axis in axes]
             if rule.fire_rate < 1.0:
-                positions = [axis.positions() for axis in axes]
-                step_key = drawn_at(step_key, rule.fire_rate, shape, positions)
-            window = nca_step(rule, params, window, step_key, inputs, backend)
+                step_key = drawn_at(step_key, rule.fire_rate, shape, places)
+            window = nca_step(rule, params, before, step_key, inputs, backend)
+            if after_step is not None:
+                window = after_step(before, window, broadcast_places(places[num_batch_dims:]))
             if sample_steps is not None:
                 sampled = where_sample(sample_steps == t + 1, _block(window, axes), sampled)
             return (window, sampled), _block(window, axes) if return_states else None

@@ -8,6 +8,7 @@ A state is `[*batch, size, size, depth, C]` float32; the last channel is the ink
 cells live. Plane 0 is the near face, the last plane the far one.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from flax import nnx
 from nca_models import render
 from nca_models.filming import states_over_time
 from nca_models.learning import LearnsDigits, Samples, dropout_rule
-from nca_models.modules import NCA, Automaton, run
+from nca_models.modules import NCA, run
 from nca_models.training.damage import DAMAGES
 from nca_models.training.logging import log10
 from nca_models.training.trainer import TrainConfig, setting
@@ -88,19 +89,36 @@ PRESETS = {
 }
 
 
+@dataclass(frozen=True)
+class Wall:
+    """The middle plane, but for its hole, is empty; and the near face stays as it is.
+
+    Called as `nca_kernels.rollout` calls its `after_step`, for lattices of size `grid`.
+    """
+
+    grid: tuple[int, ...]
+
+    def __call__(
+        self, before: jax.Array, after: jax.Array, places: Sequence[jax.Array]
+    ) -> jax.Array:
+        """Return the state after a step, `[*batch, *grid, C]` or a part of the grid."""
+        y, x, z = (place == n // 2 for place, n in zip(places, self.grid, strict=True))
+        after = jnp.where(z & ~(y & x), 0.0, after)
+        ink = jnp.arange(after.shape[-1]) == after.shape[-1] - 1
+        return jnp.where((places[2] == 0) & ink, before, after)
+
+
 class Lattice(NCA):
     """An automaton whose steps end with the wall and the face: what they are is not up to it."""
 
     def __call__(
         self, state: jax.Array, key: jax.Array, inputs: jax.Array | None = None
     ) -> jax.Array:
-        """Take one step; the middle plane is cleared but for its hole, the near face inked anew."""
-        face = state[..., 0, -1]
-        state = super().__call__(state, key)
-        y, x, z = (n // 2 for n in state.shape[-4:-1])
-        hole = state[..., y, x, z, :]
-        state = state.at[..., z, :].set(0.0).at[..., y, x, z, :].set(hole)
-        return state.at[..., 0, -1].set(face)
+        """Take one step; see `NCA`."""
+        after = super().__call__(state, key, inputs)
+        grid = state.shape[-4:-1]
+        places = [jnp.arange(n).reshape(-1, *(1,) * (3 - dim)) for dim, n in enumerate(grid)]
+        return Wall(grid)(state, after, places)
 
     def rollout(
         self,
@@ -110,8 +128,9 @@ class Lattice(NCA):
         inputs: jax.Array | None = None,
         **options: Any,
     ) -> Any:
-        """Take these steps; see `Automaton.rollout`."""
-        return Automaton.rollout(self, state, key, num_steps, **options)
+        """Take these steps; see `NCA.rollout`."""
+        wall = Wall(state.shape[-4:-1])
+        return super().rollout(state, key, num_steps, inputs, after_step=wall, **options)
 
 
 class SystemClass(LearnsDigits):
@@ -143,7 +162,7 @@ class SystemClass(LearnsDigits):
         key_rollout, key_steps = jax.random.split(key)
         state, least, most = samples["state"], self.config.min_steps, self.config.num_steps
         steps = jax.random.randint(key_steps, state.shape[:1], least, most + 1)
-        _, sampled = model.rollout(state, key_rollout, most, sample_steps=steps)
+        _, sampled = model.rollout(state, key_rollout, most, sample_steps=steps, checkpoint="all")
         new = {"state": sampled, "index": samples["index"]}
         return jnp.mean(self.errors(new)), new
 

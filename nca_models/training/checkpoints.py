@@ -55,7 +55,7 @@ class Checkpoints:
         """Return the newest `TrainState`, or None if there is none.
 
         Args:
-            template: a `TrainState` of `jax.ShapeDtypeStruct`, as from `jax.eval_shape`.
+            template: a `TrainState` of `jax.ShapeDtypeStruct`, with shardings or for one device.
 
         Raises:
             ValueError: shapes or names in the checkpoint are not those of the template.
@@ -77,9 +77,12 @@ class Checkpoints:
         return jax.tree.unflatten(structure, [found[prefix + _name(path)] for path, _ in paths])
 
     def _read(self, parts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         placed = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), parts
+            lambda leaf: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=leaf.sharding or device
+            ),
+            parts,
         )
         args = {name: ocp.args.StandardRestore(part) for name, part in placed.items()}
         found = self._manager.restore(self.latest(), args=ocp.args.Composite(**args))

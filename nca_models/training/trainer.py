@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,12 +23,14 @@ import optax
 from flax import nnx
 from tqdm import tqdm
 
+from nca_models.modules import NCA
 from nca_models.run_folder import RunError
 from nca_models.systems import System
 from nca_models.training import pool as pools
 from nca_models.training.checkpoints import Checkpoints
 from nca_models.training.estimate import refuse_if_too_large
 from nca_models.training.logging import Log, log10
+from nca_models.training.split import Split, local
 
 
 def setting(default: Any = MISSING, *, lowest: int) -> Any:
@@ -112,6 +114,10 @@ class Diverged(Exception):
     """The loss is no longer a finite number."""
 
 
+class ProcessLost(Exception):
+    """Another process of the training is gone, and it cannot go on."""
+
+
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """Return Adam on a linear schedule, after clipping by the gradient's global norm."""
     schedule = optax.linear_schedule(
@@ -121,41 +127,66 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 
 class Trainer:
-    """A system's jitted training step and its initial state.
+    """A system's jitted training step and its initial state, on one device or split over several.
 
     Attributes:
         params: the parameters of a new model.
         step: jitted `(TrainState, root_key) -> (TrainState, loss)`; it donates its first argument.
     """
 
-    def __init__(self, system: System):
-        """Build the model of `system` and compile nothing yet."""
+    def __init__(self, system: System, split: Split | None = None):
+        """Build the model of `system` and compile nothing yet.
+
+        Raises:
+            RunError: `split`, but the system's steps cannot be split.
+        """
         self.system = system
+        self.split = split
         self.config = system.config
         self.optimizer = optimizer(self.config)
         self.root_key, self._pool_key = jax.random.split(jax.random.key(self.config.seed))
         self.step = jax.jit(self._step, donate_argnums=0)
-        self._fresh_pool = jax.jit(lambda key: system.fresh(key, system.config.pool_size))
+        fresh = lambda key: system.fresh(key, system.config.pool_size)
+        shardings = None
+        if split is not None:
+            shardings = split.pool_shardings(jax.eval_shape(fresh, self._pool_key))
+            self.root_key, self._pool_key = split.everywhere((self.root_key, self._pool_key))
+        self._fresh_pool = jax.jit(fresh, out_shardings=shardings)
         model = system.model(nnx.Rngs(self.config.seed))
+        if split is not None and not isinstance(model, NCA):
+            raise RunError(f"{type(model).__name__} cannot be split over devices: leave out --mesh")
         parts: Any = nnx.split(model, nnx.Param, ...)
         self._graph, self.params, self._constants = parts
 
     def initial_state(self) -> TrainState:
         """Return the state before the first step: new weights and a pool of fresh samples."""
+        weights = self._initial_weights()
+        if self.split is not None:
+            weights = self.split.everywhere(weights)
+        pool = self._fresh_pool(self._pool_key) if self.config.pool_size else None
+        step, params, opt_state = weights
+        return TrainState(step, params, opt_state, pool)
+
+    def _initial_weights(self) -> tuple[jax.Array, Any, Any]:
         # Copies: the training step donates its state's buffers, and these are needed again.
         params = jax.tree.map(jnp.copy, self.params)
-        pool = self._fresh_pool(self._pool_key) if self.config.pool_size else None
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            opt_state=self.optimizer.init(params),
-            pool=pool,
+        return jnp.zeros((), jnp.int32), params, self.optimizer.init(params)
+
+    def abstract_state(self) -> TrainState:
+        """Return shapes, dtypes and, where it is split, shardings of `initial_state`."""
+        weights = jax.eval_shape(self._initial_weights)
+        pool = jax.eval_shape(self._fresh_pool, self._pool_key) if self.config.pool_size else None
+        state, split = TrainState(weights[0], weights[1], weights[2], pool), self.split
+        if split is None:
+            return state
+        shardings = replace(
+            jax.tree.map(lambda _: split.whole, state), pool=split.pool_shardings(pool)
         )
+        return jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), state, shardings)
 
     def compiled(self) -> Any:
         """Return `step`, compiled: callable, and with XLA's plan for its memory."""
-        state = jax.eval_shape(self.initial_state)
-        return self.step.lower(state, self.root_key).compile()
+        return self.step.lower(self.abstract_state(), self.root_key).compile()
 
     def call(self, compiled: Any, state: TrainState) -> tuple[TrainState, jax.Array]:
         """Take a training step by what `compiled` returned."""
@@ -176,13 +207,20 @@ class Trainer:
         key = jax.random.fold_in(root_key, state.step)
         key_batch, key_loss = jax.random.split(key)
         indices, batch = self._batch(state.pool, key_batch)
+        if self.split is not None:
+            batch = self.split.on_devices(batch)
 
         def loss_fn(params: Any) -> tuple[jax.Array, Any]:
-            return self.system.loss(self.model(params), batch, key_loss)
+            model = self.model(params)
+            if self.split is not None:
+                model.split_over(self.split.mesh, self.split.spec)
+            return self.system.loss(model, batch, key_loss)
 
         (loss, batch), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         new_pool = None if state.pool is None else pools.update(state.pool, indices, batch)
+        if self.split is not None:
+            new_pool = self.split.in_pool(new_pool)
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state, new_pool), loss
 
@@ -233,10 +271,14 @@ class Together:
         stacked: TrainState = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
         return stacked
 
+    def abstract_state(self) -> TrainState:
+        """Return shapes and dtypes of `initial_state`."""
+        state: TrainState = jax.eval_shape(self.initial_state)
+        return state
+
     def compiled(self) -> Any:
         """Return the training step, compiled; see `Trainer.compiled`."""
-        state = jax.eval_shape(self.initial_state)
-        return self._step.lower(state, self.root_key, self._learned).compile()
+        return self._step.lower(self.abstract_state(), self.root_key, self._learned).compile()
 
     def call(self, compiled: Any, state: TrainState) -> tuple[TrainState, jax.Array]:
         """Take a training step; the losses are `[models]`."""
@@ -248,7 +290,14 @@ class Together:
         return self.members[0].compiled_pool()
 
 
-def train(system: System, folder: Path, *, tensorboard: bool = False, progress: bool = True) -> Any:
+def train(
+    system: System,
+    folder: Path,
+    *,
+    tensorboard: bool = False,
+    progress: bool = True,
+    split: Split | None = None,
+) -> Any:
     """Train until `system.config.num_train_steps`, from the newest checkpoint in `folder` if any.
 
     Args:
@@ -256,18 +305,20 @@ def train(system: System, folder: Path, *, tensorboard: bool = False, progress: 
         folder: receives `log.csv`, `checkpoints/` and, with `tensorboard`, event files.
         tensorboard: whether to log to TensorBoard too (needs tensorboardX).
         progress: whether to show a progress bar on stderr.
+        split: over which devices; each process of several calls this, with a folder that all see.
 
     Returns:
-        The trained model.
+        The trained model, on one device.
 
     Raises:
         Interrupted: on SIGINT or SIGTERM, once the step is done and a checkpoint saved.
         Diverged: the loss is not finite.
+        ProcessLost: of several processes, another one is gone.
         TooLarge: it does not fit into memory; nothing has run yet.
     """
-    trainer = Trainer(system)
+    trainer = Trainer(system, split)
     state = _train(trainer, folder, [folder], tensorboard=tensorboard, progress=progress)
-    return trainer.model(state.params)
+    return trainer.model(local(state.params))
 
 
 def train_together(systems: Sequence[Any], folder: Path, folders: Sequence[Path]) -> list[Any]:
@@ -306,19 +357,29 @@ def _train(
     progress: bool,
 ) -> TrainState:
     """Train to the end, with the checkpoints in `folder` and a log in each of `log_folders`."""
-    step = trainer.compiled()
+    try:
+        step = trainer.compiled()
+    except ValueError as error:  # a mesh that cannot hold the grid
+        raise RunError(str(error)) from error
     refuse_if_too_large(step, trainer.compiled_pool())
     with Checkpoints(folder / "checkpoints") as checkpoints, ExitStack() as stack:
-        state = checkpoints.restore(jax.eval_shape(trainer.initial_state))
+        state = checkpoints.restore(trainer.abstract_state())
         if state is None:
             state = trainer.initial_state()
         first, total = int(jnp.max(state.step)), trainer.config.num_train_steps
+        if jax.process_index() > 0:  # one process writes and speaks
+            log_folders, progress = [], False
         logs = [stack.enter_context(Log(f, first, tensorboard=tensorboard)) for f in log_folders]
         received = stack.enter_context(stop_signals())
         bar = stack.enter_context(
             tqdm(total=total, initial=first, desc="training", unit="step", disable=not progress)
         )
-        return _loop(trainer, step, state, first, checkpoints, logs, bar, received)
+        try:
+            return _loop(trainer, step, state, first, checkpoints, logs, bar, received)
+        except jax.errors.JaxRuntimeError as error:
+            if jax.process_count() == 1:
+                raise
+            raise ProcessLost(str(error).splitlines()[0]) from error
 
 
 def trained_model(system: System, folder: Path) -> Any:
@@ -371,11 +432,11 @@ _LOG_EVERY = 10  # steps between reads of the loss, which make the host wait for
 
 def _record(logs: Sequence[Log], bar: Any, step: int, losses: list[jax.Array]) -> None:
     """Log the losses of the steps up to `step`, each a scalar or `[logs]`, and show them."""
-    values = np.stack(jax.device_get(losses)).reshape(len(losses), len(logs))
+    values = np.stack(jax.device_get(losses)).reshape(len(losses), -1)
     for i, row in enumerate(values, start=step - len(values) + 1):
         if not np.isfinite(row).any():
             raise Diverged(f"the loss is {row[0]} at step {i}: try a lower learning rate")
-        for log, value in zip(logs, row, strict=True):
+        for log, value in zip(logs, row, strict=False):
             log.write(i, float(value))
     mean = float(values[np.isfinite(values)].mean())
     bar.set_postfix_str(f"loss {mean:.2e}, log10 {log10(mean):.2f}", refresh=False)
