@@ -308,7 +308,7 @@ def _train_and_show(
     except trainer.Diverged as error:
         return _fail(f"{error}, with --learning-rate X and another --out", 1)
     except trainer.ProcessLost as error:
-        _fail(f"another process is gone ({error}); once all are: {resume}", 1)
+        _fail(f"another process is gone ({error}); once all have stopped, run: {resume}", 1)
         os._exit(1)  # leaving JAX in order would wait for the lost one
     if not first:
         return 0

@@ -38,8 +38,9 @@ class Checkpoints:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close the folder."""
-        self._manager.close()
+        """Close the folder; after an error, without waiting for processes that may be gone."""
+        if kind is None or jax.process_count() == 1:
+            self._manager.close()
 
     def latest(self) -> int | None:
         """Return the training step of the newest checkpoint, or None."""

@@ -144,3 +144,9 @@ def join(coordinator: str, processes: int | None, process: int | None) -> None:
 def local(tree: Any) -> Any:
     """Return arrays that are on every device as arrays of one device of this process."""
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
+
+
+def means_a_lost_process(error: Exception) -> bool:
+    """Tell whether an error comes of another process's end: by what the transports say then."""
+    words = ("gloo", "nccl", "heartbeat", "unavailable", "coordination", "barrier", "connection")
+    return jax.process_count() > 1 and any(word in str(error).lower() for word in words)

@@ -30,7 +30,7 @@ from nca_models.training import pool as pools
 from nca_models.training.checkpoints import Checkpoints
 from nca_models.training.estimate import refuse_if_too_large
 from nca_models.training.logging import Log, log10
-from nca_models.training.split import Split, local
+from nca_models.training.split import Split, local, means_a_lost_process
 
 
 def setting(default: Any = MISSING, *, lowest: int) -> Any:
@@ -376,8 +376,8 @@ def _train(
         )
         try:
             return _loop(trainer, step, state, first, checkpoints, logs, bar, received)
-        except jax.errors.JaxRuntimeError as error:
-            if jax.process_count() == 1:
+        except (RuntimeError, ValueError) as error:
+            if not means_a_lost_process(error):
                 raise
             raise ProcessLost(str(error).splitlines()[0]) from error
 
