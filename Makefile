@@ -52,7 +52,7 @@ check: $(VENV)/installed-models,test,check
 
 bench: $(VENV)/installed-models,test,peers
 	$(BIN)/python -m pytest benchmarks --save $(PYTEST_ARGS)
-	$(BIN)/python -m benchmarks.memory --save
+	$(BIN)/python -m benchmarks.large --save
 
 gallery: $(VENV)/installed-models,test
 	$(BIN)/python -m benchmarks.gallery

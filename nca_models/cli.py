@@ -51,6 +51,7 @@ _RUN_EXAMPLES = """\
 examples:
   nca run cat --steps 400 --damage half --gif cat.gif
   nca run cat --steps 1000 --every 10 --mp4 cat.mp4 --png strip.png
+  nca run bricks --size 2048 --every 20 --mp4 wall.mp4
 """
 
 
@@ -169,7 +170,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--fps", type=_whole(1), default=20, metavar="N", help="frames a second")
     run.add_argument(
-        "--scale", type=_whole(1), default=8, metavar="N", help="pixels a cell (default: 8)"
+        "--scale", type=_whole(1), metavar="N", help="pixels a cell (default: 8, less if large)"
+    )
+    run.add_argument(
+        "--size", type=_whole(1), metavar="N", help="side of the grid (default: as trained)"
     )
     run.add_argument("--seed", type=_whole(0), default=0, metavar="N", help="of the fire masks")
     run.add_argument("--backend", metavar="NAME", help="default: the run's own")
@@ -485,12 +489,15 @@ def _run(args: argparse.Namespace) -> int:
         run_folder.load(args.folder)  # raises, before anything heavy
     _check_backend(args.backend)
 
-    from nca_models import render
+    system = run_folder.load(args.folder, args.backend, args.size)
+
+    from tqdm import tqdm
+
+    from nca_models import filming, render
     from nca_models.training import trainer
 
-    system = run_folder.load(args.folder, args.backend)
     model = trainer.trained_model(system, args.folder)
-    film = system.film(
+    frames = system.frames(
         model,
         args.steps,
         every=args.every,
@@ -500,13 +507,20 @@ def _run(args: argparse.Namespace) -> int:
     )
     if not any(outputs.values()):
         outputs["gif"] = args.folder / "run.gif"
-    film = render.upscale(film, args.scale)
-    for suffix in ("gif", "mp4"):
-        if outputs[suffix]:
-            render.save_film(outputs[suffix], film, args.fps)
-    if outputs["png"]:
-        render.save_png(outputs["png"], render.strip(film, gap=args.scale))
-    for path in filter(None, outputs.values()):
+    written = {suffix: path for suffix, path in outputs.items() if path is not None}
+    count = filming.number_of_frames(args.steps, args.every)
+    shown = tqdm(frames, total=count, desc="running", unit="frame")
+    if list(written) == ["png"]:  # a few of the frames
+        kept = set(render.spread(count))
+        film: Any = [frame for i, frame in enumerate(shown) if i in kept]
+    else:  # frames go to disk as they come, unless several files want them
+        film = shown if len(written) == 1 else list(shown)
+    larger = lambda frame: render.upscale(frame, args.scale or render.scale_of(frame))
+    for suffix in written.keys() - {"png"}:
+        render.save_film(written[suffix], map(larger, film), args.fps)
+    if "png" in written:
+        render.save_png(written["png"], render.strip([larger(f) for f in film], gap=8))
+    for path in written.values():
         print(path)
     return 0
 

@@ -1,11 +1,26 @@
 """States over time, damaged on the way: what a system's film is made of."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from nca_models.modules import Automaton, run
+
+
+def number_of_frames(num_steps: int, every: int) -> int:
+    """Return how many states `states_over_time` yields."""
+    return 1 + -(-num_steps // every)
+
+
+class Films:
+    """A system whose `frames` can be had as one array."""
+
+    def film(self, model: Any, num_steps: int, **options: Any) -> np.ndarray:
+        """Return all of `System.frames`, `[frames, height, width, 3]` uint8."""
+        frames: Iterator[np.ndarray] = self.frames(model, num_steps, **options)  # type: ignore[attr-defined]
+        return np.stack(list(frames))
 
 
 def states_over_time(
@@ -17,20 +32,21 @@ def states_over_time(
     key: jax.Array,
     damage: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     damage_at: int = 0,
-) -> jax.Array:
-    """Run a model and keep its states, `[frames, *state]`.
+) -> Iterator[jax.Array]:
+    """Run a model and yield its states, one at a time.
 
     Args:
         model: what to run.
         state: where it starts.
         num_steps: how many steps.
-        every: steps from one kept state to the next; the first and the last are kept always.
+        every: steps from one state to the next; the first and the last come always.
         key: of everything random.
         damage: `(key, state) -> state`, done once.
         damage_at: after which step.
     """
     key, key_damage = jax.random.split(key)
-    states, done = [state], 0
+    yield state
+    done = 0
     while done < num_steps:
         stops = [num_steps, (done // every + 1) * every]
         stop = min(stops + [damage_at] * (damage is not None and done < damage_at))
@@ -39,5 +55,4 @@ def states_over_time(
         if damage is not None and done == damage_at:
             state = damage(key_damage, state)
         if done % every == 0 or done == num_steps:
-            states.append(state)
-    return jnp.stack(states)
+            yield state

@@ -1,5 +1,7 @@
 """What systems learn from, as base classes: a picture or digits, kept in the folder of the run."""
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from flax import nnx
 import nca_kernels as nk
 from nca_models import render
 from nca_models.data import digits, images
-from nca_models.filming import states_over_time
+from nca_models.filming import Films, states_over_time
 from nca_models.modules import NCA
 from nca_models.training.damage import DAMAGES
 from nca_models.training.logging import log10
@@ -33,7 +35,7 @@ def dropout_rule(config: Any) -> nk.Rule:
     )
 
 
-class LearnsPicture:
+class LearnsPicture(Films):
     """A system whose last four channels are to become a picture: premultiplied RGBA.
 
     Its config has `target_size` and `padding`; samples are `{"state": [n, size, size, C]}`.
@@ -67,12 +69,19 @@ class LearnsPicture:
         state: jax.Array = self.fresh(key, n)["state"]  # type: ignore[attr-defined]
         return state
 
-    def film(
+    @staticmethod
+    def resized(config: Any, size: int) -> Any:
+        """See `System.resized`: there is more room around the picture."""
+        if size < config.target_size:
+            raise ValueError(f"{size} is below the picture's own size of {config.target_size}")
+        return replace(config, padding=(size - config.target_size) // 2)
+
+    def frames(
         self, model: NCA, num_steps: int, *, every: int, damage: str, damage_at: int, seed: int
-    ) -> np.ndarray:
-        """Run from a state of `start`, damaged after `damage_at` steps; see `System.film`."""
+    ) -> Iterator[np.ndarray]:
+        """Run from a state of `start`, damaged after `damage_at` steps; see `System.frames`."""
         key = jax.random.key(seed)
-        states = states_over_time(
+        for state in states_over_time(
             model,
             self.start(key, 1),
             num_steps,
@@ -80,8 +89,8 @@ class LearnsPicture:
             key=key,
             damage=DAMAGES[damage],
             damage_at=damage_at,
-        )
-        return self.picture(states[:, 0])
+        ):
+            yield self.picture(state[0])
 
     def errors(self, samples: Samples) -> jax.Array:
         """Return each sample's mean squared error `[n]` of RGBA."""
@@ -96,7 +105,7 @@ class LearnsPicture:
         return render.over_white(np.asarray(state[..., -4:]))
 
 
-class LearnsDigits:
+class LearnsDigits(Films):
     """A system that is shown digits; its config has `target_size`.
 
     Samples are `{"state": [n, *spatial, C], "index": [n]}`, the index that of a training digit.
@@ -115,6 +124,13 @@ class LearnsDigits:
         """Write `digits.npz`: of a folder with MNIST's files, or (None) of scikit-learn."""
         data = digits.digits(config.target_size, None if target is None else Path(target))
         digits.save(data, folder / "digits.npz")
+
+    @staticmethod
+    def resized(config: Any, size: int) -> Any:
+        """See `System.resized`: digits have one size."""
+        raise ValueError(
+            f"digits are {config.target_size} x {config.target_size} here, and stay so"
+        )
 
     def damage(self, key: jax.Array, samples: Samples) -> Samples:
         """Return the samples as they are: nothing is damaged in training."""

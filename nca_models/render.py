@@ -4,12 +4,13 @@ Pictures are `[height, width, 3]` uint8, films `[frames, height, width, 3]` uint
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import imageio.v3 as iio
 import numpy as np
+from PIL import Image
 
 from nca_models._files import whole_file
 
@@ -37,10 +38,20 @@ def upscale(picture: np.ndarray, factor: int) -> np.ndarray:
     return picture.repeat(factor, axis=-3).repeat(factor, axis=-2)
 
 
-def strip(film: np.ndarray, count: int = 8, gap: int = 2) -> np.ndarray:
+def scale_of(picture: np.ndarray) -> int:
+    """Return how many pixels a cell of a picture of cells may take: 8, fewer for large ones."""
+    return max(1, min(8, 1024 // max(picture.shape[:2])))
+
+
+def spread(length: int, count: int = 8) -> list[int]:
+    """Return up to `count` indices, evenly spread from the first to the last of so many."""
+    chosen = np.linspace(0, length - 1, min(count, length))
+    return [int(i) for i in chosen.round()]
+
+
+def strip(film: np.ndarray | Sequence[np.ndarray], count: int = 8, gap: int = 2) -> np.ndarray:
     """Put `count` frames, evenly spread from the first to the last, side by side on white."""
-    chosen = np.linspace(0, len(film) - 1, min(count, len(film))).round().astype(int)
-    return beside([film[i] for i in chosen], gap)
+    return beside([film[i] for i in spread(len(film), count)], gap)
 
 
 def beside(pictures: Sequence[np.ndarray], gap: int = 2) -> np.ndarray:
@@ -64,27 +75,39 @@ def save_png(path: Path, picture: np.ndarray) -> None:
         iio.imwrite(temporary, picture, extension=".png")
 
 
-def save_gif(path: Path, film: np.ndarray, fps: float = 20.0) -> None:
-    """Write a film that repeats for ever, `fps` frames a second.
+def save_gif(path: Path, film: Iterable[np.ndarray], fps: float = 20.0) -> None:
+    """Write a film, or frames as they come, that repeats for ever, `fps` frames a second.
 
     GIF counts time in hundredths of a second. Frames equal to the one before make it stay longer.
     """
+    frames = (Image.fromarray(frame) for frame in film)
     with whole_file(path) as temporary:
-        iio.imwrite(temporary, film, extension=".gif", duration=1000 / fps, loop=0)
+        first = next(frames)
+        first.save(temporary, save_all=True, append_images=frames, duration=1000 / fps, loop=0)
 
 
-def save_mp4(path: Path, film: np.ndarray, fps: float = 20.0) -> None:
-    """Write a film as H.264, which players want with even sides: odd ones gain a white pixel."""
-    height, width = film.shape[1:3]
-    even = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))
-    padded = np.pad(film, even, constant_values=255)
+def save_mp4(path: Path, film: Iterable[np.ndarray], fps: float = 20.0) -> None:
+    """Write a film, or frames as they come, as H.264; odd sides, which it lacks, gain a pixel."""
+    import imageio_ffmpeg
+
     with whole_file(path) as temporary, warnings.catch_warnings():
         # JAX warns of every fork; this one only starts ffmpeg.
         warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
-        iio.imwrite(temporary, padded, extension=".mp4", fps=fps, macro_block_size=2)
+        writer = None
+        for frame in film:
+            height, width = frame.shape[:2]
+            even = ((0, height % 2), (0, width % 2), (0, 0))
+            padded = np.ascontiguousarray(np.pad(frame, even, constant_values=255))
+            if writer is None:
+                size = padded.shape[1::-1]
+                writer = imageio_ffmpeg.write_frames(temporary, size, fps=fps, macro_block_size=2)
+                writer.send(None)
+            writer.send(padded)
+        if writer is not None:
+            writer.close()
 
 
-def save_film(path: Path, film: np.ndarray, fps: float = 20.0) -> None:
+def save_film(path: Path, film: Iterable[np.ndarray], fps: float = 20.0) -> None:
     """Write a film in the format that the suffix names, .gif or .mp4."""
     {".gif": save_gif, ".mp4": save_mp4}[path.suffix.lower()](path, film, fps)
 

@@ -104,11 +104,13 @@ def require(folder: Path, system: str) -> None:
         raise RunError(f"{folder} is a run of {found}, not of {system}")
 
 
-def load(folder: Path, backend: str | None = None) -> systems.System:
+def load(folder: Path, backend: str | None = None, size: int | None = None) -> systems.System:
     """Return the system of the run in `folder`, on its own backend or on `backend`.
 
+    With `size`, its films are on a square grid of that side.
+
     Raises:
-        RunError: there is no run, or `config.json` is not one.
+        RunError: there is no run, `config.json` is not one, or the size is impossible.
     """
     saved = _read(folder)
     module = systems.load(saved["system"])
@@ -116,6 +118,11 @@ def load(folder: Path, backend: str | None = None) -> systems.System:
     config = replace(config, **{name: _tupled(v) for name, v in saved["config"].items()})
     if backend is not None:
         config = replace(config, backend=backend)
+    if size is not None:
+        try:
+            config = module.SystemClass.resized(config, size)
+        except ValueError as error:
+            raise RunError(f"--size {size}: {error}") from error
     system: systems.System = module.SystemClass(config, folder)
     return system
 

@@ -26,10 +26,9 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
-from nca_kernels import dispatch
 from nca_kernels.fire_mask import drawn_at
 from nca_kernels.ops.rollout import AfterStep, broadcast_places, checkpointed_scan, where_sample
-from nca_kernels.ops.step import nca_step
+from nca_kernels.ops.step import nca_step, requested
 from nca_kernels.perception import same_margins
 from nca_kernels.rule import Rule, RuleParams, check_rollout, check_step
 
@@ -84,7 +83,7 @@ def sharded_rollout(
     batch_shape = check_step(rule, params, state, key, inputs)
     check_rollout(num_steps, checkpoint, sample_steps, return_states, batch_shape)
     layout = _layout(rule, params, np.shape(state), mesh, partition_spec, steps_per_exchange)
-    run = partial(_run, rule, num_steps, checkpoint, return_states, dispatch.requested(backend))
+    run = partial(_run, rule, num_steps, checkpoint, return_states, requested(backend))
     return run(after_step, layout, mesh, params, jnp.asarray(state), key, inputs, sample_steps)
 
 

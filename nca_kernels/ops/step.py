@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax import Array
 
-from nca_kernels import dispatch
+from nca_kernels.dispatch import plain, requested
 from nca_kernels.ops.call import bind
 from nca_kernels.rule import Rule, RuleParams, check_step
 
@@ -58,16 +58,16 @@ def step(
     Source: Mordvintsev et al., "Growing Neural Cellular Automata", Distill, 2020.
     """
     check_step(rule, params, state, key, inputs)
-    return nca_step(rule, params, state, key, inputs, dispatch.requested(backend))
+    return nca_step(rule, params, state, key, inputs, requested(backend))
 
 
 @partial(jax.jit, static_argnums=(0, 5))
 def nca_step(
     rule: Rule, params: RuleParams, state: Array, key: Any, inputs: Array | None, backend: str
 ) -> Array:
-    plain = dispatch.plain(backend, "step")
-    if plain is not None:
-        return plain(rule, params, state, key, inputs)
+    ordinary = plain(backend, "step")
+    if ordinary is not None:
+        return ordinary(rule, params, state, key, inputs)
     return bind(
         "step",
         backend,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -66,13 +67,20 @@ class System(Protocol):
     def metrics(self, model: Any) -> dict[str, float]:
         """Measure a trained model: name (a phrase) to value; `measured` says of what."""
 
-    def film(
+    def frames(
         self, model: Any, num_steps: int, *, every: int, damage: str, damage_at: int, seed: int
-    ) -> np.ndarray:
-        """Run from a fresh sample and return frames `[frames, height, width, 3]` uint8.
+    ) -> Iterator[np.ndarray]:
+        """Run from a fresh sample and yield frames, `[height, width, 3]` uint8.
 
-        One frame before the first step, then one after each `every` steps and after the last.
+        One before the first step, then one after each `every` steps and after the last.
         """
+
+    def film(self, model: Any, num_steps: int, **options: Any) -> np.ndarray:
+        """Return all frames, `[frames, height, width, 3]`; see `nca_models.filming.Films`."""
+
+    @staticmethod
+    def resized(config: Any, size: int) -> Any:
+        """Return the settings for films on a square grid of `size` (ValueError if impossible)."""
 
     def pictures(self, model: Any, folder: Path) -> list[Path]:
         """Write pictures of a trained model to `folder` and return their paths."""

@@ -7,6 +7,7 @@ it; the original masks dense attention of all cells to all, this is linear in th
 A state is `[*batch, size, size, C]` float32; its last channel is the picture.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -201,7 +202,7 @@ class SystemClass(LearnsDigits):
             f"masked pixels, unseen digits, {4 * steps} steps": error(later[..., -1]),
         }
 
-    def film(
+    def frames(
         self,
         model: AttentionNCA,
         num_steps: int,
@@ -210,8 +211,8 @@ class SystemClass(LearnsDigits):
         damage: str,
         damage_at: int,
         seed: int,
-    ) -> np.ndarray:
-        """Show the completion of an unseen digit; see `System.film`."""
+    ) -> Iterator[np.ndarray]:
+        """Show the completion of an unseen digit; see `System.frames`."""
         key = jax.random.key(seed)
         image = jnp.asarray(self.data.test_images[seed % len(self.data.test_images)])
         states = states_over_time(
@@ -223,7 +224,8 @@ class SystemClass(LearnsDigits):
             damage=DAMAGES[damage],
             damage_at=damage_at,
         )
-        return np.stack([render.grey(np.asarray(state[0, ..., -1])) for state in states])
+        for state in states:
+            yield render.grey(np.asarray(state[0, ..., -1]))
 
     def pictures(self, model: AttentionNCA, folder: Path) -> list[Path]:
         """Write unseen digits, masked, completed and as they are, and a completion over time."""

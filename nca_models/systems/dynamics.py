@@ -7,9 +7,11 @@ A state is `[*batch, size, size, C]` float32 on a torus; its first three channel
 RGB. It starts from noise.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +25,7 @@ from nca_models._files import whole_file
 from nca_models.data.images import open_rgba
 from nca_models.data.textures import texture
 from nca_models.data.vgg16 import vgg16
-from nca_models.filming import states_over_time
+from nca_models.filming import Films, states_over_time
 from nca_models.learning import Samples
 from nca_models.modules import NCA, run
 from nca_models.texture_loss import features, sliced_transport, vgg16_features
@@ -100,7 +102,7 @@ PRESETS = {
 }
 
 
-class SystemClass:
+class SystemClass(Films):
     """Emergent dynamics, as `nca_models.systems.System` asks."""
 
     measured = "log10 of the texture loss, and motion in cells per 32 steps"
@@ -184,13 +186,18 @@ class SystemClass:
         state = run(model, self.fresh(key, 1)["state"], key, 4 * self.config.num_steps)
         return motion.strength(self._film(model, state, STRIDE * (FRAMES - 1), STRIDE, key))
 
-    def film(
+    @staticmethod
+    def resized(config: Config, size: int) -> Config:
+        """See `System.resized`: a larger or smaller torus of the same texture."""
+        return replace(config, target_size=size)
+
+    def frames(
         self, model: NCA, num_steps: int, *, every: int, damage: str, damage_at: int, seed: int
-    ) -> np.ndarray:
-        """Start from noise, damaged after `damage_at` steps; see `System.film`."""
+    ) -> Iterator[np.ndarray]:
+        """Start from noise, damaged after `damage_at` steps; see `System.frames`."""
         key = jax.random.key(seed)
         state = self.fresh(key, 1)["state"]
-        return self._film(model, state, num_steps, every, key, damage, damage_at)
+        return self._frames(model, state, num_steps, every, key, damage, damage_at)
 
     def pictures(self, model: NCA, folder: Path) -> list[Path]:
         """Write exemplar beside result, the texture over time, and its flow drawn on a frame."""
@@ -210,26 +217,29 @@ class SystemClass:
         rgb = np.clip(np.nan_to_num(np.asarray(state[..., :3])) + 0.5, 0, 1)
         return (rgb * 255).round().astype(np.uint8)
 
-    def _film(
+    def _frames(
         self,
         model: NCA,
-        state: jax.Array,
+        first: jax.Array,
         num_steps: int,
         every: int,
         key: jax.Array,
         damage: str = "none",
         damage_at: int = 0,
-    ) -> np.ndarray:
-        states = states_over_time(
+    ) -> Iterator[np.ndarray]:
+        for state in states_over_time(
             model,
-            state,
+            first,
             num_steps,
             every=every,
             key=key,
             damage=DAMAGES[damage],
             damage_at=damage_at,
-        )
-        return self.picture(states[:, 0])
+        ):
+            yield self.picture(state[0])
+
+    def _film(self, *args: Any) -> np.ndarray:
+        return np.stack(list(self._frames(*args)))
 
     def _errors(self, state: jax.Array, key: jax.Array) -> jax.Array:
         return sliced_transport(self.features(state[..., :3] + 0.5), self.learned, key)

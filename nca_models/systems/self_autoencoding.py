@@ -8,7 +8,7 @@ A state is `[*batch, size, size, depth, C]` float32; the last channel is the ink
 cells live. Plane 0 is the near face, the last plane the far one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,10 +183,10 @@ class SystemClass(LearnsDigits):
             f"far face, unseen digits, {2 * steps} steps": error(images, later[..., -1, -1]),
         }
 
-    def film(
+    def frames(
         self, model: Lattice, num_steps: int, *, every: int, damage: str, damage_at: int, seed: int
-    ) -> np.ndarray:
-        """Show all planes of a lattice with an unseen digit, near to far; see `System.film`."""
+    ) -> Iterator[np.ndarray]:
+        """Show all planes of a lattice with an unseen digit, near to far; see `System.frames`."""
         key = jax.random.key(seed)
         image = self.data.test_images[seed % len(self.data.test_images)]
         states = states_over_time(
@@ -198,7 +198,8 @@ class SystemClass(LearnsDigits):
             damage=lambda key, state: DAMAGES[damage](key, state, 3),
             damage_at=damage_at,
         )
-        return np.stack([self.planes(state[0]) for state in states])
+        for state in states:
+            yield self.planes(state[0])
 
     def pictures(self, model: Lattice, folder: Path) -> list[Path]:
         """Write near and far faces of unseen digits, planes over time, and a turning lattice."""

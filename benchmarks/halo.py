@@ -1,0 +1,75 @@
+"""How wide a halo pays, and how large a lattice trains on many GPUs: the tables of docs/large.md.
+
+``python -m benchmarks.halo``. A model, not a measurement: the step at a share of an H200's
+roofline, links as their makers state them, a fixed time for each message.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+
+import nca_kernels as nk
+from benchmarks.large import CHANNELS, STEPS, parameters
+from benchmarks.measure import ROOT
+from nca_models.training.estimate import H200_BYTES, H200_FLOPS
+
+REACH = 2  # cells that a step with alive masking depends on: one of perception, one of the pool
+SHARE = 0.5  # of the roofline that kernels are taken to reach
+MEMORY = 141e9  # bytes of an H200
+LINKS = {"NVLink 4 (8 GPUs)": (450e9, 10e-6), "InfiniBand NDR (more)": (50e9, 20e-6)}
+WIDTHS = (1, 2, 4, 8, 16)
+
+
+def seconds_per_cell(cost: nk.Cost) -> float:
+    """Of a training step's cell-step: forward twice (``checkpoint="sqrt"``), backward once."""
+    flops = cost.training_flops + cost.forward_flops
+    moved = cost.training_bytes + cost.forward_bytes
+    return max(flops / H200_FLOPS, moved / H200_BYTES) / SHARE
+
+
+def efficiency(side: int, dims: int, k: int, link: tuple[float, float], cell: float) -> float:
+    """Time of a step without any neighbours, over its time with halos of ``k`` steps."""
+    bandwidth, latency = link
+    halo, window = REACH * k, side + 2 * REACH * k
+    alone = k * side**dims * cell
+    work = k * window**dims * cell
+    faces = sum(halo * side ** (dims - 1 - d) * window**d for d in range(dims))
+    # Sent both ways at once; forward, recomputed, and back.
+    sending = 3 * (faces * CHANNELS * 4 / bandwidth + 2 * dims * latency)
+    return alone / (work + sending)
+
+
+def bytes_per_cell() -> dict[int, float]:
+    """Of training with ``checkpoint="sqrt"``, by dims of the grid: measured, the largest grid."""
+    found = {}
+    for path in sorted((ROOT / "results").glob("*/large.json")):
+        for row in json.loads(path.read_text())["rollouts"]:
+            if row["mode"] == "training" and row["checkpoint"] == "sqrt":
+                found[len(row["grid"])] = row["peak_rss_bytes"] / math.prod(row["grid"])
+    return found
+
+
+def main() -> None:
+    for dims, blocks in ((2, (256, 1024, 4096)), (3, (64, 128, 256))):
+        cell = seconds_per_cell(nk.cost(parameters(dims)))
+        print(f"\n{dims}-D: a cell-step takes {1e12 * cell:.0f} ps")
+        print("| link | block | " + " | ".join(f"k = {k}" for k in WIDTHS) + " |")
+        print("|---" * (2 + len(WIDTHS)) + "|")
+        for name, link in LINKS.items():
+            for side in blocks:
+                shares = [
+                    f"{efficiency(side, dims, k, link, cell):.0%}" if 2 * k <= side else ""
+                    for k in WIDTHS
+                ]
+                print(f"| {name} | {side}^{dims} | " + " | ".join(shares) + " |")
+    print(f"\nLargest lattice, {STEPS} steps, C = {CHANNELS}")
+    print("| GPUs | 2-D | 3-D |\n|---|---|---|")
+    kept = bytes_per_cell()
+    for count in (1, 8, 64, 1024):
+        sides = [math.floor((count * MEMORY / kept[dims]) ** (1 / dims)) for dims in (2, 3)]
+        print(f"| {count:,} | {sides[0]:,}^2 | {sides[1]:,}^3 |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Large grids on this machine: peak memory and time of long rollouts, and the cost of a cell.
+
+``python -m benchmarks.large`` takes about ten minutes on two cores. Every rollout runs in a process
+of its own, whose peak is taken; what plain JAX would need beside it is XLA's own plan for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import nca_kernels as nk
+from benchmarks.measure import ROOT, device_name, interleaved, provenance, write_json
+
+CHANNELS, HIDDEN, STEPS = 16, 128, 64
+RULE = nk.Rule()
+# Grid, mode, checkpoint and the bytes that it should stay under.
+ROLLOUTS: tuple[tuple[tuple[int, ...], str, str, float | None], ...] = (
+    ((512, 512), "training", "all", None),
+    ((512, 512), "training", "sqrt", None),
+    ((1024, 1024), "training", "sqrt", 4e9),
+    ((96, 96, 96), "training", "sqrt", 4e9),
+    ((2048, 2048), "training", "sqrt", 12e9),
+    ((4096, 4096), "forward", "sqrt", 6e9),
+)
+SIZES = (128, 256, 512, 1024, 2048)
+
+
+def rollout(grid: tuple[int, ...], mode: str, backend: str, steps: int, checkpoint: str) -> Any:
+    """``run(params, key)``, jitted: a loss of a rollout from noise, or its gradient."""
+
+    def loss(params: Any, key: Any) -> Any:
+        state = jax.random.uniform(key, (*grid, CHANNELS))
+        if backend == "reference":  # plain JAX keeps every intermediate
+            body = lambda s, t: (
+                nk.step(RULE, params, s, jax.random.fold_in(key, t), backend=backend),
+                None,
+            )
+            final = jax.lax.scan(body, state, jnp.arange(steps))[0]
+        else:
+            final = nk.rollout(RULE, params, state, key, steps, checkpoint=checkpoint)
+        return jnp.mean(final**2)
+
+    return jax.jit(jax.grad(loss) if mode == "training" else loss)
+
+
+def parameters(num_dims: int) -> nk.RuleParams:
+    taps = jnp.asarray(nk.taps(("identity", "sobel"), CHANNELS, num_dims))
+    keys = jax.random.split(jax.random.key(1))
+    first = jax.random.normal(keys[0], (taps.shape[-1], HIDDEN)) * taps.shape[-1] ** -0.5
+    last = jax.random.normal(keys[1], (HIDDEN, CHANNELS)) * 0.01
+    return nk.RuleParams(taps, None, ((first, jnp.zeros(HIDDEN)), (last, jnp.zeros(CHANNELS))))
+
+
+def planned_bytes(grid: tuple[int, ...], mode: str, backend: str, checkpoint: str) -> int:
+    """What XLA will allocate, compiled but not run."""
+    run = rollout(grid, mode, backend, STEPS, checkpoint)
+    plan = run.lower(parameters(len(grid)), jax.random.key(0)).compile().memory_analysis()
+    planned: int = plan.temp_size_in_bytes + plan.argument_size_in_bytes + plan.output_size_in_bytes
+    return planned
+
+
+def child(grid: tuple[int, ...], mode: str, checkpoint: str) -> None:
+    """Runs it here, twice, and prints peak and seconds of the second time as JSON."""
+    run = rollout(grid, mode, "auto", STEPS, checkpoint)
+    args = (parameters(len(grid)), jax.random.key(0))
+    jax.block_until_ready(run(*args))
+    start = time.perf_counter()
+    jax.block_until_ready(run(*args))
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"peak_rss_bytes": peak, "seconds": seconds}))
+
+
+def measured(
+    grid: tuple[int, ...], mode: str, checkpoint: str, limit: float | None
+) -> dict[str, Any]:
+    sizes = map(str, grid)
+    command = [sys.executable, "-m", "benchmarks.large", "--child", mode, checkpoint, *sizes]
+    out = subprocess.run(command, capture_output=True, text=True, check=True)
+    cells = math.prod(grid)
+    row: dict[str, Any] = {"grid": grid, "mode": mode, "checkpoint": checkpoint}
+    row |= {"steps": STEPS, "limit_bytes": limit}
+    row |= json.loads(out.stdout.splitlines()[-1])
+    row["nanoseconds_per_cell_step"] = 1e9 * row["seconds"] / cells / STEPS
+    row["planned_bytes"] = planned_bytes(grid, mode, "auto", checkpoint)
+    row["reference_planned_bytes"] = planned_bytes(grid, mode, "reference", checkpoint)
+    return row
+
+
+def repeats(size: int) -> int:
+    """Calls in a measurement: none is so short that its start counts."""
+    return max(1, (512 // size) ** 2)
+
+
+def cost_of_a_cell(rounds: int = 3) -> list[dict[str, Any]]:
+    """Forward and backward of eight steps on squares of several sizes, in turns."""
+
+    def repeated(size: int) -> Callable[[], Any]:
+        run, params = rollout((size, size), "training", "auto", 8, "all"), parameters(2)
+        keys = [jax.random.key(i) for i in range(repeats(size))]
+        return lambda: [jax.block_until_ready(run(params, key)) for key in keys]
+
+    runs = {str(size): repeated(size) for size in SIZES}
+    times = interleaved(runs, rounds)
+    return [
+        {
+            "size": size,
+            "nanoseconds_per_cell_step": 1e9
+            * statistics.median(times[str(size)])
+            / (size * size * 8 * repeats(size)),
+        }
+        for size in SIZES
+    ]
+
+
+def plot(rows: list[dict[str, Any]], name: str) -> str:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.5, 3), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(
+        [row["size"] for row in rows], [row["nanoseconds_per_cell_step"] for row in rows], "o-"
+    )
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(bottom=0)
+    axes.set(xlabel="side of the grid, cells", ylabel="ns a cell-step, forward and backward")
+    axes.set_xticks(SIZES, [str(size) for size in SIZES])
+    path = ROOT.parent / "docs" / "plots" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    return str(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--save", action="store_true")
+    parser.add_argument("--child", nargs="+", metavar="WHAT")
+    options = parser.parse_args()
+    if options.child:
+        mode, checkpoint, *sizes = options.child
+        return child(tuple(map(int, sizes)), mode, checkpoint)
+    result: dict[str, Any] = {**provenance("python -m benchmarks.large --save")}
+    result["cost_of_a_cell"] = cost_of_a_cell()
+    for row in result["cost_of_a_cell"]:
+        print(f"{row['size']:5} squared  {row['nanoseconds_per_cell_step']:6.1f} ns a cell-step")
+    result["rollouts"] = []
+    for grid, mode, checkpoint, limit in ROLLOUTS:
+        row = measured(grid, mode, checkpoint, limit)
+        result["rollouts"].append(row)
+        print(
+            f"{'x'.join(map(str, grid))} {mode}, {checkpoint}, {STEPS} steps: "
+            f"{row['peak_rss_bytes'] / 1e9:.2f} GB, {row['seconds']:.1f} s, "
+            f"{row['nanoseconds_per_cell_step']:.0f} ns a cell-step; "
+            f"plain JAX plans {row['reference_planned_bytes'] / 1e9:.0f} GB",
+            flush=True,
+        )
+    if options.save:
+        write_json(ROOT / "results" / device_name() / "large.json", result)
+        print(plot(result["cost_of_a_cell"], "cost_of_a_cell.png"))
+
+
+if __name__ == "__main__":
+    main()
