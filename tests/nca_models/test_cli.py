@@ -122,7 +122,7 @@ def test_train_an_odd_picture_resume_and_film(tmp_path, picture, capsys, monkeyp
     film = ["--steps", "9", "--every", "3", "--scale", "4", "--damage", "circle"]
     assert cli.main(["run", "run", *film, "--png", "a.png", "--gif", "a.gif"]) == 0
     assert capsys.readouterr().out.split() == ["a.gif", "a.png"]
-    assert iio.imread("a.png").shape == (44, 4 * 44 + 3 * 4, 3)
+    assert iio.imread("a.png").shape == (44, 4 * 44 + 3 * 8, 3)
     assert iio.improps("a.gif", index=None).shape[1:3] == (44, 44)
 
 
