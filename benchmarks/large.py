@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
+import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -35,6 +36,12 @@ ROLLOUTS: tuple[tuple[tuple[int, ...], str, str, float | None], ...] = (
     ((4096, 4096), "forward", "sqrt", 6e9),
 )
 SIZES = (128, 256, 512, 1024, 2048)
+# A large array is new memory at each call: every page of it is zeroed when it is first touched.
+# Pages of 2 MiB, where the system gives them to those who ask, make that cheap.
+PAGES = {
+    "4 KiB pages": {},
+    "2 MiB pages": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},
+}
 
 
 def rollout(grid: tuple[int, ...], mode: str, backend: str, steps: int, checkpoint: str) -> Any:
@@ -72,27 +79,38 @@ def planned_bytes(grid: tuple[int, ...], mode: str, backend: str, checkpoint: st
 
 
 def child(grid: tuple[int, ...], mode: str, checkpoint: str) -> None:
-    """Runs it here, twice, and prints peak and seconds of the second time as JSON."""
+    """Peak and seconds of the second of two runs here, as JSON on standard output."""
     run = rollout(grid, mode, "auto", STEPS, checkpoint)
     args = (parameters(len(grid)), jax.random.key(0))
     jax.block_until_ready(run(*args))
     start = time.perf_counter()
     jax.block_until_ready(run(*args))
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"peak_rss_bytes": peak, "seconds": seconds}))
+    print(json.dumps({"peak_rss_bytes": peak_rss(), "seconds": seconds}))
+
+
+def peak_rss() -> int:
+    """Of this process alone: what `getrusage` says starts at the peak of who started it."""
+    status = Path("/proc/self/status").read_text().split()
+    return 1024 * int(status[status.index("VmHWM:") + 1])
+
+
+def in_child(what: list[str], environment: dict[str, str]) -> Any:
+    """What a process of its own prints."""
+    command = [sys.executable, "-m", "benchmarks.large", "--child", *what]
+    out = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **environment}
+    )
+    return json.loads(out.stdout.splitlines()[-1])
 
 
 def measured(
     grid: tuple[int, ...], mode: str, checkpoint: str, limit: float | None
 ) -> dict[str, Any]:
-    sizes = map(str, grid)
-    command = [sys.executable, "-m", "benchmarks.large", "--child", mode, checkpoint, *sizes]
-    out = subprocess.run(command, capture_output=True, text=True, check=True)
     cells = math.prod(grid)
     row: dict[str, Any] = {"grid": grid, "mode": mode, "checkpoint": checkpoint}
     row |= {"steps": STEPS, "limit_bytes": limit}
-    row |= json.loads(out.stdout.splitlines()[-1])
+    row |= in_child([mode, checkpoint, *map(str, grid)], {})
     row["nanoseconds_per_cell_step"] = 1e9 * row["seconds"] / cells / STEPS
     row["planned_bytes"] = planned_bytes(grid, mode, "auto", checkpoint)
     row["reference_planned_bytes"] = planned_bytes(grid, mode, "reference", checkpoint)
@@ -125,20 +143,21 @@ def cost_of_a_cell(rounds: int = 3) -> list[dict[str, Any]]:
     ]
 
 
-def plot(rows: list[dict[str, Any]], name: str) -> str:
+def plot(costs: dict[str, list[dict[str, Any]]], name: str) -> str:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.5, 3), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.plot(
-        [row["size"] for row in rows], [row["nanoseconds_per_cell_step"] for row in rows], "o-"
-    )
+    for label, rows in costs.items():
+        sizes = [row["size"] for row in rows]
+        axes.plot(sizes, [row["nanoseconds_per_cell_step"] for row in rows], "o-", label=label)
     axes.set_xscale("log", base=2)
     axes.set_ylim(bottom=0)
     axes.set(xlabel="side of the grid, cells", ylabel="ns a cell-step, forward and backward")
     axes.set_xticks(SIZES, [str(size) for size in SIZES])
+    axes.legend()
     path = ROOT.parent / "docs" / "plots" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
@@ -151,12 +170,19 @@ def main() -> None:
     parser.add_argument("--child", nargs="+", metavar="WHAT")
     options = parser.parse_args()
     if options.child:
+        if options.child == ["cost"]:
+            print(json.dumps(cost_of_a_cell()))
+            return
         mode, checkpoint, *sizes = options.child
-        return child(tuple(map(int, sizes)), mode, checkpoint)
+        child(tuple(map(int, sizes)), mode, checkpoint)
+        return
     result: dict[str, Any] = {**provenance("python -m benchmarks.large --save")}
-    result["cost_of_a_cell"] = cost_of_a_cell()
-    for row in result["cost_of_a_cell"]:
-        print(f"{row['size']:5} squared  {row['nanoseconds_per_cell_step']:6.1f} ns a cell-step")
+    costs = {label: in_child(["cost"], env) for label, env in PAGES.items()}
+    result["cost_of_a_cell"] = costs
+    for label, rows in costs.items():
+        for row in rows:
+            cost = row["nanoseconds_per_cell_step"]
+            print(f"{row['size']:5} squared, {label}: {cost:6.1f} ns a cell-step", flush=True)
     result["rollouts"] = []
     for grid, mode, checkpoint, limit in ROLLOUTS:
         row = measured(grid, mode, checkpoint, limit)
@@ -170,7 +196,7 @@ def main() -> None:
         )
     if options.save:
         write_json(ROOT / "results" / device_name() / "large.json", result)
-        print(plot(result["cost_of_a_cell"], "cost_of_a_cell.png"))
+        print(plot(costs, "cost_of_a_cell.png"))
 
 
 if __name__ == "__main__":

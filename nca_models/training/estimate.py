@@ -1,8 +1,6 @@
 """What a training will take, before it starts: memory from XLA's plan, time from a few steps."""
 
 import math
-import os
-import resource
 import sys
 import time
 from dataclasses import dataclass
@@ -10,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import psutil
 
 from nca_models.run_folder import RunError
 from nca_models.systems import System
@@ -131,14 +130,7 @@ def available_memory() -> int | None:
         stats = jax.local_devices()[0].memory_stats() or {}
         limit: int | None = stats.get("bytes_limit")
         return limit
-    try:
-        meminfo = Path("/proc/meminfo").read_text(encoding="ascii").split()
-        free = int(meminfo[meminfo.index("MemAvailable:") + 1]) * 1024
-    except (OSError, ValueError):
-        try:
-            free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        except (ValueError, OSError, AttributeError):
-            return None
+    free: int = psutil.virtual_memory().available
     return min(free, _container_limit()) + resident_memory()
 
 
@@ -153,11 +145,11 @@ def _container_limit() -> int:
 
 
 def resident_memory() -> int:
-    """Peak of this process so far, in bytes, where it shares its memory with the device."""
+    """Bytes that this process has now, where it shares its memory with the device."""
     if jax.default_backend() != "cpu":
         return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts in KiB
+    resident: int = psutil.Process().memory_info().rss
+    return resident
 
 
 def _timed(trainer: Any, compiled: Any, steps: int) -> float:
