@@ -35,6 +35,7 @@ ROLLOUTS: tuple[tuple[tuple[int, ...], str, str, float | None], ...] = (
     ((2048, 2048), "training", "sqrt", 12e9),
     ((4096, 4096), "forward", "sqrt", 6e9),
 )
+FEW = 16  # steps, where several sizes are compared
 SIZES = (128, 256, 512, 1024, 2048)
 # A large array is new memory at each call: every page of it is zeroed when it is first touched.
 # Pages of 2 MiB, where the system gives them to those who ask, make that cheap.
@@ -123,10 +124,11 @@ def repeats(size: int) -> int:
 
 
 def cost_of_a_cell(rounds: int = 3) -> list[dict[str, Any]]:
-    """Forward and backward of eight steps on squares of several sizes, in turns."""
+    """Forward and backward of a few steps on squares of several sizes, in turns."""
 
     def repeated(size: int) -> Callable[[], Any]:
-        run, params = rollout((size, size), "training", "auto", 8, "all"), parameters(2)
+        run = rollout((size, size), "training", "auto", FEW, "sqrt")
+        params = parameters(2)
         keys = [jax.random.key(i) for i in range(repeats(size))]
         return lambda: [jax.block_until_ready(run(params, key)) for key in keys]
 
@@ -137,7 +139,7 @@ def cost_of_a_cell(rounds: int = 3) -> list[dict[str, Any]]:
             "size": size,
             "nanoseconds_per_cell_step": 1e9
             * statistics.median(times[str(size)])
-            / (size * size * 8 * repeats(size)),
+            / (size * size * FEW * repeats(size)),
         }
         for size in SIZES
     ]
@@ -167,6 +169,7 @@ def plot(costs: dict[str, list[dict[str, Any]]], name: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--save", action="store_true")
+    parser.add_argument("--only-cost", action="store_true", help="the cost of a cell, no rollouts")
     parser.add_argument("--child", nargs="+", metavar="WHAT")
     options = parser.parse_args()
     if options.child:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -89,19 +90,24 @@ def checkpointed_scan(body: Callable, carry: Any, steps: Array, checkpoint: str 
         every = 1 if checkpoint == "all" else math.isqrt(max(num_steps - 1, 0)) + 1
     body = jax.checkpoint(body, prevent_cse=False, policy=_saves_kernel_outputs)
     if every == 1 or num_steps <= every:
-        return lax.scan(body, carry, steps)
+        return _scan(body, carry, steps)
 
     @jax.checkpoint
     def segment(carry: Any, steps: Array) -> Any:
-        return lax.scan(body, carry, steps)
+        return _scan(body, carry, steps)
 
     whole = num_steps - num_steps % every
     carry, outs = lax.scan(segment, carry, steps[:whole].reshape(-1, every))
     outs = jax.tree.map(lambda o: o.reshape(-1, *o.shape[2:]), outs)
     if whole == num_steps:
         return carry, outs
-    carry, rest = lax.scan(body, carry, steps[whole:])
+    carry, rest = _scan(body, carry, steps[whole:])
     return carry, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), outs, rest)
+
+
+# A kernel cannot write where it reads. One step an iteration, XLA copies each new state to where the
+# loop's carry lives; two steps write from there to another buffer and back.
+_scan = partial(lax.scan, unroll=2)
 
 
 def broadcast_places(places: Iterable[Array]) -> list[Array]:
