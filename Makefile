@@ -51,8 +51,8 @@ check: $(VENV)/installed-models,test,check
 	$(BIN)/mypy
 
 bench: $(VENV)/installed-models,test,peers
-	$(BIN)/python -m pytest benchmarks --save $(PYTEST_ARGS)
 	$(BIN)/python -m benchmarks.large --save
+	$(BIN)/nca bench --save --report $(BENCH_ARGS)
 
 gallery: $(VENV)/installed-models,test
 	$(BIN)/python -m benchmarks.gallery

@@ -1,33 +1,30 @@
-"""``neighborhood_attention``: this machine's best backend against the others, in turn.
-
-Run with ``make bench``; nanoseconds for each cell and head.
-"""
+"""``neighborhood_attention``: our backends against each other, for each cell and head."""
 
 from __future__ import annotations
 
-import statistics
+import math
 
 import jax
-import numpy as np
 import pytest
 
-import nca_kernels as nk
-from benchmarks.measure import interleaved, median_ratio
+from benchmarks.measure import interleaved
 from nca_kernels.testing import AttentionCase
 from nca_kernels.testing.attention_conformance import attention, loss
 
-BEST = next(b.name for b in nk.backends() if b.auto)
-BACKENDS = [BEST, *(b.name for b in nk.backends() if b.available and b.name != BEST)]
 CASES = (
     AttentionCase("plane_d8", (64, 64), batch=(8,), heads=4, head_size=8),
     AttentionCase("plane_d16_radius_2", (64, 64), batch=(8,), heads=4, head_size=16, radius=2),
     AttentionCase("volume_d16", (16, 32, 32), batch=(1,), heads=4, head_size=16),
 )
+NAME = "neighborhood_attention"
 
 
 @pytest.mark.parametrize("mode", ["forward", "training"])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_against_others(case, mode, benchmark, record, request):
+@pytest.mark.parametrize("attention_case", CASES, ids=str)
+def test_against_others(attention_case, mode, chosen, record, thorough):
+    case = attention_case
+    if record.has("attention", NAME, case.name, mode):
+        pytest.skip("measured before")
     arrays = case.arguments()
 
     def run(backend):
@@ -35,13 +32,8 @@ def test_against_others(case, mode, benchmark, record, request):
         compiled = jax.jit(fun if mode == "forward" else jax.grad(loss(backend, case), (0, 1, 2)))
         return lambda: jax.block_until_ready(compiled(*arrays))
 
-    runs = {backend: run(backend) for backend in BACKENDS}
-    times = interleaved(runs, request.config.getoption("--rounds"))
-    benchmark.pedantic(runs[BEST], rounds=3, iterations=1)
-    work = int(np.prod((*case.batch, *case.grid))) * case.heads
-    row = {"case": case.name, "mode": mode, "best": BEST}
-    for name, taken in times.items():
-        row[f"{name}_ns"] = 1e9 * statistics.median(taken) / work
-        row[f"x_{name}"] = median_ratio(taken, times[BEST])
-    row["seconds"] = times
-    record(**row)
+    times = interleaved({backend: run(backend) for backend in chosen.backends}, chosen.rounds)
+    row = {"suite": "attention", "case": NAME, "kind": case.name, "mode": mode}
+    row |= {"best": chosen.backends[0], "ours": list(chosen.backends), "unit": "cell and head"}
+    work = math.prod((*case.batch, *case.grid)) * case.heads
+    record.add({**row, "work": work, "seconds": times})

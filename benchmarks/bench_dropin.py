@@ -1,12 +1,10 @@
-"""NCAs as their users write them, with and without the one line, in interleaved rounds.
+"""CAX as its users write it, with and without the one line: a training step, and the loss curve.
 
-A CAX training step (pool, batch by `nnx.vmap`, optimizer) and the loss curve of 50 of them; the
-gradient of jax-nca's `multi_step`. Run with ``make bench``.
+A step samples the pool, takes a batch by `nnx.vmap`, and updates the weights by an optimizer.
 """
 
 from __future__ import annotations
 
-import statistics
 from typing import Any
 
 import jax
@@ -16,9 +14,8 @@ import optax
 import pytest
 from flax import nnx
 
-from benchmarks.measure import interleaved, median_ratio
+from benchmarks.measure import interleaved
 from nca_models.compat import cax as cax_compat
-from nca_models.compat import jax_nca as jax_nca_compat
 
 CHANNELS, BATCH = 16, 8
 
@@ -90,54 +87,37 @@ def _training(cs, size, num_steps):
     return run
 
 
-def test_a_cax_training_step(benchmark, record, request):
+def test_a_cax_training_step(chosen, record, thorough):
     pytest.importorskip("cax", reason="CAX is not installed (the extra `cax`)")
+    if record.has("dropin", "cax", "training step", "training"):
+        pytest.skip("measured before")
     size, num_steps = 72, 8
     runs = {
-        "cax": _training(_growing(), size, num_steps),
         "accelerated": _training(cax_compat.accelerate(_growing(), strict=True), size, num_steps),
+        "cax": _training(_growing(), size, num_steps),
     }
-    times = interleaved(runs, request.config.getoption("--rounds"))
-    benchmark.pedantic(runs["accelerated"], rounds=3, iterations=1)
-    cells = BATCH * size * size * num_steps
-    row = {f"{name}_ns": 1e9 * statistics.median(t) / cells for name, t in times.items()}
-    ratio = median_ratio(times["cax"], times["accelerated"])
-    record(name="cax training step", times_faster=ratio, **row, seconds=times)
+    row = {"suite": "dropin", "case": "cax", "kind": "training step", "mode": "training"}
+    work = BATCH * size * size * num_steps
+    record.add(
+        {
+            **row,
+            "work": work,
+            "best": "accelerated",
+            "seconds": interleaved(runs, chosen.rounds, patience=5.0),
+        }
+    )
 
 
-def test_the_loss_curve_of_cax(benchmark, record):
+def test_the_loss_curve_of_cax(record, thorough):
     pytest.importorskip("cax", reason="CAX is not installed (the extra `cax`)")
+    if record.has("dropin", "cax", "loss curve", "training"):
+        pytest.skip("measured before")
     plain = _training(_growing(), 24, 16)
     fast = _training(cax_compat.accelerate(_growing(), strict=True), 24, 16)
     losses = np.array([[plain(), fast()] for _ in range(50)])
-    benchmark.pedantic(fast, rounds=3, iterations=1)
     off = float(np.max(np.abs(losses[:, 1] / losses[:, 0] - 1)))
-    record(
-        name="cax loss curve", steps=50, first=losses[0, 0], last=losses[-1, 0], largest_error=off
-    )
+    row = {"suite": "dropin", "case": "cax", "kind": "loss curve", "mode": "training"}
+    ends = {"first": losses[0, 0], "last": losses[-1, 0]}
+    record.add({**row, "steps": 50, **ends, "largest_error": off})
     assert off < 1e-3
     assert losses[-1, 0] < losses[0, 0]
-
-
-def test_the_gradient_of_jax_nca(benchmark, record, request):
-    jax_nca = pytest.importorskip("jax_nca.nca", reason="pip install --no-deps jax-nca")
-    theirs = jax_nca.NCA(num_hidden_channels=16)
-    ours = jax_nca_compat.accelerate(theirs)
-    num_steps, key = 8, jax.random.key(0)
-    state = 0.5 * jax.random.normal(key, (BATCH, 64, 64, 20))
-    params = theirs.init(key, state, key)["params"]
-
-    def gradient(nca):
-        def loss(params):
-            return jnp.mean(nca.multi_step(params, state, key, num_steps)[0] ** 2)
-
-        compiled = jax.jit(jax.grad(loss))
-        return lambda: jax.block_until_ready(compiled(params))
-
-    runs = {"jax_nca": gradient(theirs), "accelerated": gradient(ours)}
-    times = interleaved(runs, request.config.getoption("--rounds"))
-    benchmark.pedantic(runs["accelerated"], rounds=3, iterations=1)
-    cells = BATCH * 64 * 64 * num_steps
-    row = {f"{name}_ns": 1e9 * statistics.median(t) / cells for name, t in times.items()}
-    ratio = median_ratio(times["jax_nca"], times["accelerated"])
-    record(name="jax-nca gradient", times_faster=ratio, **row, seconds=times)

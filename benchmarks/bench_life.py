@@ -1,11 +1,7 @@
-"""Work follows life: what a step costs as fewer cells live and fire, in interleaved rounds.
-
-Run with ``make bench``.
-"""
+"""Work follows life: what a step costs as fewer cells live and fire."""
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import replace
 
 import jax
@@ -13,11 +9,11 @@ import jax.numpy as jnp
 import pytest
 
 import nca_kernels as nk
-from benchmarks.measure import STEPS, cells, interleaved, median_ratio
-from nca_kernels.testing import BENCHMARKS
+from benchmarks.cases import FULL
+from benchmarks.contestants import available
+from benchmarks.measure import STEPS, cells, interleaved
 
-GROWING = next(case for case in BENCHMARKS if case.name == "growing")
-BACKENDS = [b.name for b in nk.backends() if b.available and b.name != "reference"]
+GROWING = FULL["growing"]
 
 
 def _run(case, backend, mode):
@@ -43,20 +39,16 @@ def _run(case, backend, mode):
 
 
 @pytest.mark.parametrize("mode", ["forward", "training"])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_cost_of_what_lives_and_fires(backend, mode, benchmark, record, request):
+@pytest.mark.parametrize("backend", [b for b in available() if b != "reference"])
+def test_cost_of_what_lives_and_fires(backend, mode, chosen, record, thorough):
+    if record.has("life", "growing", backend, mode):
+        pytest.skip("measured before")
     rule = GROWING.rule
     runs = {
         "all": _run(GROWING, backend, mode),
         "tenth_alive": _run(replace(GROWING, living=0.1), backend, mode),
         "all_fire": _run(replace(GROWING, rule=replace(rule, fire_rate=1.0)), backend, mode),
     }
-    times = interleaved(runs, request.config.getoption("--rounds"))
-    benchmark.pedantic(runs["all"], rounds=3, iterations=1)
-    row = {"backend": backend, "mode": mode}
-    for name, taken in times.items():
-        row[f"{name}_ns"] = 1e9 * statistics.median(taken) / cells(GROWING) / STEPS
-    row["tenth_alive_to_all"] = median_ratio(times["tenth_alive"], times["all"])
-    row["half_fire_to_all_fire"] = median_ratio(times["all"], times["all_fire"])
-    row["seconds"] = times
-    record(**row)
+    times = interleaved(runs, chosen.rounds)
+    row = {"suite": "life", "case": "growing", "kind": backend, "mode": mode, "best": "all"}
+    record.add({**row, "work": cells(GROWING) * STEPS, "seconds": times})

@@ -1,42 +1,108 @@
-"""``--save`` writes what a suite measured to ``benchmarks/results/<device>/<suite>.json``."""
+"""Options of the suites, and the file that every row goes to as soon as it is measured."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
+from benchmarks import cases, rows
+from benchmarks.contestants import Chosen, available
 from benchmarks.measure import ROOT, device_name, provenance, write_json
-
-_rows: dict[str, list[dict]] = {}
+from benchmarks.peers import PEERS
 
 
 def pytest_addoption(parser):
-    parser.addoption("--save", action="store_true", help="write benchmarks/results/<device>/*.json")
-    parser.addoption("--rounds", type=int, default=7, help="interleaved rounds of each pair")
+    group = parser.getgroup("nca bench")
+    group.addoption("--quick", action="store_true", help="small grids, few rounds, rollouts only")
+    group.addoption("--cases", help="names, separated by commas")
+    group.addoption("--backends", help="names, separated by commas; all that run here")
+    group.addoption("--peers", help="names, separated by commas, or none; all that are installed")
+    group.addoption("--rounds", type=int, help="interleaved rounds")
+    group.addoption("--json", type=Path, default=Path("out/bench.json"), help="where rows go")
+    group.addoption("--resume", action="store_true", help="keep the rows that are there")
+    group.addoption("--save", action="store_true", help="also to results/<device>/<case>.json")
+
+
+def names(option: str | None, known: tuple[str, ...]) -> tuple[str, ...]:
+    """Of an option; none if it says "none", all if it was not given."""
+    if option is None:
+        return known
+    return () if option == "none" else tuple(option.split(","))
+
+
+@pytest.fixture(scope="session")
+def chosen(pytestconfig) -> Chosen:
+    """Who is timed, and how often."""
+    option = pytestconfig.getoption
+    quick = option("--quick")
+    return Chosen(
+        names(option("--backends"), available()),
+        names(option("--peers"), tuple(PEERS)),
+        rounds=option("--rounds") or (5 if quick else 7),
+        longest=5.0 if quick else 60.0,
+    )
 
 
 @pytest.fixture
-def record(request):
-    """``record(**figures)``: keeps a row for the table and the result file."""
-    suite = request.module.__name__.rpartition("bench_")[2]
-    return lambda **figures: _rows.setdefault(suite, []).append(figures)
+def case(case_name, pytestconfig):
+    """The case of a test's parameter `case_name`; skipped if it was not asked for."""
+    asked = names(pytestconfig.getoption("--cases"), tuple(cases.FULL))
+    if case_name not in asked:
+        pytest.skip("not asked for")
+    return (cases.QUICK if pytestconfig.getoption("--quick") else cases.FULL)[case_name]
+
+
+@pytest.fixture
+def thorough(pytestconfig):
+    """For what a quick look, or one at some cases, leaves out."""
+    if pytestconfig.getoption("--quick") or pytestconfig.getoption("--cases"):
+        pytest.skip("not asked for")
+
+
+class Rows:
+    """The rows of this run, on disk after each."""
+
+    def __init__(self, config):
+        self.path = config.getoption("--json")
+        command = "nca bench" + (" --quick" if config.getoption("--quick") else "")
+        self.about = provenance(command)
+        self.rows: list[rows.Row] = []
+        if config.getoption("--resume") and self.path.exists():
+            before = json.loads(self.path.read_text())
+            same = all(before[name] == self.about[name] for name in ("commit", "device", "command"))
+            self.rows = before["rows"] if same else []
+
+    def has(self, *key: str) -> bool:
+        return any(rows.key(row) == key for row in self.rows)
+
+    def add(self, row: rows.Row) -> None:
+        self.rows = [old for old in self.rows if rows.key(old) != rows.key(row)] + [row]
+        write_json(self.path, {**self.about, "rows": self.rows})
+
+    def save(self) -> None:
+        """One file a case, in place of the one that was there."""
+        folder = ROOT / "results" / device_name()
+        for name in {row["case"] for row in self.rows}:
+            mine = [row for row in self.rows if row["case"] == name]
+            about = {**self.about, "command": f"{self.about['command']} --save"}
+            write_json(folder / f"{name}.json", {**about, "rows": mine})
+
+
+_KEY = pytest.StashKey[Rows]()
+
+
+def pytest_configure(config):
+    config.stash[_KEY] = Rows(config)
+
+
+@pytest.fixture
+def record(pytestconfig):
+    """``record(row)`` keeps it; ``record.has(*key)``: whether it is there from before."""
+    return pytestconfig.stash[_KEY]
 
 
 def pytest_sessionfinish(session, exitstatus):
-    if not session.config.getoption("--save") or exitstatus:
-        return
-    for suite, rows in _rows.items():
-        path = ROOT / "results" / device_name() / f"{suite}.json"
-        command = f"python -m pytest benchmarks/bench_{suite}.py --save"
-        write_json(path, {**provenance(command), "rows": rows})
-
-
-def pytest_terminal_summary(terminalreporter):
-    for suite, rows in _rows.items():
-        terminalreporter.section(f"{suite}: medians of interleaved rounds")
-        for row in rows:
-            text = "  ".join(
-                f"{k} {v:.4g}" if isinstance(v, float) else str(v)
-                for k, v in row.items()
-                if k != "seconds"
-            )
-            terminalreporter.write_line(text)
+    if session.config.getoption("--save") and exitstatus == 0:
+        session.config.stash[_KEY].save()

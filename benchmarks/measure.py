@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -23,29 +24,50 @@ from nca_kernels.testing import Case
 
 ROOT = Path(__file__).parent
 STEPS = 8
+_PAUSE, _LONG_ENOUGH = 0.05, 0.1  # seconds
 
 
-def seconds(run: Callable[[], Any]) -> float:
-    """Wall time of one call, which must wait for its result."""
+def seconds(run: Callable[[], Any], calls: int = 1) -> float:
+    """Wall time of one call, the mean of so many; ``run`` must wait for its result."""
     start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def interleaved(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Times all ``runs`` in turn, A B A B ..., after one call each that is not counted."""
-    for run in runs.values():
+    for _ in range(calls):
         run()
+    return (time.perf_counter() - start) / calls
+
+
+def interleaved(
+    runs: dict[str, Callable[[], Any]], rounds: int, patience: float = math.inf
+) -> dict[str, list[float]]:
+    """Times all ``runs`` in turn, A B A B ..., in each round for a tenth of a second or one call.
+
+    Before each there is a pause, as PyTorch's threads spin on for some milliseconds after their
+    work, and a short call is made once for the caches. What takes longer than ``patience`` seconds
+    takes part in the first three rounds only.
+    """
+    calls = {}
+    for name, run in runs.items():
+        run()
+        calls[name] = max(1, min(100, round(_LONG_ENOUGH / seconds(run))))
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
+    for i in range(rounds):
         for name, run in runs.items():
-            times[name].append(seconds(run))
+            if i >= 3 and times[name][-1] > patience:
+                continue
+            time.sleep(_PAUSE)
+            if calls[name] > 1:
+                run()
+            times[name].append(seconds(run, calls[name]))
     return times
 
 
+def ratios(slow: list[float], fast: list[float]) -> list[float]:
+    """slow / fast in each round that has both: pairs share what the machine did meanwhile."""
+    return [s / f for s, f in zip(slow, fast, strict=False)]
+
+
 def median_ratio(slow: list[float], fast: list[float]) -> float:
-    """The median over rounds of slow / fast: pairs share what the machine did meanwhile."""
-    return statistics.median(s / f for s, f in zip(slow, fast, strict=True))
+    """The median of ``ratios``."""
+    return statistics.median(ratios(slow, fast))
 
 
 def rollout_loss(case: Case, backend: str, steps: int) -> Callable:

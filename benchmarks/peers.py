@@ -1,33 +1,67 @@
-"""The same steps as others write them, with the parameters of a case: CAX, PyTorch, plain JAX.
+"""The same steps as others write them, with the parameters of a case: CAX, jax-nca, PyTorch, JAX.
 
-Each peer is a function ``(case, mode, steps) -> run`` where ``run()`` computes and waits, and a
-function that returns its state after one step with everything firing, to be checked against ours.
+A peer is what runs (``run(case, mode, steps)`` gives a call that computes and waits), one step with
+every cell firing, to be checked against ours before anything is timed, and the reason why it cannot
+run a case.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import nca_kernels as nk
+from benchmarks.cases import JaxNcaCase
 from nca_kernels.rule import Alive
-from nca_kernels.testing import Case
+from nca_kernels.testing import Case, error_ratio
 
 
-def available() -> dict[str, str | None]:
-    """Each peer by name, with None if it is installed, else what to install."""
-    missing: dict[str, str | None] = {}
-    for name, package in (("cax", "cax"), ("torch", "torch"), ("slices", "jax")):
-        try:
-            __import__(package)
-            missing[name] = None
-        except ImportError:
-            missing[name] = f"pip install {package}"
-    return missing
+class Peer(NamedTuple):
+    """See the module's first lines.
+
+    Attributes:
+        title: what reports call it.
+        module, install: what it is imported as, and how to get it.
+        run, step: see above.
+        fits: whether it is written for such a case at all.
+    """
+
+    title: str
+    module: str
+    install: str
+    run: Callable[[Case, str, int], Callable[[], Any]]
+    step: Callable[[Case], np.ndarray]
+    fits: Callable[[Case], bool]
+
+    @property
+    def missing(self) -> str | None:
+        """How to get what it needs, or None."""
+        return None if find_spec(self.module) else f"not installed: {self.install}"
+
+
+def check(peer: Peer, case: Case) -> str | None:
+    """Why a peer's step is not the step that we compute, or None."""
+    rule = nk.Rule(**{**vars(case.rule), "fire_rate": 1.0, "precision": "float32"})
+    params, state, key, _ = case.arguments()
+    ours = nk.step(rule, params, state, key)
+    error = error_ratio(np.asarray(peer.step(case), np.float32), ours)
+    return None if error < 1e-5 else f"its step differs from ours: error ratio {error:.1e}"
+
+
+def _plain(case: Case) -> bool:
+    """Depthwise 3-cell taps, zeros around the grid, no inputs."""
+    return (
+        case.dense is None
+        and not case.kernel
+        and not case.inputs
+        and (case.rule.padding == "zeros")
+    )
 
 
 # ---- CAX ----
@@ -166,9 +200,10 @@ def _torch_parts(case: Case) -> tuple[Any, Callable, list[Any]]:
     conv = {2: F.conv2d, 3: F.conv3d}[dims]
     pool = {2: F.max_pool2d, 3: F.max_pool3d}[dims]
     layout = {2: torch.channels_last, 3: torch.channels_last_3d}[dims]
+    device = "cpu" if jax.default_backend() == "cpu" else "cuda"
 
     def tensor(array: Any) -> Any:
-        return torch.from_numpy(np.array(array))
+        return torch.from_numpy(np.array(array)).to(device)
 
     taps = tensor(jnp.moveaxis(params.perception, (-1, -2), (0, 1)))
     layers = [
@@ -187,7 +222,7 @@ def _torch_parts(case: Case) -> tuple[Any, Callable, list[Any]]:
             hidden = conv(hidden, weight, bias)
             if i < len(layers) - 1:
                 hidden = torch.relu(hidden)
-        fires = (torch.rand(x.shape[0], 1, *x.shape[2:]) < fire_rate).to(x.dtype)
+        fires = (torch.rand(x.shape[0], 1, *x.shape[2:], device=device) < fire_rate).to(x.dtype)
         y = x + case.rule.step_size * hidden * fires
         if case.rule.alive is None:
             return y
@@ -197,10 +232,12 @@ def _torch_parts(case: Case) -> tuple[Any, Callable, list[Any]]:
     return x, step, [p for layer in layers for p in layer]
 
 
-def torch_run(case: Case, mode: str, steps: int) -> Callable[[], Any]:
+def torch_run(case: Case, mode: str, steps: int, compiled: bool = False) -> Callable[[], Any]:
     import torch
 
     x, step, parameters = _torch_parts(case)
+    if compiled:
+        step = torch.compile(step)
 
     def rollout() -> Any:
         y = x
@@ -215,7 +252,13 @@ def torch_run(case: Case, mode: str, steps: int) -> Callable[[], Any]:
     def training() -> Any:
         return torch.autograd.grad((rollout() ** 2).mean(), parameters)
 
-    return training if mode == "training" else forward
+    def run() -> Any:
+        out = training() if mode == "training" else forward()
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        return out
+
+    return run
 
 
 def torch_step(case: Case) -> np.ndarray:
@@ -223,8 +266,59 @@ def torch_step(case: Case) -> np.ndarray:
 
     x, step, _ = _torch_parts(case)
     with torch.no_grad():
-        return np.moveaxis(step(x, 1.1).numpy(), 1, -1)
+        return np.moveaxis(step(x, 1.1).cpu().numpy(), 1, -1)
 
 
-RUN = {"cax": cax_run, "torch": torch_run, "slices": slices_run}
-STEP = {"cax": cax_step, "torch": torch_step, "slices": slices_step}
+def torch_compiled_run(case: Case, mode: str, steps: int) -> Callable[[], Any]:
+    return torch_run(case, mode, steps, compiled=True)
+
+
+# ---- jax-nca ----
+
+
+def jax_nca_run(case: Case, mode: str, steps: int) -> Callable[[], Any]:
+    assert isinstance(case, JaxNcaCase)
+    nca, params = _jax_nca(case), case.flax_params()
+    state, key = case.arguments().state, jax.random.key(0)
+
+    def last(params: Any) -> Any:
+        return nca.multi_step(params, state, key, steps)[0]
+
+    fun = jax.grad(lambda params: jnp.mean(last(params) ** 2)) if mode == "training" else last
+    compiled = jax.jit(fun)
+    return lambda: jax.block_until_ready(compiled(params))
+
+
+def jax_nca_step(case: Case) -> np.ndarray:
+    assert isinstance(case, JaxNcaCase)
+    state = case.arguments().state
+    return np.asarray(_jax_nca(case).multi_step(case.flax_params(), state, jax.random.key(0), 1)[0])
+
+
+def _jax_nca(case: JaxNcaCase) -> Any:
+    from jax_nca.nca import NCA
+
+    return NCA(num_hidden_channels=case.channels - 4)
+
+
+PEERS = {
+    "slices": Peer("JAX, slices", "jax", "", slices_run, slices_step, _plain),
+    "cax": Peer("CAX", "cax", "pip install cax", cax_run, cax_step, _plain),
+    "jax_nca": Peer(
+        "jax-nca",
+        "jax_nca",
+        "pip install --no-deps jax-nca",
+        jax_nca_run,
+        jax_nca_step,
+        lambda case: isinstance(case, JaxNcaCase),
+    ),
+    "torch": Peer("PyTorch", "torch", "pip install torch", torch_run, torch_step, _plain),
+    "torch_compiled": Peer(
+        "PyTorch, compiled",
+        "torch",
+        "pip install torch",
+        torch_compiled_run,
+        torch_step,
+        _plain,
+    ),
+}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 
 import nca_kernels as nk
 from benchmarks.measure import interleaved
+from nca_kernels.backends.cpu import library
 from nca_kernels.testing import Case
 
 
@@ -68,9 +70,27 @@ def best(run: Callable[[Any], Any], argument: Any, rounds: int) -> float:
     return min(times[""])
 
 
-def cpu_fraction(case: Case, mode: str, peak: float, seconds_per_cell: float) -> float:
-    """Of ``peak`` FLOP/s, counting the products of the cells that fire and no other work."""
-    return work(case, mode).flops * case.rule.fire_rate / seconds_per_cell / peak
+def cpu_flops() -> float:
+    """FLOP/s of this machine's processor now, all cores: multiply-adds in registers.
+
+    Without the native kernels, what XLA's product reaches instead.
+    """
+    try:
+        return max(library.peak_flops() for _ in range(5))
+    except OSError:
+        size = 2048
+        return 2 * size**3 / best(_product("highest"), jnp.ones((size, size)), 5)
+
+
+def copy_bytes_per_second(megabytes: int = 512, rounds: int = 10) -> float:
+    """Bytes read and written a second, by adding 1 to a large array in place."""
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+    data, fastest = jnp.zeros((megabytes * 2**18,), jnp.float32), math.inf
+    for _ in range(rounds):
+        start = time.perf_counter()
+        data = jax.block_until_ready(add(data))
+        fastest = min(fastest, time.perf_counter() - start)
+    return 2 * data.nbytes / fastest
 
 
 def fraction(case: Case, mode: str, peak: Peak, precision: str, seconds_per_cell: float) -> float:

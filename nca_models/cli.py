@@ -1,4 +1,4 @@
-"""The command `nca`: train, run, eval, sweep, doctor, demo.
+"""The command `nca`: train, run, eval, sweep, bench, doctor, demo.
 
 Arguments are checked before JAX starts. Wrong input is one line on stderr and exit code 2; a
 training run that diverges is exit code 1; a signal is 128 plus its number.
@@ -29,6 +29,7 @@ examples:
   nca run cat --steps 400 --damage half --gif cat.gif
   nca eval attention digits                    measure what was trained
   nca sweep dynamics --channels 8 16 --hidden 16 48 --out sweep   the motion of textures
+  nca bench --quick                            this machine against CAX, jax-nca and PyTorch
   nca doctor                                   what is installed, and which backend runs
 
 `nca COMMAND --help` explains a command's options.
@@ -216,6 +217,13 @@ def _parser() -> argparse.ArgumentParser:
         "--out", metavar="DIR", type=Path, required=True, help="a sweep in it is continued"
     )
     sweep.set_defaults(run=_sweep)
+
+    # Nothing is an option here: all goes to the command in benchmarks/, `--help` too.
+    bench = commands.add_parser(
+        "bench", help="time backends and peers on this machine", prefix_chars="\0", add_help=False
+    )
+    bench.add_argument("arguments", nargs="*")
+    bench.set_defaults(run=_bench)
 
     doctor = commands.add_parser("doctor", help="show versions, devices and backends")
     doctor.set_defaults(run=_doctor)
@@ -536,6 +544,28 @@ def _check_output(suffix: str, path: Path | None) -> None:
         raise InputError(f"--{suffix} {path}: is a folder; give the name of a file")
     if suffix == "mp4" and find_spec("imageio_ffmpeg") is None:
         raise InputError("--mp4 needs `pip install imageio-ffmpeg`; --gif needs nothing more")
+
+
+def _bench(args: argparse.Namespace) -> int:
+    """Start the suite, which is in the repository and not in the package."""
+    import subprocess
+
+    root = Path(__file__).parents[1]
+    if not (root / "benchmarks" / "__main__.py").is_file():
+        raise InputError(
+            "nca bench needs the repository, which has the suite and its results: clone it and "
+            "`pip install -e '.[models,test,peers]'` there"
+        )
+    if find_spec("pytest") is None:
+        raise InputError("nca bench needs pytest: pip install 'nca-kernels[models,test,peers]'")
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "benchmarks", *args.arguments]
+    suite = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
+    while True:
+        try:
+            return suite.wait()
+        except KeyboardInterrupt:  # the suite has it too, and ends in order
+            continue
 
 
 _PACKAGES = ("nca-kernels", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow")

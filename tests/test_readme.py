@@ -64,7 +64,9 @@ def test_pictures_are_there():
         assert (ROOT / picture).stat().st_size > 0
 
 
-def test_the_table_of_speed_is_that_of_the_results():
-    from benchmarks.table import table
+def test_documents_are_those_of_the_results():
+    from benchmarks import report
 
-    assert table() in README, "put the output of `python -m benchmarks.table` into the README"
+    again = "run `nca bench --report` and commit what it writes"
+    assert report.BEGIN + report.readme_table() + "\n" + report.END in README, again
+    assert (ROOT / "docs/benchmarks.md").read_text() == report.markdown(), again

@@ -105,8 +105,8 @@ def checkpointed_scan(body: Callable, carry: Any, steps: Array, checkpoint: str 
     return carry, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), outs, rest)
 
 
-# A kernel cannot write where it reads. One step an iteration, XLA copies each new state to where the
-# loop's carry lives; two steps write from there to another buffer and back.
+# A kernel cannot write where it reads. With one step an iteration, XLA copies each new state to
+# where the loop's carry lives; two steps write from there to another buffer and back.
 _scan = partial(lax.scan, unroll=2)
 
 

@@ -1,0 +1,105 @@
+"""The pictures of docs/benchmarks.md."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from benchmarks import rows
+from benchmarks.cases import TITLES
+from benchmarks.peers import PEERS
+
+if TYPE_CHECKING:
+    from benchmarks.report import Results
+
+MODES = {"forward": "forward", "training": "forward and backward"}
+
+
+def write(found: Results, folder: Path) -> list[Path]:
+    """All of one device."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for draw in (speedup, roofline, memory):
+        path = folder / f"{draw.__name__}-{found.device}.png"
+        draw(found).savefig(path, dpi=120)
+        written.append(path)
+    return written
+
+
+def _figure(width: float, height: float, columns: int) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def _name(contestant: str) -> str:
+    return PEERS[contestant].title if contestant in PEERS else contestant
+
+
+def _rollouts(found: Results, mode: str) -> list[rows.Row]:
+    each = [found.find("step", case, "rollout", mode) for case in TITLES]
+    return [row for row in each if row is not None and "seconds" in row]
+
+
+def speedup(found: Results) -> Figure:
+    """How many times slower than the best everyone is: bars on a logarithmic axis."""
+    figure, axes = _figure(9, 5, 2)
+    for ax, (mode, title) in zip(axes, MODES.items(), strict=True):
+        labels, values, colors = [], [], []
+        for row in _rollouts(found, mode):
+            for name in row["seconds"]:
+                labels.append(f"{TITLES[row['case']]}: {_name(name)}")
+                values.append(rows.times_slower(row, name))
+                colors.append("tab:gray" if name in PEERS or name == "reference" else "tab:green")
+        at = list(range(len(labels)))[::-1]
+        ax.barh(at, values, color=colors, left=0)
+        for y, value in zip(at, values, strict=True):
+            ax.text(value * 1.05, y, f"{value:.1f}" if value < 10 else f"{value:.0f}",
+                    va="center", fontsize=6)  # fmt: skip
+        ax.set_yticks(at, labels, fontsize=6)
+        ax.set_xscale("log")
+        ax.set_xlim(0.8, max(values) * 2)
+        ax.set(title=title, xlabel=f"time, of that of {row['best']}")
+    return figure
+
+
+def roofline(found: Results) -> Figure:
+    """Where everyone is below the limit of the machine."""
+    figure, axes = _figure(9, 4, 2)
+    markers = dict(zip(TITLES, "os^D", strict=True))
+    for ax, (mode, title) in zip(axes, MODES.items(), strict=True):
+        shown = _rollouts(found, mode)
+        limit = shown[0]["limit"]
+        reach = [0.5, limit["flops"] / limit["bytes"], 400]
+        roof = [min(limit["flops"], limit["bytes"] * x) / 1e9 for x in reach]
+        ax.plot(reach, roof, "k-", label="limit, measured")
+        colors: dict[str, str] = {}
+        for row in shown:
+            flops = row["cost"]["flops"] * row["cost"]["fires"]
+            for name in row["seconds"]:
+                colors.setdefault(name, f"C{len(colors)}")
+                ax.plot(flops / row["cost"]["bytes"], flops / rows.nanoseconds(row, name),
+                        markers[row["case"]], color=colors[name], markersize=5)  # fmt: skip
+        for name, color in colors.items():
+            ax.plot([], [], "s", color=color, label=_name(name))
+        for case, marker in markers.items():
+            ax.plot([], [], marker, color="k", fillstyle="none", label=TITLES[case])
+        ax.set(xscale="log", yscale="log", title=title, xlabel="FLOP a byte, at least")
+        ax.set_ylabel("GFLOP/s, of cells that fire")
+    axes[-1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def memory(found: Results) -> Figure:
+    """States at the peak, against steps."""
+    figure, axes = _figure(4.5, 3, 1)
+    for row in found.of_suite("memory"):
+        name = "plain JAX" if row["kind"] == "reference" else f'checkpoint="{row["kind"]}"'
+        axes[0].plot(list(map(int, row["planned_states"])), row["planned_states"].values(), "o-",
+                     label=name)  # fmt: skip
+    axes[0].set(xscale="log", yscale="log", xlabel="steps", ylabel="memory, in states of the grid")
+    axes[0].legend(fontsize=8)
+    return figure

@@ -1,0 +1,392 @@
+"""What the result files say: for a terminal, for docs/benchmarks.md, and the README's table.
+
+``nca bench --report`` writes the documents; nothing in them is written by hand.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from benchmarks import plots, rows
+from benchmarks.cases import TITLES
+from benchmarks.measure import ROOT
+from benchmarks.peers import PEERS
+from benchmarks.rows import Row
+
+DOCS = ROOT.parent / "docs"
+MODES = {"forward": "forward", "training": "forward and backward"}
+BEGIN, END = "<!-- nca bench --report: begin -->\n", "<!-- nca bench --report: end -->"
+
+
+# ---- one result, in words ----
+
+
+def title(name: str, versions: dict[str, str] | None = None) -> str:
+    """Of a contestant, a peer's with its version."""
+    if name not in PEERS:
+        return f"`{name}`" if versions is not None else f"{name} (ours)"
+    package = {"torch_compiled": "torch", "jax_nca": "jax-nca"}.get(name, name)
+    version = (versions or {}).get(package, "").split("+")[0]
+    return f"{PEERS[name].title} {version}".strip()
+
+
+def times(ratio: float) -> str:
+    return f"{ratio:.1f}x" if ratio < 9.95 else f"{ratio:,.0f}x"
+
+
+def share(fraction: float) -> str:
+    return f"{fraction:.0%}" if fraction >= 0.095 else f"{fraction:.1%}"
+
+
+def shape(row: Row) -> str:
+    batch, *grid, channels = row["shape"]
+    return f"{' x '.join(map(str, grid))}, {channels} channels, batch {batch}"
+
+
+def contestants(pair: list[Row]) -> list[str]:
+    """Of a forward row and a training row, in the order of the first."""
+    return list(dict.fromkeys(name for row in pair for name in row.get("seconds", ())))
+
+
+def text(found: dict[str, Any]) -> str:
+    """A run's rollouts for a terminal."""
+    out = []
+    for case in TITLES:
+        pair = [_find(found["rows"], "step", case, "rollout", mode) for mode in MODES]
+        timed = [row for row in pair if row is not None and "seconds" in row]
+        if not timed:
+            continue
+        first = timed[0]
+        out.append(f"\n{TITLES[case]}: {shape(first)}, {first['steps']} steps")
+        out.append(f"  {'':20}" + "".join(f"{MODES[row['mode']]:>34}" for row in timed))
+        for name in contestants(timed):
+            cells = [
+                f"{rows.nanoseconds(row, name):14,.0f} ns {times(rows.times_slower(row, name)):>8} "
+                f"{share(rows.of_limit(row, name)):>7}"
+                if name in row["seconds"]
+                else f"{'-':>34}"
+                for row in timed
+            ]
+            out.append(f"  {title(name):20}" + "".join(cells))
+        for name, reason in {k: v for row in timed for k, v in row["not_run"].items()}.items():
+            out.append(f"  {title(name):20} not timed: {reason}")
+    timed = [row for row in found["rows"] if "limit" in row]
+    if timed:
+        limit = timed[-1]["limit"]
+        out.append(
+            f"\nns: of a cell and step, medians of interleaved rounds; x: times slower than "
+            f"{timed[0]['best']};\n%: of this machine's limit ({limit['flops'] / 1e9:,.0f} GFLOP/s "
+            f"and {limit['bytes'] / 1e9:,.0f} GB/s, measured in this run), the MLP\n"
+            "counted for the cells that fire."
+        )
+    return "\n".join(out)
+
+
+# ---- saved results ----
+
+
+def _find(found: list[Row], *key: str) -> Row | None:
+    return next((row for row in found if rows.key(row) == key), None)
+
+
+class Results:
+    """Of one device: the rows of its files, and what the files say of themselves."""
+
+    def __init__(self, folder: Path):
+        self.device = folder.name
+        self.files = {}
+        for path in sorted(folder.glob("*.json")):
+            content = json.loads(path.read_text())
+            if any("suite" in row for row in content.get("rows", ())):
+                self.files[path.stem] = content
+        self.rows: list[Row] = [row for file in self.files.values() for row in file["rows"]]
+        large = folder / "large.json"
+        self.large = json.loads(large.read_text()) if large.exists() else None
+
+    def of_suite(self, suite: str) -> list[Row]:
+        return [row for row in self.rows if row["suite"] == suite]
+
+    def find(self, *key: str) -> Row | None:
+        return _find(self.rows, *key)
+
+    @property
+    def versions(self) -> dict[str, str]:
+        found: dict[str, str] = next(iter(self.files.values()))["versions"]
+        return found
+
+
+@cache
+def results() -> list[Results]:
+    """Of every device that has some, as this suite writes them."""
+    folders = sorted(path for path in (ROOT / "results").iterdir() if path.is_dir())
+    return [found for found in map(Results, folders) if found.files]
+
+
+# ---- Markdown ----
+
+
+def markdown_table(head: list[str], body: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def speed_table(found: Results, kind: str = "rollout") -> str:
+    """All contestants of all cases: time, how many times slower, shares of the limit."""
+    body = []
+    for case in TITLES:
+        pair = [row for mode in MODES if (row := found.find("step", case, kind, mode))]
+        pair = [row for row in pair if "seconds" in row]
+        for name in contestants(pair):
+            for row in pair:
+                if name in row["seconds"]:
+                    low, high = rows.spread(row, name)
+                    body.append([
+                        f"{TITLES[case]}, {shape(row)}",
+                        MODES[row["mode"]],
+                        title(name, found.versions),
+                        f"{rows.nanoseconds(row, name):,.0f}",
+                        f"{times(rows.times_slower(row, name))} ({low:.2f} to {high:.2f})",
+                        share(rows.of_limit(row, name)),
+                        share(rows.of_limit(row, name, dense=True)),
+                    ])  # fmt: skip
+    head = ["case", "", "", "ns", "times the best", "of the limit", "dense"]
+    return markdown_table(head, body)
+
+
+def not_timed(found: Results) -> str:
+    lines = {
+        f"- {TITLES[row['case']]}, {MODES[row['mode']]}: {title(name, found.versions)}: {reason}"
+        for row in found.of_suite("step")
+        for name, reason in row["not_run"].items()
+    }
+    return "\n".join(sorted(lines))
+
+
+def systems_table(found: Results) -> str:
+    body = []
+    for row in found.of_suite("system"):
+        for name in row["seconds"]:
+            per_step = rows.nanoseconds(row, name) * row["work"] / 1e9
+            slower = times(rows.times_slower(row, name))
+            ns = f"{rows.nanoseconds(row, name):,.0f}"
+            body.append([row["case"], title(name, {}), f"{per_step:.3g}", ns, slower])
+    return markdown_table(["system", "", "s a training step", "ns", "times the best"], body)
+
+
+def life_table(found: Results) -> str:
+    body = [
+        [
+            title(row["kind"], {}),
+            MODES[row["mode"]],
+            f"{rows.nanoseconds(row, 'all'):,.0f}",
+            f"{rows.times_slower(row, 'tenth_alive'):.2f}",
+            f"{1 / rows.times_slower(row, 'all_fire'):.2f}",
+        ]
+        for row in found.of_suite("life")
+    ]
+    return markdown_table(["", "", "ns", "a tenth alive", "half fire, to all fire"], body)
+
+
+def attention_table(found: Results) -> str:
+    body = [
+        [
+            row["kind"],
+            MODES[row["mode"]],
+            title(name, {}),
+            f"{rows.nanoseconds(row, name):,.0f}",
+            times(rows.times_slower(row, name)),
+        ]
+        for row in found.of_suite("attention")
+        for name in row["seconds"]
+    ]
+    return markdown_table(["case", "", "", "ns a cell and head", "times the best"], body)
+
+
+def dropin_line(found: Results) -> str:
+    row = found.find("dropin", "cax", "training step", "training")
+    curve = found.find("dropin", "cax", "loss curve", "training")
+    lines = []
+    if row:
+        lines.append(
+            f"A training step of CAX's Growing NCA: {rows.nanoseconds(row, 'cax'):,.0f} ns a cell "
+            f"and step as it is, {rows.nanoseconds(row, 'accelerated'):,.0f} ns with `accelerate`: "
+            f"{times(rows.times_slower(row, 'cax'))}."
+        )
+    if curve:
+        lines.append(
+            f"The losses of {curve['steps']} steps differ by at most "
+            f"{curve['largest_error']:.1e} of their value."
+        )
+    return "\n".join(lines)
+
+
+def memory_table(found: Results) -> str:
+    planned = {row["kind"]: row["planned_states"] for row in found.of_suite("memory")}
+    names = {"all": '`checkpoint="all"`', "sqrt": '`checkpoint="sqrt"`', "reference": "plain JAX"}
+    head = ["steps", *(names[kind] for kind in planned)]
+    counts = list(next(iter(planned.values())))
+    body = [[count, *(f"{kept[count]:.0f}" for kept in planned.values())] for count in counts]
+    return markdown_table(head, body)
+
+
+def kept_line(found: Results) -> str:
+    row = found.find("step", "growing", "step", "training")
+    if row is None:
+        return ""
+    kept = ", ".join(f"{title(n, {})} {b:,.0f}" for n, b in row["bytes_kept"].items())
+    return f"Bytes that the backward of a step keeps for each cell (16 float32 channels): {kept}."
+
+
+def rollouts_table(large: dict[str, Any]) -> str:
+    """Peaks of processes, of large.json."""
+    body = [
+        [
+            " x ".join(map(str, row["grid"])),
+            "forward" if row["mode"] == "forward" else f"training, `{row['checkpoint']}`",
+            f"{row['peak_rss_bytes'] / 1e9:.2f} GB",
+            f"{row['seconds']:.0f} s",
+            f"{row['nanoseconds_per_cell_step']:.0f}",
+            f"{row['reference_planned_bytes'] / 1e9:.0f} GB",
+        ]
+        for row in large["rollouts"]
+    ]
+    head = ["grid", f"{large['rollouts'][0]['steps']} steps", "peak memory", "time",
+            "ns a cell-step", "plain JAX needs"]  # fmt: skip
+    return markdown_table(head, body)
+
+
+def quality_table(found: Results) -> str:
+    row = found.find("quality", "growing", "small", "training")
+    if row is None:
+        return ""
+    reached = row["reached"]
+    head = ["log10 MSE", "training steps", "`auto`, trained"]
+    others = [name for name in row["seconds"] if name != row["best"]]
+    head += [f"{title(name, found.versions)}, computed" for name in others]
+    body = [
+        [f"{quality}", f"{at['steps']:,}", f"{at['seconds']:,.0f} s"]
+        + [f"{at['steps'] * _training_step(row, name):,.0f} s" for name in others]
+        for quality, at in reached.items()
+    ]
+    return markdown_table(head, body)
+
+
+def _training_step(row: Row, name: str) -> float:
+    """Seconds: rollouts of the training's length, at the measured time of a cell-step."""
+    return rows.nanoseconds(row, name) / 1e9 * row["work"] / row["steps"] * row["steps_of_training"]
+
+
+def readme_table() -> str:
+    """The README's: nanoseconds per cell and step of the best, and of others with ratios."""
+    found = headline()
+    shown = ["cpu", "xla", "slices", "reference", "cax", "torch", "torch_compiled"]
+    head = ["", *(title(name, found.versions) for name in shown), "`cpu`, of the limit"]
+    body = []
+    for case in ("growing", "diffusing", "self_autoencoding"):
+        for mode in MODES:
+            row = found.find("step", case, "rollout", mode)
+            assert row is not None
+            name = f"{TITLES[case]}, {shape(row)}: {MODES[mode]}"
+            cells = [_readme_cell(row, contestant) for contestant in shown]
+            body.append([name, *cells, share(rows.of_limit(row, row["best"]))])
+    return markdown_table(head, body)
+
+
+def _readme_cell(row: Row, name: str) -> str:
+    if name not in row["seconds"]:
+        return "not timed"
+    taken = f"{rows.nanoseconds(row, name):,.0f}"
+    if name == row["best"]:
+        return f"**{taken}**"
+    return f"{taken} ({times(rows.times_slower(row, name))})"
+
+
+def headline() -> Results:
+    """The device that the README quotes: one with a whole set of results."""
+    return next(found for found in results() if found.find("step", "growing", "rollout", "forward"))
+
+
+# ---- the documents ----
+
+
+def markdown() -> str:
+    """docs/benchmarks.md."""
+    parts = [_HEAD]
+    for found in results():
+        about = next(iter(found.files.values()))
+        limits = [row["limit"] for row in found.rows if "limit" in row]
+        versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items())
+        parts += [
+            f"## {found.device}",
+            f"Commit {about['commit']}, {about['date']}, Python {about['python']}, {versions}. "
+            f"Limit: {min(x['flops'] for x in limits) / 1e9:,.0f} to "
+            f"{max(x['flops'] for x in limits) / 1e9:,.0f} GFLOP/s, "
+            f"{limits[0]['bytes'] / 1e9:,.1f} GB/s.",
+            "### Rollouts of 8 steps\n\n`nca bench --save`\n",
+            f"![speed](plots/speedup-{found.device}.png)",
+            speed_table(found),
+            not_timed(found),
+            f"![roofline](plots/roofline-{found.device}.png)",
+            "### Single steps",
+            speed_table(found, "step"),
+            "### A CAX training with one line added",
+            dropin_line(found),
+            "### A training step of each system\n\nThe `small` presets, as `nca train` takes them.",
+            systems_table(found),
+            "### Work follows life",
+            "Growing NCA; how a step's time changes with a tenth of the cells alive, and with half "
+            "of them firing.",
+            life_table(found),
+            "### `neighborhood_attention`",
+            attention_table(found),
+            "### Memory",
+            kept_line(found),
+            "Peak of a gradient by XLA's plan, in states of the grid:",
+            memory_table(found),
+            f"![memory](plots/memory-{found.device}.png)",
+        ]
+        if found.large:
+            parts += [
+                "Peaks of whole processes, and time (`python -m benchmarks.large --save`):",
+                rollouts_table(found.large),
+                "![cost of a cell](plots/cost_of_a_cell.png)",
+            ]
+        parts += [
+            "### Time to quality",
+            "Growing NCA, `small`, until the mean loss of 50 steps is there. Peers take the same "
+            "steps; their time is computed from that of one.",
+            quality_table(found),
+        ]
+    return "\n\n".join(part.strip("\n") for part in parts if part.strip()) + "\n"
+
+
+_HEAD = """\
+# Benchmarks
+
+Written by `nca bench --report` from [benchmarks/results](../benchmarks/results/); nothing here is
+typed by hand. Nanoseconds are of a cell and step, medians of interleaved rounds: all contestants of
+a row are timed in turn, and a ratio is the median (and the quartiles) of the rounds' own ratios.
+Before it is timed, a backend passes its conformance check on a piece of the case, and a peer's step
+is compared with ours.
+
+*Of the limit* is the share of the roofline of this machine: the time that the least work takes at
+the rate of multiply-adds and of memory that were measured in the same run. The MLP is counted for
+the cells that fire; in *dense*, for all, as code that computes every cell would need. `slices` is
+plain JAX as a careful user writes it, with shifted slices and matrix products; `reference` is plain
+JAX with convolutions."""
+
+
+def write() -> list[Path]:
+    """The documents, the plots and the README's table; returns what was written."""
+    results.cache_clear()
+    written = [DOCS / "benchmarks.md"]
+    written[0].write_text(markdown())
+    for found in results():
+        written += plots.write(found, DOCS / "plots")
+    readme = ROOT.parent / "README.md"
+    head, rest = readme.read_text().split(BEGIN)
+    readme.write_text(head + BEGIN + readme_table() + "\n" + END + rest.split(END)[1])
+    return [*written, readme]
