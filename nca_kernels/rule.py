@@ -26,6 +26,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "leaky_relu": partial(jax.nn.leaky_relu, negative_slope=0.01),
     "identity": lambda x: x,
 }
+KEEPS = ("exact", "bfloat16", "host")  # how a rollout's states wait for the backward
 PADDINGS = ("zeros", "circular", "replicate", "reflect")
 ATTENTION_PADDINGS = ("zeros", "circular")
 PRECISIONS = ("default", "float32", "tensorfloat32", "bfloat16")
@@ -224,7 +225,12 @@ def check_update(
 
 
 def check_rollout(
-    num_steps: Any, checkpoint: Any, sample_steps: Any, return_states: Any, batch: tuple[int, ...]
+    num_steps: Any,
+    checkpoint: Any,
+    keep: Any,
+    sample_steps: Any,
+    return_states: Any,
+    batch: tuple[int, ...],
 ) -> None:
     """Checks the arguments that ``rollout`` has beyond those of ``step``."""
     _require_int("num_steps", num_steps)
@@ -238,6 +244,7 @@ def check_rollout(
         )
     if is_int and checkpoint < 1:
         raise ValueError(f"checkpoint must be at least 1 (keep one state in n), got {checkpoint}")
+    _require_choice("keep", keep, KEEPS)
     if sample_steps is None:
         return
     _require_array("sample_steps", sample_steps)

@@ -29,6 +29,7 @@ def rollout(
     sample_steps: Array | None = None,
     backend: str = "auto",
     after_step: AfterStep | None = None,
+    keep: str = "exact",
 ) -> Any:
     """``num_steps`` steps; step ``t`` (from 0) uses ``jax.random.fold_in(key, t)``.
 
@@ -50,6 +51,10 @@ def rollout(
         after_step: what happens to the state after each step, cell by cell, such as a wall:
             ``(state before the step, state after it, places) -> state``. ``places`` has for each
             grid dim the indices of the cells, int32, shaped to broadcast with the states.
+        keep: how the states of ``checkpoint`` are kept: "exact"; "bfloat16", in half the memory,
+            values untouched and gradients to a few percent; "host", in the memory of the
+            host, from where they come back one by one. The last two run a step's forward again
+            with "all", too.
 
     Returns:
         The final state; ``(final, states [T, *batch, *spatial, C])`` with ``return_states``;
@@ -59,7 +64,7 @@ def rollout(
         ValueError, TypeError, BackendUnavailable: as :func:`nca_kernels.step`.
     """
     batch_shape = check_step(rule, params, state, key, inputs)
-    check_rollout(num_steps, checkpoint, sample_steps, return_states, batch_shape)
+    check_rollout(num_steps, checkpoint, keep, sample_steps, return_states, batch_shape)
     grid = state.shape[len(batch_shape) : -1]
 
     def one_step(carry: tuple[Array, Any], t: Array) -> tuple[tuple[Array, Any], Array | None]:
@@ -74,13 +79,15 @@ def rollout(
     state = jnp.asarray(state)
     carry = (state, state if sample_steps is not None else None)
     steps = jnp.arange(num_steps)
-    (final, sampled), states = checkpointed_scan(one_step, carry, steps, checkpoint)
+    (final, sampled), states = checkpointed_scan(one_step, carry, steps, checkpoint, keep)
     if return_states:
         return final, states
     return final if sample_steps is None else (final, sampled)
 
 
-def checkpointed_scan(body: Callable, carry: Any, steps: Array, checkpoint: str | int) -> Any:
+def checkpointed_scan(
+    body: Callable, carry: Any, steps: Array, checkpoint: str | int, keep: str
+) -> Any:
     """``lax.scan(body, carry, steps)``, keeping the carry of one step in ``every``."""
     # Between two kept states a step's own residuals (its input state) live for a moment only.
     num_steps = len(steps)
@@ -89,20 +96,64 @@ def checkpointed_scan(body: Callable, carry: Any, steps: Array, checkpoint: str 
     else:
         every = 1 if checkpoint == "all" else math.isqrt(max(num_steps - 1, 0)) + 1
     body = jax.checkpoint(body, prevent_cse=False, policy=_saves_kernel_outputs)
-    if every == 1 or num_steps <= every:
+    if keep == "exact" and (every == 1 or num_steps <= every):
         return _scan(body, carry, steps)
 
-    @jax.checkpoint
     def segment(carry: Any, steps: Array) -> Any:
         return _scan(body, carry, steps)
 
+    segment = jax.checkpoint(segment) if keep == "exact" else _keeping(segment, keep)
     whole = num_steps - num_steps % every
     carry, outs = lax.scan(segment, carry, steps[:whole].reshape(-1, every))
     outs = jax.tree.map(lambda o: o.reshape(-1, *o.shape[2:]), outs)
     if whole == num_steps:
         return carry, outs
-    carry, rest = _scan(body, carry, steps[whole:])
+    last = partial(_scan, body) if keep == "exact" else segment
+    carry, rest = last(carry, steps[whole:])
     return carry, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), outs, rest)
+
+
+def _keeping(segment: Callable, keep: str) -> Callable:
+    """``segment(carry, steps)`` that keeps its carry for the backward as ``keep`` says."""
+
+    def pack(leaf: Array) -> Array:
+        if keep == "host":
+            return jax.device_put(leaf, jax.memory.Space.Host)
+        if leaf.dtype != jnp.float32:
+            return leaf
+        # As integers: XLA on a CPU widens a whole bfloat16 array to write one state to it.
+        return lax.bitcast_convert_type(leaf.astype(jnp.bfloat16), jnp.uint16)
+
+    def unpack(kept: Array, dtype: Any) -> Array:
+        if keep == "host":
+            return jax.device_put(kept, jax.memory.Space.Device)
+        if kept.dtype != jnp.uint16:
+            return kept
+        return lax.bitcast_convert_type(kept, jnp.bfloat16).astype(dtype)
+
+    def run(carry: Any, steps: Array) -> Any:
+        # A custom VJP cannot close over what is being traced: all of that becomes arguments.
+        traced, out = jax.make_jaxpr(segment, return_shape=True)(carry, steps)
+        dtypes = jax.tree.map(lambda leaf: leaf.dtype, carry)
+
+        def pure(captured: Any, carry: Any, steps: Array) -> Any:
+            leaves = jax.core.eval_jaxpr(traced.jaxpr, captured, *jax.tree.leaves((carry, steps)))
+            return jax.tree.unflatten(jax.tree.structure(out), leaves)
+
+        def forward(captured: Any, carry: Any, steps: Array) -> Any:
+            return pure(captured, carry, steps), (captured, jax.tree.map(pack, carry), steps)
+
+        def backward(kept: Any, cotangent: Any) -> Any:
+            captured, packed, steps = kept
+            carry = jax.tree.map(unpack, packed, dtypes)
+            _, pull = jax.vjp(lambda *args: pure(*args, steps), captured, carry)
+            return *pull(cotangent), None
+
+        call = jax.custom_vjp(pure)
+        call.defvjp(forward, backward)
+        return call(traced.consts, carry, steps)
+
+    return run
 
 
 # A kernel cannot write where it reads. With one step an iteration, XLA copies each new state to

@@ -45,6 +45,7 @@ def sharded_rollout(
     sample_steps: Array | None = None,
     backend: str = "auto",
     after_step: AfterStep | None = None,
+    keep: str = "exact",
     *,
     mesh: Any,
     partition_spec: PartitionSpec,
@@ -58,7 +59,7 @@ def sharded_rollout(
 
     Args:
         rule, params, state, key, num_steps, inputs, checkpoint, return_states, sample_steps,
-            backend, after_step: as for :func:`nca_kernels.rollout`; the weights are on every
+            backend, after_step, keep: as for :func:`nca_kernels.rollout`; the weights are on every
             device. ``after_step`` sees a device's part of the state, with the places of that part
             in the whole grid; it must be hashable, and is compiled once if it is equal to the last.
         mesh: the devices, a ``jax.sharding.Mesh``.
@@ -81,9 +82,9 @@ def sharded_rollout(
     one ``lax.psum``. With ``checkpoint``, "step" stands for ``steps_per_exchange`` steps.
     """
     batch_shape = check_step(rule, params, state, key, inputs)
-    check_rollout(num_steps, checkpoint, sample_steps, return_states, batch_shape)
+    check_rollout(num_steps, checkpoint, keep, sample_steps, return_states, batch_shape)
     layout = _layout(rule, params, np.shape(state), mesh, partition_spec, steps_per_exchange)
-    run = partial(_run, rule, num_steps, checkpoint, return_states, requested(backend))
+    run = partial(_run, rule, num_steps, checkpoint, keep, return_states, requested(backend))
     return run(after_step, layout, mesh, params, jnp.asarray(state), key, inputs, sample_steps)
 
 
@@ -189,11 +190,12 @@ def _layout(
     return tuple(axes), num_batch_dims, steps_per_exchange
 
 
-@partial(jax.jit, static_argnums=tuple(range(8)))
+@partial(jax.jit, static_argnums=tuple(range(9)))
 def _run(
     rule: Rule,
     num_steps: int,
     checkpoint: str | int,
+    keep: str,
     return_states: bool,
     backend: str,
     after_step: AfterStep | None,
@@ -247,13 +249,14 @@ def _run(
             carry,
             jnp.arange(rounds) * steps_per_exchange,
             checkpoint,
+            keep,
         )
         if return_states:
             states = states.reshape(-1, *block.shape)
         if rest:
             steps = jnp.array([rounds * steps_per_exchange])
             body = partial(exchange_and_step, rest)
-            carry, more = checkpointed_scan(body, carry, steps, checkpoint)
+            carry, more = checkpointed_scan(body, carry, steps, checkpoint, keep)
             if return_states:
                 states = jnp.concatenate([states, more.reshape(-1, *block.shape)])
         final, sampled = carry

@@ -1,0 +1,74 @@
+"""How the states of a rollout are kept for its backward: what they take, what the gradients are."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import nca_kernels as nk
+from nca_kernels.testing import BENCHMARKS
+
+CASE = replace(BENCHMARKS[0], grid=(16, 24), batch=(2,))
+STEPS = 5
+
+
+def gradient(keep, checkpoint, mesh=None, steps=STEPS, case=CASE):
+    """``[value, *gradients]`` of a rollout's loss, compiled; and what XLA plans for them."""
+    params, state, key, _ = case.arguments()
+
+    def loss(params, state, key):
+        if mesh is None:
+            out = nk.rollout(case.rule, params, state, key, steps, checkpoint=checkpoint, keep=keep)
+        else:
+            out = nk.sharded_rollout(
+                case.rule,
+                params,
+                state,
+                key,
+                steps,
+                checkpoint=checkpoint,
+                keep=keep,
+                mesh=mesh,
+                partition_spec=P("data", "x"),
+            )
+        return jnp.mean(out**2)
+
+    run = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(params, state, key).compile()
+    return jax.tree.leaves(run(params, state, key)), run.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize(("split", "checkpoint"), [(False, "all"), (False, "sqrt"), (True, "all")])
+def test_what_is_kept_changes_no_value(split, checkpoint, quick_to_compile):
+    mesh = jax.make_mesh((2, 2), ("data", "x")) if split else None
+    (value, *exact), _ = gradient("exact", checkpoint, mesh)
+    (of_host, *host), _ = gradient("host", checkpoint, mesh)
+    (of_rounded, *rounded), _ = gradient("bfloat16", checkpoint, mesh)
+    assert value == of_host == of_rounded
+    for a, b, c in zip(exact, host, rounded, strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert jnp.linalg.norm(c - a) <= 0.1 * jnp.linalg.norm(a)
+    assert any(bool(jnp.any(a != c)) for a, c in zip(exact, rounded, strict=True))
+
+
+def test_bfloat16_takes_half_the_memory(quick_to_compile):
+    """XLA's plan: of 64 states, and of 2 * 8."""
+    case = replace(CASE, grid=(64, 64), batch=(1,))
+    state = 64 * 64 * CASE.channels * 4
+    planned = {
+        (keep, checkpoint): gradient(keep, checkpoint, steps=64, case=case)[1] / state
+        for keep in ("exact", "bfloat16")
+        for checkpoint in ("all", "sqrt")
+    }
+    assert 64 < planned["exact", "all"] < 64 + 8
+    assert 16 < planned["exact", "sqrt"] < 16 + 8
+    assert planned["bfloat16", "all"] < 32 + 8
+    assert planned["bfloat16", "sqrt"] < planned["exact", "sqrt"] - 3
+
+
+def test_wrong_keep():
+    params, state, key, _ = CASE.arguments()
+    with pytest.raises(ValueError, match=r"keep must be one of .*bfloat16.*, got 'float16'"):
+        nk.rollout(CASE.rule, params, state, key, 2, keep="float16")
