@@ -50,7 +50,7 @@ check: $(VENV)/installed-models,test,check
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/installed-models,test,peers
+bench: $(VENV)/installed-models,test,peers $(VENV)/no-deps
 	$(BIN)/python -m benchmarks.large --save
 	$(BIN)/nca bench --save --report $(BENCH_ARGS)
 

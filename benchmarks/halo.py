@@ -1,6 +1,6 @@
 """How wide a halo pays, and how large a lattice trains on many GPUs: the tables of docs/large.md.
 
-``python -m benchmarks.halo``. A model, not a measurement: the step at a share of an H200's
+``nca bench --report`` puts them there. A model, not a measurement: the step at a share of an H200's
 roofline, links as their makers state them, a fixed time for each message.
 """
 
@@ -11,7 +11,7 @@ import math
 
 import nca_kernels as nk
 from benchmarks.large import CHANNELS, STEPS, parameters
-from benchmarks.measure import ROOT
+from benchmarks.measure import ROOT, markdown_table
 from nca_models.training.estimate import H200_BYTES, H200_FLOPS
 
 REACH = 2  # cells that a step with alive masking depends on: one of perception, one of the pool
@@ -50,26 +50,35 @@ def bytes_per_cell() -> dict[int, float]:
     return found
 
 
-def main() -> None:
+def halos() -> str:
+    """Markdown: the share of a device's time that goes into its own cells."""
+    parts = []
     for dims, blocks in ((2, (256, 1024, 4096)), (3, (64, 128, 256))):
         cell = seconds_per_cell(nk.cost(parameters(dims)))
-        print(f"\n{dims}-D: a cell-step takes {1e12 * cell:.0f} ps")
-        print("| link | block | " + " | ".join(f"k = {k}" for k in WIDTHS) + " |")
-        print("|---" * (2 + len(WIDTHS)) + "|")
-        for name, link in LINKS.items():
-            for side in blocks:
-                shares = [
-                    f"{efficiency(side, dims, k, link, cell):.0%}" if 2 * k <= side else ""
-                    for k in WIDTHS
-                ]
-                print(f"| {name} | {side}^{dims} | " + " | ".join(shares) + " |")
-    print(f"\nLargest lattice, {STEPS} steps, C = {CHANNELS}")
-    print("| GPUs | 2-D | 3-D |\n|---|---|---|")
+        body = [
+            [name, f"{side}^{dims}"]
+            + [
+                f"{efficiency(side, dims, k, link, cell):.0%}" if 2 * k <= side else ""
+                for k in WIDTHS
+            ]
+            for name, link in LINKS.items()
+            for side in blocks
+        ]
+        head = [f"{dims}-D, {1e12 * cell:.0f} ps a cell-step", "block"]
+        parts.append(markdown_table([*head, *(f"k = {k}" for k in WIDTHS)], body))
+    return "\n\n".join(parts)
+
+
+def lattices() -> str:
+    """Markdown: the largest lattices that train on so many GPUs."""
     kept = bytes_per_cell()
+    body = []
     for count in (1, 8, 64, 1024):
         sides = [math.floor((count * MEMORY / kept[dims]) ** (1 / dims)) for dims in (2, 3)]
-        print(f"| {count:,} | {sides[0]:,}^2 | {sides[1]:,}^3 |")
+        body.append([f"{count:,}", f"{sides[0]:,}^2", f"{sides[1]:,}^3"])
+    head = ["GPUs", f"2-D, {STEPS} steps, C = {CHANNELS}", "3-D"]
+    return markdown_table(head, body)
 
 
 if __name__ == "__main__":
-    main()
+    print(f"{halos()}\n\n{lattices()}")

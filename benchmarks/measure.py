@@ -172,3 +172,8 @@ def write_json(path: Path, content: Any) -> None:
         json.dump(content, file, indent=1)
         file.write("\n")
     os.replace(file.name, path)
+
+
+def markdown_table(head: list[str], body: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -10,15 +10,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks import plots, rows
+from benchmarks import halo, plots, rows
 from benchmarks.cases import TITLES
-from benchmarks.measure import ROOT
+from benchmarks.measure import ROOT, markdown_table
 from benchmarks.peers import PEERS
 from benchmarks.rows import Row
 
 DOCS = ROOT.parent / "docs"
 MODES = {"forward": "forward", "training": "forward and backward"}
-BEGIN, END = "<!-- nca bench --report: begin -->\n", "<!-- nca bench --report: end -->"
 
 
 # ---- one result, in words ----
@@ -126,11 +125,6 @@ def results() -> list[Results]:
 
 
 # ---- Markdown ----
-
-
-def markdown_table(head: list[str], body: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def speed_table(found: Results, kind: str = "rollout") -> str:
@@ -304,6 +298,41 @@ def _readme_cell(row: Row, name: str) -> str:
     return f"{taken} ({times(rows.times_slower(row, name))})"
 
 
+def readme_memory() -> str:
+    """A sentence on the largest training that was measured, and on plain JAX beside it."""
+    large = headline().large
+    assert large is not None
+    row = next(r for r in large["rollouts"] if r["grid"] == [1024, 1024])
+    return (
+        f"A training step of {row['steps']} steps over 1024 x 1024 cells of 16 channels takes "
+        f"{row['peak_rss_bytes'] / 1e9:.1f} GB at the peak, the whole process counted, with "
+        f'`checkpoint="{row["checkpoint"]}"`; plain JAX needs '
+        f"{row['reference_planned_bytes'] / 1e9:.0f} GB by XLA's own plan."
+    )
+
+
+def readme_dropin() -> str:
+    """What the line does to a CAX training, and the compat module to jax-nca's."""
+    found = headline()
+    cax = found.find("dropin", "cax", "training step", "training")
+    jax_nca = found.find("step", "jax_nca", "rollout", "training")
+    assert cax is not None
+    assert jax_nca is not None
+    before, after = (rows.nanoseconds(cax, name) / 1e3 for name in ("cax", "accelerated"))
+    return (
+        f"A training step of CAX's Growing NCA is {rows.times_slower(cax, 'cax'):.0f} times faster "
+        f"with it ({before:.0f} to {after:.2f} microseconds a cell and step), with the same loss "
+        f"curve; the gradient of jax-nca's NCA {rows.times_slower(jax_nca, 'jax_nca'):.0f} times."
+    )
+
+
+def large_table() -> str:
+    """Of the headline's device."""
+    large = headline().large
+    assert large is not None
+    return rollouts_table(large)
+
+
 def headline() -> Results:
     """The device that the README quotes: one with a whole set of results."""
     return next(found for found in results() if found.find("step", "growing", "rollout", "forward"))
@@ -379,14 +408,36 @@ plain JAX as a careful user writes it, with shifted slices and matrix products; 
 JAX with convolutions."""
 
 
+def generated() -> dict[Path, dict[str, str]]:
+    """What other documents hold, by the names of its places in them: see ``filled``."""
+    readme, large = ROOT.parent / "README.md", DOCS / "large.md"
+    return {
+        readme: {
+            "speed": readme_table(),
+            "memory": readme_memory(),
+            "dropin": readme_dropin(),
+        },
+        large: {"rollouts": large_table(), "halos": halo.halos(), "lattices": halo.lattices()},
+    }
+
+
+def filled(document: str, blocks: dict[str, str]) -> str:
+    """A document, renewed from each ``<!-- NAME: nca bench --report -->`` to its end."""
+    for name, block in blocks.items():
+        begin, end = f"<!-- {name}: nca bench --report -->\n", "\n<!-- end -->"
+        head, rest = document.split(begin)
+        document = head + begin + block + end + rest.split(end, 1)[1]
+    return document
+
+
 def write() -> list[Path]:
-    """The documents, the plots and the README's table; returns what was written."""
+    """The documents and the plots; returns what was written."""
     results.cache_clear()
     written = [DOCS / "benchmarks.md"]
     written[0].write_text(markdown())
     for found in results():
         written += plots.write(found, DOCS / "plots")
-    readme = ROOT.parent / "README.md"
-    head, rest = readme.read_text().split(BEGIN)
-    readme.write_text(head + BEGIN + readme_table() + "\n" + END + rest.split(END)[1])
-    return [*written, readme]
+    for path, blocks in generated().items():
+        path.write_text(filled(path.read_text(), blocks))
+        written.append(path)
+    return written
