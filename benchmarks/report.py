@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import halo, plots, rows
+from benchmarks.bench_quality import MINUTES, QUALITIES
 from benchmarks.cases import TITLES
 from benchmarks.measure import ROOT, markdown_table
 from benchmarks.peers import PEERS
@@ -265,7 +266,9 @@ def quality_table(found: Results) -> str:
         + [f"{at['steps'] * _training_step(row, name):,.0f} s" for name in others]
         for quality, at in reached.items()
     ]
-    return markdown_table(head, body)
+    missed = ", ".join(f"{q:g}" for q in QUALITIES if f"{q:g}" not in reached)
+    note = f"\n\nNot reached in {MINUTES:.0f} minutes: {missed}." if missed else ""
+    return markdown_table(head, body) + note
 
 
 def _training_step(row: Row, name: str) -> float:

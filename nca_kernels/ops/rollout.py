@@ -146,7 +146,7 @@ def _keeping(segment: Callable, keep: str) -> Callable:
         def backward(kept: Any, cotangent: Any) -> Any:
             captured, packed, steps = kept
             carry = jax.tree.map(unpack, packed, dtypes)
-            _, pull = jax.vjp(lambda *args: pure(*args, steps), captured, carry)
+            _, pull = jax.vjp(lambda *args: pure(args[0], args[1], steps), captured, carry)
             return *pull(cotangent), None
 
         call = jax.custom_vjp(pure)

@@ -108,6 +108,7 @@ class Processes:
 SMALL = "--size 8 --padding 2 --batch-size 4 --pool-size 8 --checkpoint-every 5"
 
 
+@pytest.mark.long
 def test_a_lost_process_stops_the_others_and_fewer_go_on(tmp_path):
     """Of four one is killed; the rest stop within seconds, and two continue with equal losses."""
     small = f"{SMALL} --learning-rate 0.0001".split()

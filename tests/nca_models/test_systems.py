@@ -170,6 +170,7 @@ def untrained(system, folder):
     return system.model(nnx.Rngs(0))
 
 
+@pytest.mark.long
 def test_a_sweep_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     needs("dynamics")
     monkeypatch.setitem(dynamics.PRESETS, "small", TINY["dynamics"])
@@ -201,6 +202,7 @@ def test_a_sweep_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     assert "choose another --out" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_sweep_trains_models_together(tmp_path, monkeypatch, capsys):
     """By vmap over their weights, stopped and continued: as each would train alone."""
     needs("dynamics")

@@ -1,0 +1,168 @@
+"""`nca bench`: what its rows say, its gate, and the command from end to end."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from benchmarks import compare, contestants, instructions, measure, peers, report, rows
+from benchmarks.cases import FULL, QUICK
+
+
+def row(seconds, best="cpu", **other):
+    return {
+        "suite": "step",
+        "case": "growing",
+        "kind": "rollout",
+        "mode": "forward",
+        "work": 1000,
+        "best": best,
+        "ours": ["cpu", "xla"],
+        "seconds": seconds,
+        "cost": {"flops": 1000.0, "bytes": 100.0, "fires": 0.5},
+        "limit": {"flops": 1e12, "bytes": 1e12},
+        **other,
+    }
+
+
+def test_figures_of_a_row():
+    found = row({"cpu": [1e-6, 2e-6, 1e-6], "slices": [3e-6, 8e-6, 5e-6]})
+    assert rows.nanoseconds(found, "cpu") == pytest.approx(1.0)
+    assert rows.times_slower(found, "slices") == pytest.approx(4.0)  # of 3, 4 and 5
+    assert rows.spread(found, "slices") == pytest.approx((3.5, 4.5))
+    assert rows.of_limit(found, "cpu") == pytest.approx(0.5)  # 0.5 ns at the limit
+    assert rows.of_limit(found, "cpu", dense=True) == pytest.approx(1.0)
+    memory_bound = {**found, "limit": {"flops": 1e12, "bytes": 1e10}}
+    assert rows.of_limit(memory_bound, "cpu") == pytest.approx(10.0)
+
+
+def noisy(middle, seed):
+    return list(middle * (1 + 0.02 * np.random.default_rng(seed).normal(size=7)))
+
+
+@pytest.mark.parametrize(
+    ("factor", "word"),
+    [(1.0, "no difference"), (1.3, "slower"), (0.7, "faster"), (1.04, "no difference")],
+)
+def test_the_gate(factor, word):
+    old = row({"cpu": noisy(1.0, 0), "slices": noisy(4.0, 1)})
+    new = row({"cpu": noisy(2 * factor, 2), "slices": noisy(8.0, 3)})  # a machine half as fast
+    (found,) = compare.compare([old], [new])
+    assert found["verdict"] == word
+    assert found["ratio"] == pytest.approx(factor, rel=0.05)
+    assert word in compare.table([found])
+
+
+def test_the_gate_without_a_yardstick():
+    (found,) = compare.compare([row({"cpu": [1.0]})], [row({"cpu": [1.0]})])
+    assert found["verdict"] == "cannot be compared"
+    assert compare.compare([], [row({"cpu": [1.0]})]) == []
+
+
+def test_what_is_slow_takes_part_less_often():
+    times = measure.interleaved({"slow": lambda: None}, rounds=5, patience=-1.0)
+    assert len(times["slow"]) == 3
+
+
+@pytest.mark.parametrize("name", [name for name, peer in peers.PEERS.items() if not peer.missing])
+def test_peers_compute_the_same(name):
+    case = next(case for case in QUICK.values() if peers.PEERS[name].fits(case))
+    assert peers.check(peers.PEERS[name], replace(case, grid=(9, 11), batch=(2,))) is None
+
+
+def test_a_peer_that_differs_is_not_timed():
+    case = replace(QUICK["growing"], grid=(6, 6), batch=(1,))
+    wrong = peers.PEERS["slices"]._replace(step=lambda case: peers.slices_step(case) * 1.001)
+    assert "differs from ours" in peers.check(wrong, case)
+
+
+def test_a_backend_that_fails_its_check_is_not_timed(monkeypatch):
+    def fails(backend, case):
+        raise AssertionError("gradient of params: error ratio 0.1")
+
+    monkeypatch.setitem(contestants.CHECKS, "values_and_gradients", fails)
+    contestants.nonconforming.cache_clear()
+    chosen = contestants.Chosen(("xla",), (), rounds=1, longest=60.0)
+    found = contestants.timed("step", QUICK["growing"], "rollout", "forward", 2, chosen)
+    contestants.nonconforming.cache_clear()
+    assert "fails its conformance check" in found["not_run"]["xla"]
+    assert "error ratio 0.1" in found["not_run"]["xla"]
+    assert "seconds" not in found
+
+
+def nca_bench(*arguments):
+    program = "import sys; from nca_models.cli import main; sys.exit(main(sys.argv[1:]))"
+    return subprocess.run(
+        [sys.executable, "-c", program, "bench", *arguments], capture_output=True, text=True
+    )
+
+
+@pytest.mark.long
+def test_the_command(tmp_path):
+    first = tmp_path / "first.json"
+    small = ["--quick", "--cases", "growing", "--backends", "xla", "--peers", "slices"]
+    run = nca_bench(*small, "--rounds", "2", "--json", str(first))
+    assert run.returncode == 0, run.stderr
+    assert "Growing NCA: 32 x 32, 16 channels, batch 8, 8 steps" in run.stdout
+    assert "JAX, slices" in run.stdout
+    found = json.loads(first.read_text())
+    assert [r["mode"] for r in found["rows"]] == ["forward", "training"]
+    assert all(set(r["seconds"]) == {"xla", "slices"} for r in found["rows"])
+    again = nca_bench(*small, "--json", str(first), "--resume", "--compare", str(first))
+    assert again.returncode == 0, again.stderr
+    assert json.loads(first.read_text()) == found  # nothing was measured again
+    assert again.stdout.count("no difference") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--cases", "grow"], "'grow' is not one of growing,"),
+        (["--peers", "tensorflow"], "'tensorflow' is not one of slices,"),
+        (["--backends", "pallas"], "pallas cannot run here: "),
+        (["--rounds", "0"], "must be at least 1"),
+        (["--compare", "nothing.json"], "there is no such file"),
+        (["--save", "--quick"], "--save is for whole cases"),
+    ],
+)
+def test_wrong_input(arguments, said, capsys):
+    from benchmarks.__main__ import main
+
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_every_case_has_a_title_and_a_small_form():
+    assert set(FULL) == set(QUICK) == set(report.TITLES)
+
+
+@pytest.mark.long
+def test_instructions_of_the_native_kernels():
+    """The counts in the results are those of the code, or fewer."""
+    if reason := instructions.missing():
+        pytest.skip(reason)
+    recorded = json.loads(instructions.RESULTS.read_text())["a_cell"]
+    for mode, now in instructions.count().items():
+        assert now < instructions.BOUND * recorded[mode], (
+            f"{mode}: {now:.0f} instructions a cell, {recorded[mode]:.0f} before; if that is "
+            "meant, run `python -m benchmarks.instructions --save`"
+        )
+
+
+def test_children_inherit_no_peak(monkeypatch):
+    """A peak that a process reports is its own."""
+    from benchmarks.large import peak_rss
+
+    if not os.path.exists("/proc/self/status"):
+        pytest.skip("there is no /proc here")
+    code = "from benchmarks.large import peak_rss; print(peak_rss())"
+    ballast = np.ones(300_000_000, np.uint8)
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(child.stdout) < peak_rss()
+    assert ballast.sum() == ballast.size
