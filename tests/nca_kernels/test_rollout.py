@@ -54,18 +54,14 @@ def test_what_is_kept_changes_no_value(split, checkpoint, quick_to_compile):
 
 
 def test_bfloat16_takes_half_the_memory(quick_to_compile):
-    """XLA's plan: of 64 states, and of 2 * 8."""
+    """XLA's plan for a gradient that keeps 32 states."""
     case = replace(CASE, grid=(64, 64), batch=(1,))
     state = 64 * 64 * CASE.channels * 4
-    planned = {
-        (keep, checkpoint): gradient(keep, checkpoint, steps=64, case=case)[1] / state
-        for keep in ("exact", "bfloat16")
-        for checkpoint in ("all", "sqrt")
-    }
-    assert 64 < planned["exact", "all"] < 64 + 8
-    assert 16 < planned["exact", "sqrt"] < 16 + 8
-    assert planned["bfloat16", "all"] < 32 + 8
-    assert planned["bfloat16", "sqrt"] < planned["exact", "sqrt"] - 3
+    exact, rounded = (
+        gradient(keep, "all", steps=32, case=case)[1] / state for keep in ("exact", "bfloat16")
+    )
+    assert 32 < exact < 32 + 6
+    assert 16 < rounded < 16 + 6
 
 
 def test_wrong_keep():

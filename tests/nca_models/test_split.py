@@ -27,6 +27,7 @@ MESHES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", MESHES)
 def test_on_eight_devices(name, tmp_path, monkeypatch):
     """Losses of three steps, and the weights, pool included or not, checkpoints and all."""
@@ -42,6 +43,7 @@ def test_on_eight_devices(name, tmp_path, monkeypatch):
     assert trainer.trained_model(system, tmp_path / "many") is not None
 
 
+@pytest.mark.long
 def test_a_run_goes_on_with_another_mesh(tmp_path):
     system = make("growing", tmp_path / "run")
     short = type(system)(replace(system.config, num_train_steps=2), tmp_path / "run")

@@ -99,6 +99,7 @@ def test_paper_preset(name):
     assert {key: config[key] for key in PAPER[name]} == PAPER[name]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", systems.names())
 def test_from_the_command_line(name, tmp_path, monkeypatch, capsys):
     """Train, resume, measure and run, and the files that each writes."""
