@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Versions to hold to, as a pip constraints file; empty for the newest that fit.
 CONSTRAINTS ?=
+TESTS ?= tests
 CONSTRAIN := $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
 .PHONY: help demo test check bench gallery fuzz sanitize gpu aot clean
@@ -43,7 +44,7 @@ $(VENV)/no-deps: $(VENV)/installed-models,test
 	@touch $@
 
 test: $(VENV)/installed-models,test $(VENV)/no-deps
-	$(BIN)/python -m pytest tests -n 2 --dist worksteal $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(TESTS) -n 2 --dist worksteal $(PYTEST_ARGS)
 
 check: $(VENV)/installed-models,test,check
 	$(BIN)/ruff check .
