@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Versions to hold to, as a pip constraints file; empty for the newest that fit.
 CONSTRAINTS ?=
-TESTS ?= tests
 CONSTRAIN := $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
+# What `make test` runs: files or folders.
+TESTS ?= tests
 
 .PHONY: help demo test check bench gallery fuzz sanitize gpu aot clean
 

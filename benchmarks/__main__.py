@@ -37,6 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     if options.report and not options.save:  # of what is saved
         print("\n".join(map(str, report.write())))
         return 0
+    old = json.loads(options.compare.read_text())["rows"] if options.compare else []
+    if not options.resume:  # what an older run left is not what this one found
+        options.json.unlink(missing_ok=True)
     code = _run(options)
     if not options.json.exists():
         return code or 1
@@ -46,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.report:
         print("\n".join(map(str, report.write())))
     if options.compare:
-        verdicts = compare.compare(json.loads(options.compare.read_text())["rows"], found["rows"])
+        verdicts = compare.compare(old, found["rows"])
         print(f"\nagainst {options.compare}\n{compare.table(verdicts) or 'nothing in common'}")
         if not verdicts or any(v["verdict"] == "slower" for v in verdicts):
             return 1
@@ -82,8 +85,10 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--rounds {options.rounds}: must be at least 1")
     if options.compare and not options.compare.is_file():
         parser.error(f"--compare {options.compare}: there is no such file; make one with --json")
-    if options.save and (options.quick or options.backends or options.peers):
-        parser.error("--save is for whole cases: not with --quick, --backends or --peers")
+    if options.compare and '"rows"' not in options.compare.read_text(errors="replace"):
+        parser.error(f"--compare {options.compare}: is not a file that --json wrote")
+    if options.save and (options.quick or options.cases or options.backends or options.peers):
+        parser.error("--save is for everything: not with --quick, --cases, --backends or --peers")
     options.json = options.json.absolute()
     return options
 
@@ -100,16 +105,7 @@ def _check(
 
 
 def _run(options: argparse.Namespace) -> int:
-    arguments = [
-        "-o",
-        "addopts=",
-        "-p",
-        "no:terminal",
-        "-p",
-        "no:cacheprovider",
-        "--json",
-        str(options.json),
-    ]
+    arguments = ["-oaddopts=", "-pno:terminal", "-pno:cacheprovider", f"--json={options.json}"]
     for flag in ("quick", "resume", "save"):
         arguments += [f"--{flag}"] if getattr(options, flag) else []
     for flag in ("cases", "backends", "peers", "rounds"):

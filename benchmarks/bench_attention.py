@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import jax
 import pytest
 
 from benchmarks.measure import interleaved
-from nca_kernels.testing import AttentionCase
+from nca_kernels.testing import ATTENTION_CHECKS, AttentionCase
 from nca_kernels.testing.attention_conformance import attention, loss
 
 CASES = (
@@ -25,6 +26,9 @@ def test_against_others(attention_case, mode, chosen, record, thorough):
     case = attention_case
     if record.has("attention", NAME, case.name, mode):
         pytest.skip("measured before")
+    for backend in chosen.backends:  # nothing that computes something else is timed
+        small = replace(case, grid=tuple(min(n, 12) for n in case.grid), batch=(1,))
+        ATTENTION_CHECKS["values_and_gradients"](backend, small)
     arrays = case.arguments()
 
     def run(backend):

@@ -10,7 +10,7 @@ import pytest
 
 import nca_kernels as nk
 from benchmarks.cases import FULL
-from benchmarks.contestants import available
+from benchmarks.contestants import available, nonconforming
 from benchmarks.measure import STEPS, cells, interleaved
 
 GROWING = FULL["growing"]
@@ -43,6 +43,7 @@ def _run(case, backend, mode):
 def test_cost_of_what_lives_and_fires(backend, mode, chosen, record, thorough):
     if record.has("life", "growing", backend, mode):
         pytest.skip("measured before")
+    assert nonconforming(backend, GROWING) is None
     rule = GROWING.rule
     runs = {
         "all": _run(GROWING, backend, mode),

@@ -60,3 +60,4 @@ TITLES = {
     "self_autoencoding": "3-D lattice",
     "jax_nca": "jax-nca's NCA",
 }
+MODES = {"forward": "forward", "training": "forward and backward"}

@@ -9,13 +9,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks import rows
-from benchmarks.cases import TITLES
+from benchmarks.cases import MODES, TITLES
 from benchmarks.peers import PEERS
 
 if TYPE_CHECKING:
     from benchmarks.report import Results
-
-MODES = {"forward": "forward", "training": "forward and backward"}
 
 
 def write(found: Results, folder: Path) -> list[Path]:

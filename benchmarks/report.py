@@ -12,13 +12,12 @@ from typing import Any
 
 from benchmarks import halo, plots, rows
 from benchmarks.bench_quality import MINUTES, QUALITIES
-from benchmarks.cases import TITLES
+from benchmarks.cases import MODES, TITLES
 from benchmarks.measure import ROOT, markdown_table
 from benchmarks.peers import PEERS
 from benchmarks.rows import Row
 
 DOCS = ROOT.parent / "docs"
-MODES = {"forward": "forward", "training": "forward and backward"}
 
 
 # ---- one result, in words ----

@@ -22,7 +22,6 @@ def test_python_runs():
     assert names["final"].shape == (8, 72, 72, 16)
 
 
-@pytest.mark.long
 def test_python_of_the_guide_runs(capsys, quick_to_compile):
     pytest.importorskip("cax", reason="CAX is not installed (the extra `cax`)")
     pytest.importorskip("equinox", reason="equinox is not installed (the extra `test`)")

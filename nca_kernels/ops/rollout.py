@@ -51,10 +51,10 @@ def rollout(
         after_step: what happens to the state after each step, cell by cell, such as a wall:
             ``(state before the step, state after it, places) -> state``. ``places`` has for each
             grid dim the indices of the cells, int32, shaped to broadcast with the states.
-        keep: how the states of ``checkpoint`` are kept: "exact"; "bfloat16", in half the memory,
-            values untouched and gradients to a few percent; "host", in the memory of the
-            host, from where they come back one by one. The last two run a step's forward again
-            with "all", too.
+        keep: how the states of ``checkpoint`` are kept: "exact"; "bfloat16", float32 states in
+            half the memory, values untouched and gradients within a few percent; "host", in the
+            memory of the host, from where they come back one by one. The last two run a step's
+            forward again with "all", too.
 
     Returns:
         The final state; ``(final, states [T, *batch, *spatial, C])`` with ``return_states``;

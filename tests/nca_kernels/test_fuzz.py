@@ -26,7 +26,6 @@ def run(*args):
     )
 
 
-@pytest.mark.long
 @pytest.mark.skipif(library.missing() is not None, reason=f"no kernels: {library.missing()}")
 @pytest.mark.parametrize("part", range(2))
 def test_cpu(part):

@@ -6,12 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 SCRIPT = Path(__file__).with_name("one_of_many_processes.py")
 
 
-@pytest.mark.long
 def test_four_processes_are_as_one_device():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

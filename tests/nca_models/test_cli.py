@@ -126,7 +126,6 @@ def test_train_an_odd_picture_resume_and_film(tmp_path, picture, capsys, monkeyp
     assert iio.improps("a.gif", index=None).shape[1:3] == (44, 44)
 
 
-@pytest.mark.long
 def test_demo(tmp_path, tiny, capsys, monkeypatch):
     monkeypatch.setitem(growing.PRESETS, "small", tiny)
     monkeypatch.setattr(demo, "_BUDGET", 0.0)

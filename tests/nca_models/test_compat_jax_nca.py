@@ -170,7 +170,6 @@ def events(folder):
     return out
 
 
-@pytest.mark.long
 def test_a_training_that_is_stopped_goes_on_to_the_same_bits(dataset, tmp_path):
     whole = trainer(dataset).train(6, log_dir=None, **NUMBERS)
     stopped = trainer(dataset)

@@ -27,7 +27,6 @@ MESHES = {
 }
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", MESHES)
 def test_on_eight_devices(name, tmp_path, monkeypatch):
     """Losses of three steps, and the weights, pool included or not, checkpoints and all."""
@@ -43,7 +42,6 @@ def test_on_eight_devices(name, tmp_path, monkeypatch):
     assert trainer.trained_model(system, tmp_path / "many") is not None
 
 
-@pytest.mark.long
 def test_a_run_goes_on_with_another_mesh(tmp_path):
     system = make("growing", tmp_path / "run")
     short = type(system)(replace(system.config, num_train_steps=2), tmp_path / "run")
@@ -110,7 +108,6 @@ class Processes:
 SMALL = "--size 8 --padding 2 --batch-size 4 --pool-size 8 --checkpoint-every 5"
 
 
-@pytest.mark.long
 def test_a_lost_process_stops_the_others_and_fewer_go_on(tmp_path):
     """Of four one is killed; the rest stop within seconds, and two continue with equal losses."""
     small = f"{SMALL} --learning-rate 0.0001".split()

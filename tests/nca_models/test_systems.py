@@ -99,7 +99,6 @@ def test_paper_preset(name):
     assert {key: config[key] for key in PAPER[name]} == PAPER[name]
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", systems.names())
 def test_from_the_command_line(name, tmp_path, monkeypatch, capsys):
     """Train, resume, measure and run, and the files that each writes."""
@@ -171,7 +170,6 @@ def untrained(system, folder):
     return system.model(nnx.Rngs(0))
 
 
-@pytest.mark.long
 def test_a_sweep_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     needs("dynamics")
     monkeypatch.setitem(dynamics.PRESETS, "small", TINY["dynamics"])
@@ -203,7 +201,6 @@ def test_a_sweep_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     assert "choose another --out" in capsys.readouterr().err
 
 
-@pytest.mark.long
 def test_a_sweep_trains_models_together(tmp_path, monkeypatch, capsys):
     """By vmap over their weights, stopped and continued: as each would train alone."""
     needs("dynamics")

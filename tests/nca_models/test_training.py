@@ -140,7 +140,6 @@ def newest(folder: Path) -> int:
     return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
-@pytest.mark.long
 def test_sigkill_at_three_random_moments_changes_no_bit(make_run):
     settings = {"num_train_steps": 90, "checkpoint_every": 4, "pool_size": 64}
     alone, killed = make_run("alone", **settings), make_run("killed", **settings)
