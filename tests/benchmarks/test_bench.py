@@ -40,8 +40,8 @@ def test_figures_of_a_row():
     assert rows.of_limit(memory_bound, "cpu") == pytest.approx(10.0)
 
 
-def noisy(middle, seed):
-    return list(middle * (1 + 0.02 * np.random.default_rng(seed).normal(size=7)))
+def noisy(middle, seed, noise=0.02):
+    return list(middle * (1 + noise * np.random.default_rng(seed).normal(size=7)))
 
 
 @pytest.mark.parametrize(
@@ -55,6 +55,13 @@ def test_the_gate(factor, word):
     assert found["verdict"] == word
     assert found["ratio"] == pytest.approx(factor, rel=0.05)
     assert word in compare.table([found])
+
+
+def test_the_gate_says_nothing_of_a_small_change_however_steady():
+    old = row({"cpu": noisy(1.0, 0, 1e-4), "slices": noisy(4.0, 1, 1e-4)})
+    new = row({"cpu": noisy(1.04, 2, 1e-4), "slices": noisy(4.0, 3, 1e-4)})
+    (found,) = compare.compare([old], [new])
+    assert found["verdict"] == "no difference"
 
 
 def test_the_gate_without_a_yardstick():
