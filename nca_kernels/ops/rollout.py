@@ -67,9 +67,9 @@ def rollout(
     check_rollout(num_steps, checkpoint, keep, sample_steps, return_states, batch_shape)
     grid = state.shape[len(batch_shape) : -1]
 
-    def one_step(carry: tuple[Array, Any], t: Array) -> tuple[tuple[Array, Any], Array | None]:
-        before, sampled = carry
-        state = step(rule, params, before, jax.random.fold_in(key, t), inputs, backend)
+    def one_step(carry: tuple[Array, Any], at: Any) -> tuple[tuple[Array, Any], Array | None]:
+        (before, sampled), (t, step_key) = carry, at
+        state = step(rule, params, before, step_key, inputs, backend)
         if after_step is not None:
             state = after_step(before, state, broadcast_places(map(jnp.arange, grid)))
         if sample_steps is not None:
@@ -78,19 +78,25 @@ def rollout(
 
     state = jnp.asarray(state)
     carry = (state, state if sample_steps is not None else None)
-    steps = jnp.arange(num_steps)
+    steps = numbers_and_keys(key, num_steps)
     (final, sampled), states = checkpointed_scan(one_step, carry, steps, checkpoint, keep)
     if return_states:
         return final, states
     return final if sample_steps is None else (final, sampled)
 
 
+def numbers_and_keys(key: Any, num_steps: int) -> tuple[Array, Array]:
+    """Of every step its number, int32, and its key, all drawn at once."""
+    steps = jnp.arange(num_steps)
+    return steps, jax.vmap(partial(jax.random.fold_in, key))(steps)
+
+
 def checkpointed_scan(
-    body: Callable, carry: Any, steps: Array, checkpoint: str | int, keep: str
+    body: Callable, carry: Any, steps: Any, checkpoint: str | int, keep: str
 ) -> Any:
     """``lax.scan(body, carry, steps)``, keeping the carry of one step in ``every``."""
     # Between two kept states a step's own residuals (its input state) live for a moment only.
-    num_steps = len(steps)
+    num_steps = _length(steps)
     if isinstance(checkpoint, int):
         every = checkpoint
     else:
@@ -99,17 +105,18 @@ def checkpointed_scan(
     if keep == "exact" and (every == 1 or num_steps <= every):
         return _scan(body, carry, steps)
 
-    def segment(carry: Any, steps: Array) -> Any:
+    def segment(carry: Any, steps: Any) -> Any:
         return _scan(body, carry, steps)
 
     segment = jax.checkpoint(segment) if keep == "exact" else _keeping(segment, keep)
     whole = num_steps - num_steps % every
-    carry, outs = lax.scan(segment, carry, steps[:whole].reshape(-1, every))
+    in_segments = jax.tree.map(lambda s: s[:whole].reshape(-1, every, *s.shape[1:]), steps)
+    carry, outs = lax.scan(segment, carry, in_segments)
     outs = jax.tree.map(lambda o: o.reshape(-1, *o.shape[2:]), outs)
     if whole == num_steps:
         return carry, outs
     last = partial(_scan, body) if keep == "exact" else segment
-    carry, rest = last(carry, steps[whole:])
+    carry, rest = last(carry, jax.tree.map(lambda s: s[whole:], steps))
     return carry, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), outs, rest)
 
 
@@ -131,16 +138,16 @@ def _keeping(segment: Callable, keep: str) -> Callable:
             return kept
         return lax.bitcast_convert_type(kept, jnp.bfloat16).astype(dtype)
 
-    def run(carry: Any, steps: Array) -> Any:
+    def run(carry: Any, steps: Any) -> Any:
         # A custom VJP cannot close over what is being traced: all of that becomes arguments.
         traced, out = jax.make_jaxpr(segment, return_shape=True)(carry, steps)
         dtypes = jax.tree.map(lambda leaf: leaf.dtype, carry)
 
-        def pure(captured: Any, carry: Any, steps: Array) -> Any:
+        def pure(captured: Any, carry: Any, steps: Any) -> Any:
             leaves = jax.core.eval_jaxpr(traced.jaxpr, captured, *jax.tree.leaves((carry, steps)))
             return jax.tree.unflatten(jax.tree.structure(out), leaves)
 
-        def forward(captured: Any, carry: Any, steps: Array) -> Any:
+        def forward(captured: Any, carry: Any, steps: Any) -> Any:
             return pure(captured, carry, steps), (captured, jax.tree.map(pack, carry), steps)
 
         def backward(kept: Any, cotangent: Any) -> Any:
@@ -156,9 +163,20 @@ def _keeping(segment: Callable, keep: str) -> Callable:
     return run
 
 
-# A kernel cannot write where it reads. With one step an iteration, XLA copies each new state to
-# where the loop's carry lives; two steps write from there to another buffer and back.
-_scan = partial(lax.scan, unroll=2)
+# Steps that are written out instead of looped over: the backward finds each one's state where its
+# kernel left it, where a loop copies all states to one array and out of it again.
+_UNROLLED = 12  # "sqrt" makes segments of 12 out of 144 steps
+
+
+def _scan(body: Callable, carry: Any, steps: Any) -> Any:
+    # A kernel cannot write where it reads. With one step an iteration, XLA copies each new state
+    # to where the loop's carry lives; two steps write from there to another buffer and back.
+    length = _length(steps)
+    return lax.scan(body, carry, steps, unroll=2 if length > _UNROLLED else max(length, 1))
+
+
+def _length(steps: Any) -> int:
+    return int(jax.tree.leaves(steps)[0].shape[0])
 
 
 def broadcast_places(places: Iterable[Array]) -> list[Array]:

@@ -27,7 +27,13 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 from nca_kernels.fire_mask import drawn_at
-from nca_kernels.ops.rollout import AfterStep, broadcast_places, checkpointed_scan, where_sample
+from nca_kernels.ops.rollout import (
+    AfterStep,
+    broadcast_places,
+    checkpointed_scan,
+    numbers_and_keys,
+    where_sample,
+)
 from nca_kernels.ops.step import nca_step, requested
 from nca_kernels.perception import same_margins
 from nca_kernels.rule import Rule, RuleParams, check_rollout, check_step
@@ -219,9 +225,9 @@ def _run(
         if per_cell:
             inputs = _window(inputs, axes)
 
-        def one_step(carry: tuple[Array, Any], t: Array) -> tuple[tuple[Array, Any], Any]:
-            before, sampled = carry
-            step_key, shape = jax.random.fold_in(key, t), tuple(axis.size for axis in axes)
+        def one_step(carry: tuple[Array, Any], at: Any) -> tuple[tuple[Array, Any], Any]:
+            (before, sampled), (t, step_key) = carry, at
+            shape = tuple(axis.size for axis in axes)
             places = [axis.places() for axis in axes]
             if rule.fire_rate < 1.0:
                 step_key = drawn_at(step_key, rule.fire_rate, shape, places)
@@ -232,33 +238,24 @@ def _run(
                 sampled = where_sample(sample_steps == t + 1, _block(window, axes), sampled)
             return (window, sampled), _block(window, axes) if return_states else None
 
-        def exchange_and_step(steps: int, carry: tuple[Array, Any], first: Array) -> Any:
+        def exchange_and_step(carry: tuple[Array, Any], steps: Any) -> Any:
             block, sampled = carry
-            carry = (_window(block, axes), sampled)
-            if steps == 1:
-                carry, states = one_step(carry, first)
-                states = None if states is None else states[None]
-            else:
-                carry, states = lax.scan(one_step, carry, first + jnp.arange(steps))
+            carry, states = lax.scan(one_step, (_window(block, axes), sampled), steps)
             return (_block(carry[0], axes), carry[1]), states
 
         carry = (block, block if sample_steps is not None else None)
-        rounds, rest = divmod(num_steps, steps_per_exchange)
-        carry, states = checkpointed_scan(
-            partial(exchange_and_step, steps_per_exchange),
-            carry,
-            jnp.arange(rounds) * steps_per_exchange,
-            checkpoint,
-            keep,
-        )
-        if return_states:
-            states = states.reshape(-1, *block.shape)
-        if rest:
-            steps = jnp.array([rounds * steps_per_exchange])
-            body = partial(exchange_and_step, rest)
-            carry, more = checkpointed_scan(body, carry, steps, checkpoint, keep)
-            if return_states:
-                states = jnp.concatenate([states, more.reshape(-1, *block.shape)])
+        steps = numbers_and_keys(key, num_steps)
+
+        def exchanges(carry: Any, first: int, last: int, each: int) -> Any:
+            some = jax.tree.map(lambda s: s[first:last].reshape(-1, each, *s.shape[1:]), steps)
+            carry, states = checkpointed_scan(exchange_and_step, carry, some, checkpoint, keep)
+            return carry, states.reshape(-1, *block.shape) if return_states else None
+
+        whole = num_steps - num_steps % steps_per_exchange
+        carry, states = exchanges(carry, 0, whole, steps_per_exchange)
+        if whole < num_steps:
+            carry, more = exchanges(carry, whole, num_steps, num_steps - whole)
+            states = jnp.concatenate([states, more]) if return_states else None
         final, sampled = carry
         return final, states if return_states else sampled
 

@@ -1,5 +1,6 @@
 // The library's surface: XLA FFI handlers, and which instruction set runs.
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstring>
 #include <exception>
@@ -41,19 +42,36 @@ std::atomic<const Kernels*>& active() {
 
 // ---- tasks on XLA's threads; the caller takes its share, so that none waits for an idle pool ----
 
+// Until `done` or a moment has passed; sleeping and waking take longer than what is waited for.
+template <class Done>
+bool wait_a_moment(Done&& done) {
+  constexpr std::chrono::microseconds kMoment{50};
+  const auto until = std::chrono::steady_clock::now() + kMoment;
+  do
+    for (int i = 0; i < 64; ++i) {
+      if (done()) return true;
+#if defined(NCA_X86)
+      __builtin_ia32_pause();
+#endif
+    }
+  while (std::chrono::steady_clock::now() < until);
+  return done();
+}
+
+// The threads of one call. A helper stays from one set of tasks to the next.
 class XlaPool : public Pool {
  public:
   explicit XlaPool(ffi::ThreadPool& threads) : threads_(threads) {}
+  ~XlaPool() { team_->closed = true; }
 
   void run(Index tasks, void (*body)(void*, Index), void* context) override {
     auto job = std::make_shared<Job>();
     job->tasks = tasks, job->body = body, job->context = context;
     const Index helpers = std::min<Index>(threads_.num_threads(), tasks) - 1;
-    for (Index i = 0; i < helpers; ++i) threads_.Schedule([job] { job->work(); });
+    for (Index missing = team_->post(job, helpers); missing > 0; --missing)
+      threads_.Schedule([team = team_] { team->help(); });
     job->work();
-    std::unique_lock<std::mutex> lock(job->mutex);
-    job->all_done.wait(lock, [&] { return job->done == tasks; });
-    if (job->error) std::rethrow_exception(job->error);
+    job->wait();
   }
 
  private:
@@ -61,10 +79,9 @@ class XlaPool : public Pool {
     Index tasks;
     void (*body)(void*, Index);
     void* context;
-    std::atomic<Index> next{0};
+    std::atomic<Index> next{0}, done{0};
     std::mutex mutex;
     std::condition_variable all_done;
-    Index done = 0;
     std::exception_ptr error;
 
     void work() {
@@ -77,14 +94,54 @@ class XlaPool : public Pool {
           error = std::current_exception();
         }
       }
-      if (finished == 0) return;
+      if (finished == 0 || done.fetch_add(finished) + finished < tasks) return;
       std::lock_guard<std::mutex> lock(mutex);
-      done += finished;
-      if (done == tasks) all_done.notify_one();
+      all_done.notify_one();
+    }
+
+    void wait() {
+      const auto finished = [this] { return done == tasks; };
+      if (!wait_a_moment(finished)) {
+        std::unique_lock<std::mutex> lock(mutex);
+        all_done.wait(lock, finished);
+      }
+      if (error) std::rethrow_exception(error);
+    }
+  };
+
+  struct Team {
+    std::mutex mutex;
+    std::shared_ptr<Job> job;  // the newest
+    std::atomic<Index> posted{0};
+    std::atomic<bool> closed{false};
+    Index helpers = 0;
+
+    // Returns how many helpers are missing, who count as present from now on.
+    Index post(std::shared_ptr<Job> next, Index wanted) {
+      std::lock_guard<std::mutex> lock(mutex);
+      job = std::move(next);
+      ++posted;
+      const Index missing = std::max<Index>(wanted - helpers, 0);
+      helpers += missing;
+      return missing;
+    }
+
+    void help() {
+      for (Index seen = 0; std::shared_ptr<Job> newer = next_after(seen);) newer->work();
+    }
+
+    // Null if none comes for a while: then the helper has left.
+    std::shared_ptr<Job> next_after(Index& seen) {
+      wait_a_moment([&] { return closed || posted != seen; });
+      std::lock_guard<std::mutex> lock(mutex);
+      if (posted == seen) return --helpers, nullptr;
+      seen = posted;
+      return job;
     }
   };
 
   ffi::ThreadPool& threads_;
+  std::shared_ptr<Team> team_ = std::make_shared<Team>();
 };
 
 // ---- what a call says ----

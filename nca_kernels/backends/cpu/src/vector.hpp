@@ -13,7 +13,7 @@
 namespace nca::NCA_ISA {
 
 #if defined(__AVX512F__)
-constexpr int kLanes = 16, kRows = 8, kVectors = 3;  // of a micro-kernel: rows, vectors a row
+constexpr int kLanes = 16, kRows = 9, kVectors = 3;  // of a micro-kernel: rows, vectors a row
 #elif defined(__AVX2__)
 constexpr int kLanes = 8, kRows = 4, kVectors = 3;
 #elif defined(__aarch64__)
