@@ -53,7 +53,7 @@ int main(int, char** arguments) {
   step.before[1] = step.before[2] = 1;
   step.activation = Activation::relu, step.perception_activation = Activation::identity;
   step.step_size = 1;
-  step.fire = Fire::key, step.fire_threshold = 1u << 31, step.key.data = key;
+  step.fire = Fire::key, step.fire_threshold = 1u << 22, step.key.data = key;
   step.alive = true, step.alive_channel = channels - 1, step.alive_threshold = 0.1f;
   step.num_layers = 2, step.layers = layers;
   step.state = state.data(), step.taps.data = taps.data();
