@@ -102,8 +102,10 @@ class Results:
             if any("suite" in row for row in content.get("rows", ())):
                 self.files[path.stem] = content
         self.rows: list[Row] = [row for file in self.files.values() for row in file["rows"]]
-        large = folder / "large.json"
-        self.large = json.loads(large.read_text()) if large.exists() else None
+        self.large, self.paper = (
+            json.loads(path.read_text()) if path.exists() else None
+            for path in (folder / "large.json", folder / "paper.json")
+        )
 
     def of_suite(self, suite: str) -> list[Row]:
         return [row for row in self.rows if row["suite"] == suite]
@@ -252,6 +254,25 @@ def rollouts_table(large: dict[str, Any]) -> str:
     return markdown_table(head, body)
 
 
+def paper_table(paper: dict[str, Any]) -> str:
+    """Training steps of the paper presets, of paper.json."""
+    body = [
+        [
+            row["system"],
+            f"{row['cell_steps']:,}",
+            f"{row['seconds']:.1f} s",
+            f"{row['seconds'] * row['num_train_steps'] / 3600:.1f} h",
+            f"{row['limit'] * row['num_train_steps'] / 60:.1f} min",
+            f"{row['memory'] / 1e9:.1f} GB",
+            f"{row['peak_rss_bytes'] / 1e9:.1f} GB",
+        ]
+        for row in paper["systems"]
+    ]
+    head = ["system", "cell-steps a training step", "time of it", "whole training",
+            "an H200 at its limit", "memory, estimated", "measured"]  # fmt: skip
+    return markdown_table(head, body)
+
+
 def quality_table(found: Results) -> str:
     row = found.find("quality", "growing", "small", "training")
     if row is None:
@@ -384,6 +405,13 @@ def markdown() -> str:
                 "Peaks of whole processes, and time (`python -m benchmarks.large --save`):",
                 rollouts_table(found.large),
                 "![cost of a cell](plots/cost_of_a_cell.png)",
+            ]
+        if found.paper:
+            parts += [
+                "### The `paper` presets\n\nA few training steps of each, and what `nca train "
+                "--estimate` says before they start (`python -m benchmarks.paper --save`); the "
+                "H200's time is computed from its data sheet.",
+                paper_table(found.paper),
             ]
         parts += [
             "### Time to quality",

@@ -1,6 +1,7 @@
 """Fused steps for neural cellular automata in JAX: arrays in, arrays out.
 
-``nk.step`` is one step, ``nk.rollout`` many, ``nk.sharded_rollout`` many on many devices;
+``nk.step`` is one step, ``nk.rollout`` many, ``nk.sharded_rollout`` many on many devices,
+``nk.tiled_rollout`` many of a lattice that only the host's memory holds;
 ``nk.update`` is a step whose perception is given.
 ``nk.neighborhood_attention`` lets every cell attend to the cells around it.
 ``nk.Rule`` and ``nk.RuleParams`` say what a step computes; ``nk.taps`` makes perceptions from
@@ -15,6 +16,7 @@ from nca_kernels.ops.neighborhood_attention import neighborhood_attention
 from nca_kernels.ops.rollout import rollout
 from nca_kernels.ops.sharded_rollout import sharded_rollout
 from nca_kernels.ops.step import step
+from nca_kernels.ops.tiled_rollout import tiled_rollout
 from nca_kernels.ops.update import update
 from nca_kernels.perception import filter_bank, taps
 from nca_kernels.rule import Alive, Rule, RuleParams
@@ -35,6 +37,7 @@ __all__ = [
     "sharded_rollout",
     "step",
     "taps",
+    "tiled_rollout",
     "update",
 ]
 del _backends

@@ -7,6 +7,8 @@ training run that diverges is exit code 1; a signal is 128 plus its number.
 import argparse
 import os
 import sys
+from contextlib import nullcontext
+from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -53,7 +55,11 @@ examples:
   nca run cat --steps 400 --damage half --gif cat.gif
   nca run cat --steps 1000 --every 10 --mp4 cat.mp4 --png strip.png
   nca run bricks --size 2048 --every 20 --mp4 wall.mp4
+  nca run bricks --size 16384 --steps 64 --every 64 --png wall.png   out of the host's memory
 """
+
+
+_TILE, _WHOLE = 1024, 4096  # side of a tile; of the largest grid that runs whole unless told to
 
 
 class InputError(Exception):
@@ -171,10 +177,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--fps", type=_whole(1), default=20, metavar="N", help="frames a second")
     run.add_argument(
-        "--scale", type=_whole(1), metavar="N", help="pixels a cell (default: 8, less if large)"
+        "--scale",
+        type=_scale,
+        metavar="N|1/N",
+        help="pixels a cell; 1/N: cells a pixel (default: 8, less for large grids)",
     )
     run.add_argument(
         "--size", type=_whole(1), metavar="N", help="side of the grid (default: as trained)"
+    )
+    run.add_argument(
+        "--tile",
+        type=_whole(1),
+        metavar="N",
+        help="keep the grid in the host's memory and run it in tiles of so many cells a side, so "
+        f"that it need not fit on a device (default: {_TILE}, of grids above {_WHOLE} a side)",
     )
     run.add_argument("--seed", type=_whole(0), default=0, metavar="N", help="of the fire masks")
     run.add_argument("--backend", metavar="NAME", help="default: the run's own")
@@ -239,6 +255,17 @@ def _whole(lowest: int) -> Any:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {lowest}")
 
     return parse
+
+
+def _scale(text: str) -> Fraction:
+    """An argument type: N or 1/N."""
+    try:
+        scale = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        scale = Fraction(0)
+    if scale > 0 and 1 in (scale.numerator, scale.denominator):
+        return scale
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor one over one")
 
 
 def _above_zero(text: str) -> float:
@@ -505,32 +532,55 @@ def _run(args: argparse.Namespace) -> int:
     from nca_models.training import trainer
 
     model = trainer.trained_model(system, args.folder)
-    frames = system.frames(
-        model,
-        args.steps,
-        every=args.every,
-        damage=args.damage,
-        damage_at=damage_at,
-        seed=args.seed,
-    )
+    count = filming.number_of_frames(args.steps, args.every)
+    bar, place = _in_tiles(args, model)
     if not any(outputs.values()):
         outputs["gif"] = args.folder / "run.gif"
     written = {suffix: path for suffix, path in outputs.items() if path is not None}
-    count = filming.number_of_frames(args.steps, args.every)
-    shown = tqdm(frames, total=count, desc="running", unit="frame")
-    if list(written) == ["png"]:  # a few of the frames
-        kept = set(render.spread(count))
-        film: Any = [frame for i, frame in enumerate(shown) if i in kept]
-    else:  # frames go to disk as they come, unless several files want them
-        film = shown if len(written) == 1 else list(shown)
-    larger = lambda frame: render.upscale(frame, args.scale or render.scale_of(frame))
-    for suffix in written.keys() - {"png"}:
-        render.save_film(written[suffix], map(larger, film), args.fps)
-    if "png" in written:
-        render.save_png(written["png"], render.strip([larger(f) for f in film], gap=8))
+    scale = lambda frame: args.scale or render.scale_of(frame)
+    smaller = lambda frame: render.scaled(frame, min(scale(frame), Fraction(1)))
+    larger = lambda frame: render.scaled(frame, max(scale(frame), Fraction(1)))
+    with place, bar or nullcontext():
+        frames = system.frames(
+            model,
+            args.steps,
+            every=args.every,
+            damage=args.damage,
+            damage_at=damage_at,
+            seed=args.seed,
+        )
+        shown = frames if bar else tqdm(frames, total=count, desc="running", unit="frame")
+        if list(written) == ["png"]:  # a few of the frames
+            kept = set(render.spread(count))
+            film: Any = [smaller(frame) for i, frame in enumerate(shown) if i in kept]
+        else:  # frames go to disk as they come, unless several files want them
+            film = map(smaller, shown)
+            film = film if len(written) == 1 else list(film)
+        for suffix in written.keys() - {"png"}:
+            render.save_film(written[suffix], map(larger, film), args.fps)
+        if "png" in written:
+            render.save_png(written["png"], render.strip([larger(f) for f in film], gap=8))
     for path in written.values():
         print(path)
     return 0
+
+
+def _in_tiles(args: argparse.Namespace, model: Any) -> tuple[Any, Any]:
+    """Have a model run in tiles, if it is to: the bar of its progress, the place of its grids."""
+    import jax
+    from tqdm import tqdm
+
+    side = args.tile
+    if side is None and (args.size or 0) > _WHOLE and hasattr(model, "in_tiles"):
+        side = _TILE
+    if side is None:
+        return None, nullcontext()
+    if not hasattr(model, "in_tiles"):
+        raise InputError("--tile: the cells of this system attend to each other; leave it out")
+    total = args.steps * args.size**2 if args.size else None
+    bar = tqdm(total=total, desc="running", unit=" cell-steps", unit_scale=True)
+    model.in_tiles(side, bar.update)
+    return bar, jax.default_device(jax.local_devices(backend="cpu")[0])
 
 
 def _check_output(suffix: str, path: Path | None) -> None:

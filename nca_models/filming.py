@@ -33,7 +33,7 @@ def states_over_time(
     damage: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     damage_at: int = 0,
 ) -> Iterator[jax.Array]:
-    """Run a model and yield its states, one at a time.
+    """Run a model and yield its states, one at a time; what runs in tiles overwrites the last.
 
     Args:
         model: what to run.
@@ -50,7 +50,7 @@ def states_over_time(
     while done < num_steps:
         stops = [num_steps, (done // every + 1) * every]
         stop = min(stops + [damage_at] * (damage is not None and done < damage_at))
-        state = run(model, state, jax.random.fold_in(key, done), stop - done)
+        state = run(model, state, jax.random.fold_in(key, done), stop - done, donate=True)
         done = stop
         if damage is not None and done == damage_at:
             state = damage(key_damage, state)

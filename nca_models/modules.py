@@ -17,6 +17,8 @@ _DEFAULT_RULE = nk.Rule()
 class Automaton(nnx.Module):
     """What every model here is: a step, and rollouts of it. The module holds no random state."""
 
+    tiles: tuple[int, Any, Any] | None = None  # see `NCA.in_tiles`
+
     def __call__(self, state: jax.Array, key: jax.Array) -> jax.Array:
         """Take one step: `state` is `[*batch, *spatial, C]`, `key` that of its fire mask."""
         raise NotImplementedError
@@ -68,9 +70,17 @@ def _run(split_model: Any, state: jax.Array, key: jax.Array, num_steps: int) -> 
     return final
 
 
-def run(model: Automaton, state: jax.Array, key: jax.Array, num_steps: int) -> jax.Array:
-    """Return the state after `num_steps` steps; compiled, once for each number of steps."""
-    return _run(nnx.split(model), state, key, num_steps)
+def run(
+    model: Automaton, state: Any, key: jax.Array, num_steps: int, *, donate: bool = False
+) -> Any:
+    """Return the state after `num_steps` steps; compiled, once for each number of steps.
+
+    Of a model that runs in tiles, a NumPy array; with `donate`, in the memory of `state`.
+    """
+    if model.tiles is None:
+        return _run(nnx.split(model), state, key, num_steps)
+    lattice: Any = np.asarray(state)
+    return model.rollout(lattice, key, num_steps, donate=donate)  # type: ignore[call-arg]
 
 
 class NCA(Automaton):
@@ -129,6 +139,13 @@ class NCA(Automaton):
         """From now on split rollouts over a mesh: `spec(state.ndim)` is the `PartitionSpec`."""
         self.devices = mesh, spec
 
+    def in_tiles(self, side: int, progress: Callable[[int], Any] | None = None) -> None:
+        """From now on keep lattices in the host's memory, and run them in tiles of this side.
+
+        `progress` is called with the number of cell-steps done; see `nca_kernels.tiled_rollout`.
+        """
+        self.tiles = side, progress, jax.devices()[0]
+
     def rule_params(self) -> nk.RuleParams:
         """Return the weights in the form that `nca_kernels` takes."""
         layers = tuple(
@@ -158,7 +175,7 @@ class NCA(Automaton):
 
     def rollout(
         self,
-        state: jax.Array,
+        state: Any,
         key: jax.Array,
         num_steps: int,
         inputs: jax.Array | None = None,
@@ -170,10 +187,25 @@ class NCA(Automaton):
         `sample_steps`, `after_step`. The result is as there.
         """
         options.setdefault("backend", self.backend)
+        rule, params = self.rule, self.rule_params()
+        if self.tiles is not None:
+            side, progress, device = self.tiles
+            with jax.default_device(device):
+                return nk.tiled_rollout(
+                    rule,
+                    params,
+                    state,
+                    key,
+                    num_steps,
+                    inputs,
+                    tile=side,
+                    progress=progress,
+                    **options,
+                )
         if self.devices is not None:
             mesh, spec = self.devices
-            split = {"mesh": mesh, "partition_spec": spec(state.ndim)}
+            split: Any = {"mesh": mesh, "partition_spec": spec(state.ndim)}
             return nk.sharded_rollout(
-                self.rule, self.rule_params(), state, key, num_steps, inputs, **options, **split
+                rule, params, state, key, num_steps, inputs, **options, **split
             )
-        return nk.rollout(self.rule, self.rule_params(), state, key, num_steps, inputs, **options)
+        return nk.rollout(rule, params, state, key, num_steps, inputs, **options)

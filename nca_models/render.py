@@ -5,6 +5,7 @@ Pictures are `[height, width, 3]` uint8, films `[frames, height, width, 3]` uint
 
 import warnings
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,21 @@ def upscale(picture: np.ndarray, factor: int) -> np.ndarray:
     return picture.repeat(factor, axis=-3).repeat(factor, axis=-2)
 
 
-def scale_of(picture: np.ndarray) -> int:
-    """Return how many pixels a cell of a picture of cells may take: 8, fewer for large ones."""
-    return max(1, min(8, 1024 // max(picture.shape[:2])))
+def scale_of(picture: np.ndarray) -> Fraction:
+    """Return how many pixels a cell of a picture of cells may take: 8, fewer for large ones.
+
+    Of pictures of more than 2,048 cells a side several cells share a pixel.
+    """
+    side = max(picture.shape[:2])
+    return Fraction(max(1, min(8, 1024 // side))) / -(-side // 2048)
+
+
+def scaled(picture: np.ndarray, scale: Fraction) -> np.ndarray:
+    """Give each cell of a picture `scale` pixels a side: a whole number, or one over one."""
+    if scale >= 1:
+        return upscale(picture, int(scale))
+    cells = int(1 / scale)
+    return np.asarray(Image.fromarray(picture).reduce(cells))
 
 
 def spread(length: int, count: int = 8) -> list[int]:

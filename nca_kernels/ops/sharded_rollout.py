@@ -56,6 +56,7 @@ def sharded_rollout(
     mesh: Any,
     partition_spec: PartitionSpec,
     steps_per_exchange: int = 1,
+    overlap: bool = False,
 ) -> Any:
     """A rollout with the lattice, the batch or both split over the devices of a mesh.
 
@@ -75,6 +76,9 @@ def sharded_rollout(
         steps_per_exchange: k, the steps between two exchanges of halos. A halo is as wide as k
             steps reach (3x3 taps: k cells, 2k with alive masking): larger k means fewer, larger
             messages, and cells computed twice.
+        overlap: step on the block as it is while its halo is on the way, and after that on strips
+            of three halos at each of its ends. Hides slow messages behind the block's own work
+            where communication is asynchronous (not on CPUs), for more and smaller kernels.
 
     Returns:
         As :func:`nca_kernels.rollout`, split as ``partition_spec`` says; along grid dims that are
@@ -91,7 +95,17 @@ def sharded_rollout(
     check_rollout(num_steps, checkpoint, keep, sample_steps, return_states, batch_shape)
     layout = _layout(rule, params, np.shape(state), mesh, partition_spec, steps_per_exchange)
     run = partial(_run, rule, num_steps, checkpoint, keep, return_states, requested(backend))
-    return run(after_step, layout, mesh, params, jnp.asarray(state), key, inputs, sample_steps)
+    return run(
+        after_step,
+        bool(overlap),
+        layout,
+        mesh,
+        params,
+        jnp.asarray(state),
+        key,
+        inputs,
+        sample_steps,
+    )
 
 
 @dataclass(frozen=True)
@@ -163,8 +177,7 @@ def _layout(
             f"partition_spec must name mesh axes for dims of a state of shape {shape} but not for "
             f"its channels, the last one; got {spec}"
         )
-    kernel = np.shape(params.perception)[:-2]
-    num_batch_dims = len(shape) - len(kernel) - 1
+    num_batch_dims = len(shape) + 1 - np.ndim(params.perception)
     axes = []
     for dim, (size, entry) in enumerate(zip(shape[:-1], entries, strict=False)):
         names = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
@@ -183,12 +196,12 @@ def _layout(
                 )
             axes.append(_Axis(size, names, shards, 0, False))
             continue
-        reach = max(same_margins(kernel)[dim - num_batch_dims]) + (rule.alive is not None)
-        halo = reach * steps_per_exchange if shards > 1 else 0
+        reached = reach(rule, params)[dim - num_batch_dims]
+        halo = reached * steps_per_exchange if shards > 1 else 0
         if halo > size // shards:
             raise ValueError(
                 f"state dim {dim} of {size} cells over {shards} devices leaves {size // shards} "
-                f"cells to one, fewer than its halo of {halo} (a step reaches {reach}, "
+                f"cells to one, fewer than its halo of {halo} (a step reaches {reached}, "
                 f"steps_per_exchange is {steps_per_exchange}): split it over fewer devices"
                 + (", or exchange more often" if steps_per_exchange > 1 else "")
             )
@@ -196,7 +209,7 @@ def _layout(
     return tuple(axes), num_batch_dims, steps_per_exchange
 
 
-@partial(jax.jit, static_argnums=tuple(range(9)))
+@partial(jax.jit, static_argnums=tuple(range(10)))
 def _run(
     rule: Rule,
     num_steps: int,
@@ -205,6 +218,7 @@ def _run(
     return_states: bool,
     backend: str,
     after_step: AfterStep | None,
+    overlap: bool,
     layout: tuple[tuple[_Axis, ...], int, int],
     mesh: Any,
     params: RuleParams,
@@ -222,26 +236,33 @@ def _run(
         used = tuple(name for axis in axes for name in axis.names)
         if used:  # once, so that their gradients are summed over the devices once
             params = jax.tree.map(lambda w: lax.pcast(w, used, to="varying"), params)
+        parts = _parts(axes, overlap)
+        seen = [inputs] * len(parts)
         if per_cell:
-            inputs = _window(inputs, axes)
+            window = _window(inputs, axes)
+            seen = [part.take(inputs, window) for part in parts]
+        shape = tuple(axis.size for axis in axes)
 
-        def one_step(carry: tuple[Array, Any], at: Any) -> tuple[tuple[Array, Any], Any]:
-            (before, sampled), (t, step_key) = carry, at
-            shape = tuple(axis.size for axis in axes)
-            places = [axis.places() for axis in axes]
-            if rule.fire_rate < 1.0:
-                step_key = drawn_at(step_key, rule.fire_rate, shape, places)
-            window = nca_step(rule, params, before, step_key, inputs, backend)
-            if after_step is not None:
-                window = after_step(before, window, broadcast_places(places[num_batch_dims:]))
+        def one_step(carry: tuple[list[Array], Any], at: Any) -> tuple[Any, Any]:
+            (states, sampled), (t, key) = carry, at
+            states = [
+                step_of_part(
+                    rule, params, state, key, inputs, backend, after_step, shape, part.places,
+                    num_batch_dims,
+                )
+                for part, state, inputs in zip(parts, states, seen, strict=True)
+            ]  # fmt: skip
+            block = _whole_block(parts, states)
             if sample_steps is not None:
-                sampled = where_sample(sample_steps == t + 1, _block(window, axes), sampled)
-            return (window, sampled), _block(window, axes) if return_states else None
+                sampled = where_sample(sample_steps == t + 1, block, sampled)
+            return (states, sampled), block if return_states else None
 
         def exchange_and_step(carry: tuple[Array, Any], steps: Any) -> Any:
             block, sampled = carry
-            carry, states = lax.scan(one_step, (_window(block, axes), sampled), steps)
-            return (_block(carry[0], axes), carry[1]), states
+            window = _window(block, axes)
+            states = [part.take(block, window) for part in parts]
+            (states, sampled), outs = lax.scan(one_step, (states, sampled), steps)
+            return (_whole_block(parts, states), sampled), outs
 
         carry = (block, block if sample_steps is not None else None)
         steps = numbers_and_keys(key, num_steps)
@@ -284,6 +305,37 @@ def _run(
     return final if other is None else (final, other)
 
 
+def step_of_part(
+    rule: Rule,
+    params: RuleParams,
+    state: Array,
+    key: Any,
+    inputs: Array | None,
+    backend: str,
+    after_step: AfterStep | None,
+    shape: tuple[int, ...],
+    places: Sequence[Array],
+    num_batch_dims: int,
+) -> Array:
+    """A step of the part at ``places`` of a state whose dims, without the channels, are ``shape``.
+
+    Right for the cells that are no nearer to an end of the part than a step reaches, or where that
+    end is a border of the whole.
+    """
+    if rule.fire_rate < 1.0:
+        key = drawn_at(key, rule.fire_rate, shape, places)
+    new = nca_step(rule, params, state, key, inputs, backend)
+    if after_step is not None:
+        new = after_step(state, new, broadcast_places(places[num_batch_dims:]))
+    return new
+
+
+def reach(rule: Rule, params: RuleParams) -> list[int]:
+    """Along each grid dim: how many cells away a step of a cell sees anything."""
+    margins = same_margins(np.shape(params.perception)[:-2])
+    return [max(margin) + (rule.alive is not None) for margin in margins]
+
+
 def _window(block: Array, axes: Sequence[_Axis]) -> Array:
     """A device's block with the halo that its neighbours send it, one dim after the other.
 
@@ -308,12 +360,75 @@ def _window(block: Array, axes: Sequence[_Axis]) -> Array:
     return block
 
 
-def _block(window: Array, axes: Sequence[_Axis]) -> Array:
-    """What a device keeps of its window."""
+@dataclass(frozen=True)
+class _Part:
+    """Cells that a device steps on at once, and which of them it keeps.
+
+    By dim: where the part begins in the window, how long it is, where in it begins what is kept,
+    how long that is, and where that lies in the block. ``begins`` is None for the block itself,
+    which is there before the halo is.
+    """
+
+    axes: tuple[_Axis, ...]
+    begins: list[Any] | None
+    sizes: list[int]
+    kept_from: list[Any]
+    kept: list[int]
+    lies_at: list[int]
+
+    def take(self, block: Array, window: Array) -> Array:
+        if self.begins is None:
+            return block
+        for dim, (begin, size) in enumerate(zip(self.begins, self.sizes, strict=True)):
+            if size < window.shape[dim]:
+                window = lax.dynamic_slice_in_dim(window, begin, size, dim)
+        return window
+
+    @property
+    def places(self) -> list[Array]:
+        """Which places of the whole state, by dim."""
+        begins = self.begins or [axis.offset() for axis in self.axes]
+        return [
+            lax.dynamic_slice_in_dim(axis.places(), begin, size)
+            for axis, begin, size in zip(self.axes, begins, self.sizes, strict=True)
+        ]
+
+    def put(self, block: Array | None, state: Array) -> Array:
+        """``block`` with what is kept of this part."""
+        for dim, (begin, size) in enumerate(zip(self.kept_from, self.kept, strict=True)):
+            if size < state.shape[dim]:
+                state = lax.dynamic_slice_in_dim(state, begin, size, dim)
+        return (
+            state if block is None else lax.dynamic_update_slice(block, state, (*self.lies_at, 0))
+        )
+
+
+def _parts(axes: tuple[_Axis, ...], overlap: bool) -> list[_Part]:
+    """The window, of which the block is kept; or the block, and strips that mend its ends."""
+    blocks, none = [axis.block for axis in axes], [0] * len(axes)
+    if not overlap:
+        windows = [axis.window for axis in axes]
+        offsets = [axis.offset() for axis in axes]
+        return [_Part(axes, list(none), windows, offsets, list(blocks), list(none))]
+    parts = [_Part(axes, None, blocks, none, blocks, none)]
     for dim, axis in enumerate(axes):
-        if axis.halo:
-            window = lax.dynamic_slice_in_dim(window, axis.offset(), axis.block, dim)
-    return window
+        width = 3 * axis.halo  # of which the middle is right, or what lies at a true border
+        for end in (0, axis.block - axis.halo) if axis.halo else ():
+            strip = _parts(axes, overlap=False)[0]
+            at = axis.offset() + end
+            begin = jnp.clip(at - axis.halo, 0, axis.window - width)
+            strip.begins[dim], strip.sizes[dim] = begin, width  # type: ignore[index]
+            strip.kept_from[dim], strip.kept[dim], strip.lies_at[dim] = at - begin, axis.halo, end
+            parts.append(strip)
+    return parts
+
+
+def _whole_block(parts: list[_Part], states: list[Array]) -> Array:
+    block: Array | None = None
+    for part, state in zip(parts, states, strict=True):
+        block = part.put(block, state)
+    assert block is not None
+    return block
 
 
 def _in_blocks(array: Array, axes: Sequence[_Axis]) -> Array:

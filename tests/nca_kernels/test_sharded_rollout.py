@@ -33,12 +33,12 @@ SHAPES = [
 ]
 
 
-def every_case():
+def every_case(one_in=13):
     for i, (shape, padding, alive, grids) in enumerate(
         product(SHAPES, PADDINGS, (nk.Alive(), None), (EVEN, UNEVEN))
     ):
         # Odd in the number of shapes, paddings and choices, so that the part has all of each.
-        if not os.environ.get("NCA_EXHAUSTIVE") and (i * 7 + i // 16) % 13:
+        if not os.environ.get("NCA_EXHAUSTIVE") and (i * 7 + i // 16) % one_in:
             continue
         grid = grids[len(shape)]
         rule = nk.Rule(padding=padding, alive=alive)
@@ -74,7 +74,9 @@ def gradients(rollout, arguments):
     return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, state)
 
 
-def both(case, shape, spec, explicit=False, per_exchange=1, backend="cpu", **options):
+def both(
+    case, shape, spec, explicit=False, per_exchange=1, backend="cpu", overlap=False, **options
+):
     """Check that splitting changes nothing; returns the states of the split rollout."""
     arguments = case.arguments()
 
@@ -85,7 +87,7 @@ def both(case, shape, spec, explicit=False, per_exchange=1, backend="cpu", **opt
         return nk.sharded_rollout(
             case.rule, params, state, key, steps, inputs, backend=backend, **options,
             mesh=mesh(shape, explicit=explicit), partition_spec=spec,
-            steps_per_exchange=per_exchange,
+            steps_per_exchange=per_exchange, overlap=overlap,
         )  # fmt: skip
 
     (_, expected), expected_gradients = gradients(one, arguments)
@@ -108,6 +110,57 @@ def test_eight_devices_are_as_one(shape, case):
 
 
 PLAIN = Case("plain", (24, 17), nk.Rule(), batch=(4,), channels=4, hidden=(6,))
+
+
+@pytest.mark.parametrize(
+    ("shape", "case"), [pytest.param(*c, id=str(c[1])) for c in every_case(one_in=29)]
+)
+def test_a_halo_on_its_way_changes_nothing(shape, case):
+    """The block steps without its halo; strips at its ends, which have it, mend them."""
+    both(case, shape, P(None, *NAMES[: len(shape)]), overlap=True)
+
+
+def wall(before, after, places):
+    return jnp.where(places[0] == 11, before, after)
+
+
+def test_overlap_with_sampled_states_inputs_and_a_wall():
+    case, spec = replace(PLAIN, inputs=3), P(None, "x", "y")
+    steps = jnp.array([0, 2, 5, 3])
+    both(case, (4, 2), spec, per_exchange=2, overlap=True, sample_steps=steps, after_step=wall)
+    both(case, (4, 2), spec, per_exchange=2, overlap=True, return_states=True)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_with_overlap_the_block_waits_for_no_halo(overlap):
+    case = replace(PLAIN, grid=(32, 17))
+    params, state, key, _ = case.arguments()
+
+    def final(state):
+        return nk.sharded_rollout(
+            case.rule, params, state, key, 4, mesh=mesh((4,)), partition_spec=P(None, "x"),
+            overlap=overlap,
+        )  # fmt: skip
+
+    rows = {shape[1]: waits for shape, waits in steps_and_halos(jax.make_jaxpr(final)(state).jaxpr)}
+    assert rows == ({8: False, 6: True} if overlap else {12: True})  # block, strips; window
+
+
+def steps_and_halos(jaxpr, received=()):
+    """Of each step in a program the state's shape, and whether it depends on what is received."""
+    received = set(received)  # ids of variables
+    for equation in jaxpr.eqns:
+        waits = equation.primitive.name == "ppermute"
+        waits = waits or any(id(var) in received for var in equation.invars)
+        if equation.params.get("name") == "nca_step":
+            states = [v for v in equation.invars if v.aval.ndim == 4 and v.aval.shape[0] == 4]
+            yield states[0].aval.shape, id(states[0]) in received
+        else:
+            for inner in jaxprs_in_params(equation.params):
+                pairs = zip(inner.invars, equation.invars, strict=False)
+                yield from steps_and_halos(inner, {id(i) for i, o in pairs if id(o) in received})
+        if waits:
+            received.update(map(id, equation.outvars))
 
 
 @pytest.mark.parametrize("backend", ["xla", "reference"])

@@ -46,6 +46,8 @@ WRONG = [
     ("run old --steps 5 --damage half --damage-at 9", "--damage-at 9"),
     ("run old --damage-at 9", "--damage must say what"),
     ("run old --every 0", "at least 1"),
+    ("run old --scale 2/3", "neither a whole number nor one over one"),
+    ("run old --tile 0", "at least 1"),
     ("run old --steps 5", "no checkpoint yet"),
     ("run broken", "not a run's settings"),
     ("run partial", "lacks"),
@@ -124,6 +126,12 @@ def test_train_an_odd_picture_resume_and_film(tmp_path, picture, capsys, monkeyp
     assert capsys.readouterr().out.split() == ["a.gif", "a.png"]
     assert iio.imread("a.png").shape == (44, 4 * 44 + 3 * 8, 3)
     assert iio.improps("a.gif", index=None).shape[1:3] == (44, 44)
+
+    larger = ["--size", "31", "--steps", "10", "--every", "5", "--damage", "half"]
+    assert cli.main(["run", "run", *larger, "--scale", "1/2", "--png", "whole.png"]) == 0
+    assert cli.main(["run", "run", *larger, "--scale", "1/2", "--tile", "9", "--png", "b.png"]) == 0
+    assert iio.imread("b.png").shape == (16, 3 * 16 + 2 * 8, 3)
+    np.testing.assert_array_equal(iio.imread("b.png"), iio.imread("whole.png"))
 
 
 def test_demo(tmp_path, tiny, capsys, monkeypatch):

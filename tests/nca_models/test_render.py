@@ -1,5 +1,7 @@
 """Rendered files, read back."""
 
+from fractions import Fraction
+
 import imageio.v3 as iio
 import numpy as np
 import pytest
@@ -20,6 +22,19 @@ def test_over_white():
     rgba = np.array([[[0, 0, 0, 0], [0.5, 0, 0, 0.5], [1, 1, 1, 1], [2, -1, 0, 1]]], np.float32)
     expected = [[[255, 255, 255], [255, 128, 128], [255, 255, 255], [255, 0, 0]]]
     np.testing.assert_array_equal(render.over_white(rgba), expected)
+
+
+@pytest.mark.parametrize(
+    ("side", "scale"),
+    [(40, Fraction(8)), (300, Fraction(3)), (2048, Fraction(1)), (2049, Fraction(1, 2))],
+)
+def test_pictures_of_cells_stay_within_sight(side, scale):
+    picture = np.zeros((side, side // 2, 3), np.uint8)
+    picture[: side // 2] = 200
+    assert render.scale_of(picture) == scale
+    seen = render.scaled(picture, scale)
+    assert abs(seen.shape[0] - side * scale) < 1
+    assert 95 <= seen.mean() <= 105
 
 
 def test_upscale_repeats_pixels(film):

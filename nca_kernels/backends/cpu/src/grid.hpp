@@ -132,6 +132,10 @@ NCA_INLINE void fold_row(const Step& step, const Box& box, float* row) {
 
 // ---- flags, a byte a cell ----
 
+NCA_INLINE bool any(const std::uint8_t* flags, Index count) {
+  return std::memchr(flags, 1, count) != nullptr;
+}
+
 // to[x] = any flag in the three rows and columns around; row(dz, dy) is null outside the grid.
 template <class Row>
 NCA_INLINE void pool_row(const Step& step, std::uint8_t* merged, std::uint8_t* to, Row&& row) {

@@ -76,7 +76,7 @@ inline Network::Network(const Step& s, const Box& b, Scope& scope, bool is_backw
   positions = step.kernel[0] * step.kernel[1] * step.kernel[2];
   padded = box.padded;
   filters = depthwise ? step.perceived / step.channels : 0;
-  width = depthwise ? filters * padded : dense ? positions * padded : step.perceived;
+  width = depthwise ? filters * padded : dense ? positions * step.channels : step.perceived;
   deltas = scope.array<Index>(positions);
   for (Index o = 0; o < positions; ++o) {
     const Index area = step.kernel[1] * step.kernel[2];
@@ -94,8 +94,8 @@ inline Network::Network(const Step& s, const Box& b, Scope& scope, bool is_backw
     gradient_floats += step.d_perception_bias ? width : 0;
   }
   if (dense) {
-    taps = {step.taps, step.perception_bias, step.d_taps, step.d_perception_bias,
-            positions * step.channels, step.perceived};
+    taps = {step.taps, step.perception_bias, step.d_taps, step.d_perception_bias, width,
+            step.perceived};
     add_map(&taps, width, step.perception_activation);
     inputs_at = maps[0].out_padded;
   } else {
@@ -129,8 +129,6 @@ inline void Network::add_map(const Layer* layer, Index in, Activation activation
 }
 
 inline Index Network::row_of(Index map, Index k) const {
-  if (first == 1 && map == 0)
-    return k % padded < step.channels ? k / padded * step.channels + k % padded : -1;
   if (map != first) return k < maps[map].layer->in ? k : -1;
   if (k >= inputs_at) return k - inputs_at + step.perceived;
   if (filters == 0) return k < step.perceived ? k : -1;
@@ -268,15 +266,15 @@ inline Block::Block(const Network& network, Scope& scope) : net(network), step(n
   values = scope.array<float*>(maps);
   slopes = scope.array<float*>(maps);
   for (Index i = 0; i < maps; ++i) {
-    values[i] = scope.floats(kBlock * net.maps[i].in_stride);
+    values[i] = scope.floats(kBlock * net.maps[i].in_stride + kLanes);
     const bool has_slopes = net.backward && i + 1 < maps;
     slopes[i] = has_slopes ? scope.floats(kBlock * net.maps[i + 1].in_stride) : nullptr;
   }
   update_stride = net.maps[maps - 1].out_padded;
   update = scope.floats(kBlock * update_stride);
   perception_slopes = net.backward ? scope.floats(kBlock * net.maps[0].in_stride) : nullptr;
-  d_update = net.backward ? scope.floats(kBlock * net.widest) : nullptr;
-  spare = net.backward ? scope.floats(kBlock * net.widest) : nullptr;
+  d_update = net.backward ? scope.floats(kBlock * net.widest + kLanes) : nullptr;
+  spare = net.backward ? scope.floats(kBlock * net.widest + kLanes) : nullptr;
 }
 
 // The depthwise perception of N rows, which share the loads of the taps.
@@ -304,6 +302,7 @@ template <int N>
 NCA_INLINE void spread_rows(const Network& net, const Weights& weights, const Index* box_at,
                             const float* d_rows, Index stride, float* d_box) {
   const bool dense = net.filters == 0;
+  const Index channels = net.step.channels;
   const Tap* tap = weights.stencil.by_position;
   for (Index o = 0; o < net.positions; ++o) {
     const Tap* end = dense ? tap : weights.stencil.by_position + weights.stencil.position_start[o + 1];
@@ -312,8 +311,8 @@ NCA_INLINE void spread_rows(const Network& net, const Weights& weights, const In
       float* to = d_box + net.deltas[o] + c;
       Vec sum[N];
       for (int n = 0; n < N; ++n) sum[n] = load(to + box_at[n]);
-      if (dense)
-        for (int n = 0; n < N; ++n) sum[n] += load(d_rows + n * stride + o * net.padded + c);
+      if (dense)  // behind the channels: of the next position, added to the box's padding
+        for (int n = 0; n < N; ++n) sum[n] += load(d_rows + n * stride + o * channels + c);
       for (const Tap* t = tap; t < end; ++t) {
         const Vec value = load(t->values + c);
         const float* from = d_rows + t->filter * net.padded + c;
@@ -339,10 +338,10 @@ inline void Block::perceive(const Weights& weights, Rows rows, Index sample, con
     } else if (step.perception == Perception::given) {
       const Index cell = sample * step.cells + rows.cell[r];
       std::memcpy(to, step.given + cell * step.perceived, step.perceived * sizeof(float));
-    } else {
+    } else {  // whole vectors: what is too much is overwritten by the next position
       for (Index o = 0; o < net.positions; ++o)
-        std::memcpy(to + o * net.padded, box + rows.box_at[r] + net.deltas[o],
-                    net.padded * sizeof(float));
+        for (Index c = 0; c < net.padded; c += kLanes)
+          store(to + o * step.channels + c, load(box + rows.box_at[r] + net.deltas[o] + c));
     }
   }
 }
@@ -377,8 +376,8 @@ inline const float* Block::forward(const Weights& weights, Rows rows, Index samp
     float* to = last ? update : values[i + 1];
     const Index stride = last ? update_stride : net.maps[i + 1].in_stride;
     multiply<false>(rows.count, map.in, map.out_padded, {values[i], map.in_stride, 1},
-                    {weights.packed + map.packed_at, 0}, to, stride, Into::bias,
-                    weights.packed + map.bias_at);
+                    {weights.packed + map.packed_at, 0}, to, stride,
+                    {weights.packed + map.bias_at, 0});
     if (net.backward)
       activate_rows<true>(map.activation, rows.count, map.out_padded, stride, to, slopes[i]);
     else
@@ -426,12 +425,11 @@ inline void Block::backward(const Weights& weights, Rows rows, Index sample, con
     net.round(rows.count, map.out_padded, stride, d_out);
     if (map.wants_weight)
       multiply<true>(map.in, rows.count, map.out_padded, {values[i], 1, map.in_stride},
-                     {d_out, stride}, gradients + map.d_weight_at, map.out_padded, Into::add,
-                     nullptr);
+                     {d_out, stride}, gradients + map.d_weight_at, map.out_padded,
+                     {gradients + map.d_weight_at, map.out_padded});
     if (i == 0 && !net.wants_rows) return;
     multiply<false>(rows.count, map.out, map.in_stride, {d_out, stride, 1},
-                    {weights.packed + map.transposed_at, 0}, d_in, map.in_stride, Into::plain,
-                    nullptr);
+                    {weights.packed + map.transposed_at, 0}, d_in, map.in_stride, {nullptr, 0});
     stride = map.in_stride;
     std::swap(d_out, d_in);
     if (i == net.first) inputs_backward(rows, sample, d_out, d_sample_inputs);

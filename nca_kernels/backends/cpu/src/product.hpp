@@ -1,4 +1,4 @@
-// Matrix products of blocks of rows: C [M, N] = A [M, K] B [K, N], in registers of kRows x
+// Matrix products of blocks of rows: C [M, N] = start + A [M, K] B [K, N], in registers of kRows x
 // kVectors. The order of the sum over K is the same for every element, however rows are grouped.
 #pragma once
 
@@ -21,7 +21,11 @@ struct Right {
   Index stride;  // 0: packed
 };
 
-enum class Into { plain, bias, add };  // C = AB, C = AB + bias [N], C += AB
+// What the sums start from: rows `stride` apart; 0: one row for all; null: zeros.
+struct Start {
+  const float* data;
+  Index stride;
+};
 
 NCA_INLINE Index panel(Index vectors_left) {
   return vectors_left == 4 && kVectors == 3 ? 2 : std::min<Index>(vectors_left, kVectors);
@@ -29,14 +33,10 @@ NCA_INLINE Index panel(Index vectors_left) {
 
 template <int M, int N, bool transposed>
 NCA_INLINE void micro_kernel(Index depth, Left a, const float* b, Index stride, float* c,
-                             Index c_stride, Into into, const float* bias) {
-  Vec sum[M][N];
+                             Index c_stride, Start start) {
+  Vec sum[M][N];  // all loaded, and no branch: so that the compiler keeps them in registers
   for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) {
-      if (into == Into::add) sum[m][n] = load(c + m * c_stride + n * kLanes);
-      else if (into == Into::bias) sum[m][n] = load(bias + n * kLanes);
-      else sum[m][n] = Vec{};
-    }
+    for (int n = 0; n < N; ++n) sum[m][n] = load(start.data + m * start.stride + n * kLanes);
   for (Index k = 0; k < depth; ++k) {
     Vec right[N];
     for (int n = 0; n < N; ++n) right[n] = load(b + k * stride + n * kLanes);
@@ -51,37 +51,33 @@ NCA_INLINE void micro_kernel(Index depth, Left a, const float* b, Index stride, 
 
 template <int N, bool transposed, int M = kRows>
 void panel_rows(Index rows, Index depth, Left a, const float* b, Index stride, float* c,
-                Index c_stride, Into into, const float* bias) {
+                Index c_stride, Start start) {
   Index m = 0;
   for (; m + M <= rows; m += M) {
     const Left from = {a.data + m * a.row, a.row, a.column};
-    micro_kernel<M, N, transposed>(depth, from, b, stride, c + m * c_stride, c_stride, into, bias);
+    micro_kernel<M, N, transposed>(depth, from, b, stride, c + m * c_stride, c_stride,
+                                   {start.data + m * start.stride, start.stride});
   }
   if constexpr (M > 1)
     if (m < rows)
       panel_rows<N, transposed, M / 2>(rows - m, depth, {a.data + m * a.row, a.row, a.column}, b,
-                                       stride, c + m * c_stride, c_stride, into, bias);
+                                       stride, c + m * c_stride, c_stride,
+                                       {start.data + m * start.stride, start.stride});
 }
 
 template <bool transposed>
 void multiply(Index rows, Index depth, Index columns, Left a, Right b, float* c, Index c_stride,
-              Into into, const float* bias) {
+              Start start) {
+  alignas(64) static const float zeros[kVectors * kLanes] = {};
   for (Index n = 0, left = columns / kLanes; left > 0;) {
     const Index vectors = panel(left), width = vectors * kLanes;
     const float* from = b.data + (b.stride ? n : n * depth);
     const Index stride = b.stride ? b.stride : width;
-    const float* own_bias = into == Into::bias ? bias + n : nullptr;
-    switch (vectors) {
-      case 1:
-        panel_rows<1, transposed>(rows, depth, a, from, stride, c + n, c_stride, into, own_bias);
-        break;
-      case 2:
-        panel_rows<2, transposed>(rows, depth, a, from, stride, c + n, c_stride, into, own_bias);
-        break;
-      default:
-        panel_rows<kVectors, transposed>(rows, depth, a, from, stride, c + n, c_stride, into,
-                                         own_bias);
-    }
+    const Start own = {start.data ? start.data + n : zeros, start.stride};
+    const auto run = vectors == 1   ? panel_rows<1, transposed>
+                     : vectors == 2 ? panel_rows<2, transposed>
+                                    : panel_rows<kVectors, transposed>;
+    run(rows, depth, a, from, stride, c + n, c_stride, own);
     n += width;
     left -= vectors;
   }

@@ -106,16 +106,18 @@ struct StepKernel {
     }
     for_rows(tile, [&](Index z, Index y, Index cell) {
       std::uint8_t* to = needed + (z * tile.size[1] + y) * w;
-      fire_row(step, tile.sample, cell, w, fires);
       if (!step.alive) {
+        fire_row(step, tile.sample, cell, w, fires);
         std::memcpy(to, fires, w);
         return;
       }
+      std::memcpy(step.alive_mask + tile.sample * step.cells + cell, row(z + 1, y + 1), w);
       pool_row(step, merged, to, [&](Index dz, Index dy) -> const std::uint8_t* {
         return row(z + 1 + dz, y + 1 + dy);
       });
+      if (!any(to, w)) return;
+      fire_row(step, tile.sample, cell, w, fires);
       for (Index x = 0; x < w; ++x) to[x] &= fires[x];
-      std::memcpy(step.alive_mask + tile.sample * step.cells + cell, row(z + 1, y + 1), w);
     });
   }
 
@@ -125,6 +127,7 @@ struct StepKernel {
     Index *box_at = local.array<Index>(most), *cells = local.array<Index>(most), count = 0;
     for_rows(tile, [&](Index z, Index y, Index cell) {
       const std::uint8_t* row = flags + (z * tile.size[1] + y) * width();
+      if (!any(row, width())) return;
       const Index corner = box.at(z, y, 0);
       for (Index x = 0; x < width(); ++x) {  // without a branch: half of the cells fire
         box_at[count] = corner + x * box.padded;
@@ -164,7 +167,7 @@ struct StepKernel {
       const std::uint8_t* alive = step.alive ? step.alive_mask + first : nullptr;
       T* row = to + cell * channels();
       if (alive != nullptr) std::memcpy(after + first, before + first, width());
-      if (alive != nullptr && std::memchr(alive, 1, width()) == nullptr) {
+      if (alive != nullptr && !any(alive, width())) {
         std::memset(row, 0, width() * channels() * sizeof(T));
         return;
       }
@@ -197,8 +200,9 @@ struct StepKernel {
     std::uint8_t* alive = local.array<std::uint8_t>(width());
     const std::uint8_t* plane = lives_after + tile.sample * step.cells;
     for_rows(tile, [&](Index z, Index y, Index cell) {
-      pool_plane(step, plane, tile.first[0] + z, tile.first[1] + y, merged, alive);
       std::uint8_t* mask = step.alive_mask + tile.sample * step.cells + cell;
+      if (!any(mask, width())) return;
+      pool_plane(step, plane, tile.first[0] + z, tile.first[1] + y, merged, alive);
       T* own = static_cast<T*>(step.new_state) + (tile.sample * step.cells + cell) * channels();
       for (Index x = 0; x < width(); ++x) {
         if (mask[x] && !alive[x]) std::memset(own + x * channels(), 0, channels() * sizeof(T));
@@ -282,8 +286,12 @@ struct StepKernel {
       Scope local;
       std::uint8_t* fires = local.array<std::uint8_t>(width() + kLanes);
       std::uint8_t* to = active + (z * tile.size[1] + y) * width();
-      fire_row(step, tile.sample, cell, width(), fires);
       const std::uint8_t* alive = step.alive_mask + tile.sample * step.cells + cell;
+      if (step.alive && !any(alive, width())) {
+        std::memset(to, 0, width());
+        return;
+      }
+      fire_row(step, tile.sample, cell, width(), fires);
       for (Index x = 0; x < width(); ++x) to[x] = step.alive ? fires[x] & alive[x] : fires[x];
     });
   }
@@ -354,6 +362,9 @@ struct StepKernel {
         float* box_row = d_window + box.at(z + step.before[0], y + step.before[1], 0);
         fold_row(step, box, box_row);
         d_row = box_row + box.at(0, 0, step.before[2]);
+      } else if (step.alive && !any(step.alive_mask + cell, width())) {
+        std::memset(d_state + cell * channels(), 0, width() * channels() * sizeof(float));
+        return;
       }
       for (Index x = 0; x < width(); ++x) {
         float* to = d_state + (cell + x) * channels();
