@@ -58,16 +58,21 @@ def page(system: str, result: dict, pictures: list[str]) -> list[str]:
 
 def sweep(runs: Path) -> list[str]:
     """Trains nine models of dynamics, unless they are; the part of the gallery that shows them."""
-    out = runs / "sweep"
+    out, done = runs / "sweep", runs / "sweep" / "gallery.json"
+    resumed, start = out.exists(), time.perf_counter()
     subprocess.run([sys.executable, "-c", NCA, *SWEEP, "--out", str(out)], check=True)
+    if not done.exists():
+        taken = None if resumed else time.perf_counter() - start
+        done.write_text(json.dumps({"seconds": taken}))
+    seconds = json.loads(done.read_text())["seconds"]
+    minutes = "" if seconds is None else f" in {seconds / 60:.0f} minutes"
     (GALLERY / "sweep").mkdir(parents=True, exist_ok=True)
     for name in ("motion.png", "sweep.csv"):
         shutil.copy(out / name, GALLERY / "sweep" / name)
     return [
         "## A sweep: motion against channels and hidden units.",
         "",
-        f"`nca {SWEEP_LINE}`: nine models, each trained for 1,000 steps, in 26 minutes;",
-        "stopped once by Ctrl-C and once by SIGKILL on the way, and continued.",
+        f"`nca {SWEEP_LINE}`: nine models, each trained for 1,000 steps{minutes}.",
         "[The table](sweep/sweep.csv): the loss, and the motion of each model with the spread over",
         "three runs of it.",
         "",

@@ -20,12 +20,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import nca_kernels as nk
 from benchmarks.measure import ROOT, device_name, interleaved, provenance, write_json
 
 CHANNELS, HIDDEN, STEPS = 16, 128, 64
 RULE = nk.Rule()
+TILED = "forward, in tiles"
 # Grid, mode, checkpoint and the bytes that it should stay under.
 ROLLOUTS: tuple[tuple[tuple[int, ...], str, str, float | None], ...] = (
     ((512, 512), "training", "all", None),
@@ -34,6 +36,7 @@ ROLLOUTS: tuple[tuple[tuple[int, ...], str, str, float | None], ...] = (
     ((96, 96, 96), "training", "sqrt", 4e9),
     ((2048, 2048), "training", "sqrt", 12e9),
     ((4096, 4096), "forward", "sqrt", 6e9),
+    ((4096, 4096), TILED, "sqrt", None),
 )
 FEW = 16  # steps, where several sizes are compared
 SIZES = (128, 256, 512, 1024, 2048)
@@ -63,6 +66,16 @@ def rollout(grid: tuple[int, ...], mode: str, backend: str, steps: int, checkpoi
     return jax.jit(jax.grad(loss) if mode == "training" else loss)
 
 
+def tiled(grid: tuple[int, ...], steps: int) -> Callable[[Any, Any], Any]:
+    """The forward out of the host's memory; the state is overwritten."""
+
+    def run(params: Any, key: Any) -> Any:
+        state = np.random.default_rng(0).random((*grid, CHANNELS), np.float32)
+        return nk.tiled_rollout(RULE, params, state, key, steps, donate=True)
+
+    return run
+
+
 def parameters(num_dims: int) -> nk.RuleParams:
     taps = jnp.asarray(nk.taps(("identity", "sobel"), CHANNELS, num_dims))
     keys = jax.random.split(jax.random.key(1))
@@ -81,7 +94,8 @@ def planned_bytes(grid: tuple[int, ...], mode: str, backend: str, checkpoint: st
 
 def child(grid: tuple[int, ...], mode: str, checkpoint: str) -> None:
     """Peak and seconds of the second of two runs here, as JSON on standard output."""
-    run = rollout(grid, mode, "auto", STEPS, checkpoint)
+    tiles = mode == TILED
+    run = tiled(grid, STEPS) if tiles else rollout(grid, mode, "auto", STEPS, checkpoint)
     args = (parameters(len(grid)), jax.random.key(0))
     jax.block_until_ready(run(*args))
     start = time.perf_counter()
@@ -113,7 +127,8 @@ def measured(
     row |= {"steps": STEPS, "limit_bytes": limit}
     row |= in_child([mode, checkpoint, *map(str, grid)], {})
     row["nanoseconds_per_cell_step"] = 1e9 * row["seconds"] / cells / STEPS
-    row["planned_bytes"] = planned_bytes(grid, mode, "auto", checkpoint)
+    if mode != TILED:
+        row["planned_bytes"] = planned_bytes(grid, mode, "auto", checkpoint)
     row["reference_planned_bytes"] = planned_bytes(grid, mode, "reference", checkpoint)
     return row
 

@@ -241,7 +241,7 @@ def rollouts_table(large: dict[str, Any]) -> str:
     body = [
         [
             " x ".join(map(str, row["grid"])),
-            "forward" if row["mode"] == "forward" else f"training, `{row['checkpoint']}`",
+            f"training, `{row['checkpoint']}`" if row["mode"] == "training" else row["mode"],
             f"{row['peak_rss_bytes'] / 1e9:.2f} GB",
             f"{row['seconds']:.0f} s",
             f"{row['nanoseconds_per_cell_step']:.0f}",
