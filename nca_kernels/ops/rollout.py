@@ -103,10 +103,10 @@ def checkpointed_scan(
         every = 1 if checkpoint == "all" else math.isqrt(max(num_steps - 1, 0)) + 1
     body = jax.checkpoint(body, prevent_cse=False, policy=_saves_kernel_outputs)
     if keep == "exact" and (every == 1 or num_steps <= every):
-        return _scan(body, carry, steps)
+        return scan_steps(body, carry, steps)
 
     def segment(carry: Any, steps: Any) -> Any:
-        return _scan(body, carry, steps)
+        return scan_steps(body, carry, steps)
 
     segment = jax.checkpoint(segment) if keep == "exact" else _keeping(segment, keep)
     whole = num_steps - num_steps % every
@@ -115,7 +115,7 @@ def checkpointed_scan(
     outs = jax.tree.map(lambda o: o.reshape(-1, *o.shape[2:]), outs)
     if whole == num_steps:
         return carry, outs
-    last = partial(_scan, body) if keep == "exact" else segment
+    last = partial(scan_steps, body) if keep == "exact" else segment
     carry, rest = last(carry, jax.tree.map(lambda s: s[whole:], steps))
     return carry, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), outs, rest)
 
@@ -168,7 +168,8 @@ def _keeping(segment: Callable, keep: str) -> Callable:
 _UNROLLED = 12  # "sqrt" makes segments of 12 out of 144 steps
 
 
-def _scan(body: Callable, carry: Any, steps: Any) -> Any:
+def scan_steps(body: Callable, carry: Any, steps: Any) -> Any:
+    """``lax.scan(body, carry, steps)``, unrolled as far as it spares copies of the state."""
     # A kernel cannot write where it reads. With one step an iteration, XLA copies each new state
     # to where the loop's carry lives; two steps write from there to another buffer and back.
     length = _length(steps)

@@ -32,6 +32,7 @@ from nca_kernels.ops.rollout import (
     broadcast_places,
     checkpointed_scan,
     numbers_and_keys,
+    scan_steps,
     where_sample,
 )
 from nca_kernels.ops.step import nca_step, requested
@@ -261,7 +262,7 @@ def _run(
             block, sampled = carry
             window = _window(block, axes)
             states = [part.take(block, window) for part in parts]
-            (states, sampled), outs = lax.scan(one_step, (states, sampled), steps)
+            (states, sampled), outs = scan_steps(one_step, (states, sampled), steps)
             return (_whole_block(parts, states), sampled), outs
 
         carry = (block, block if sample_steps is not None else None)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from nca_kernels.ops.rollout import AfterStep, numbers_and_keys
+from nca_kernels.ops.rollout import AfterStep, numbers_and_keys, scan_steps
 from nca_kernels.ops.sharded_rollout import reach, step_of_part
 from nca_kernels.ops.step import requested
 from nca_kernels.rule import Rule, RuleParams, check_rollout, check_step
@@ -191,7 +191,7 @@ def _steps(
         )
         return part, None
 
-    window, _ = lax.scan(one_step, window, steps, unroll=2)  # two: see rollout
+    window, _ = scan_steps(one_step, window, steps)
     for dim, axis in enumerate(axes, len(batch_shape)):
         offset = starts[dim - len(batch_shape)] - corners[dim - len(batch_shape)]
         window = lax.dynamic_slice_in_dim(window, offset, axis.tile, dim)
