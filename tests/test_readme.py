@@ -1,4 +1,4 @@
-"""The README: its Python runs, and its commands are ones that exist."""
+"""The README and the guides: their Python runs, and their commands are ones that exist."""
 
 import re
 import shlex
@@ -38,10 +38,31 @@ def test_python_of_the_guide_runs(capsys, quick_to_compile):
     assert names["states"].shape == (16, 1, 64, 64, 20)
 
 
+def test_python_of_large_grids_runs():
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    import nca_kernels as nk
+
+    perception = jnp.asarray(nk.taps(("identity", "sobel"), 4, 2))
+    params = nk.RuleParams(perception=perception, layers=((jnp.ones((12, 4)), None),))
+    start = {"nk": nk, "rule": nk.Rule(), "params": params, "num_steps": 3}
+    key = jax.random.key(0)
+    start |= {"state": jax.random.uniform(key, (2, 8, 12, 4)), "key": key}
+    expected = nk.rollout(*(start[name] for name in ("rule", "params", "state", "key")), 3)
+    in_tiles, sharded = blocks("python", (ROOT / "docs/large.md").read_text())
+    for block, result in ((in_tiles, "state"), (sharded, "final")):
+        names = dict(start)
+        exec(block, names)
+        np.testing.assert_array_equal(names[result], expected)
+
+
 COMMANDS = [
     command.strip()
-    for block in blocks("sh")
-    for line in block.splitlines()
+    for document in (README, (ROOT / "docs/large.md").read_text())
+    for block in blocks("sh", document)
+    for line in block.replace("\\\n", " ").splitlines()
     for command in line.split("&&")
     if command.strip()
 ]
