@@ -1,4 +1,4 @@
-// Activations and their derivatives, over a block of rows.
+// Activations and their derivatives, over a block of rows. A ReLU's slope is read off its values.
 #pragma once
 
 #include "vector.hpp"
@@ -12,7 +12,8 @@ struct Both {
 NCA_INLINE Both activate(Activation kind, Vec x) {
   switch (kind) {
     case Activation::relu:
-      return {select(x < 0.0f, Vec{}, x), select(x > 0.0f, splat(1.0f), Vec{})};  // keeps NaN
+      x = select(x < 0.0f, Vec{}, x);  // keeps NaN
+      return {x, x};
     case Activation::leaky_relu:
       return {select(x >= 0.0f, x, 0.01f * x), select(x >= 0.0f, splat(1.0f), splat(0.01f))};
     case Activation::tanh: {
@@ -35,23 +36,22 @@ NCA_INLINE Both activate(Activation kind, Vec x) {
 }
 
 // values [rows, columns of stride] in place; slopes, if wanted, into an array of the same form.
-template <Activation kind, bool wants_slopes>
+template <Activation kind>
 void activate_rows(Index rows, Index columns, Index stride, float* values, float* slopes) {
   for (Index r = 0; r < rows; ++r)
     for (Index c = 0; c < columns; c += kLanes) {
       const Both both = activate(kind, load(values + r * stride + c));
       store(values + r * stride + c, both.value);
-      if (wants_slopes) store(slopes + r * stride + c, both.slope);
+      if (slopes != nullptr && kind != Activation::relu) store(slopes + r * stride + c, both.slope);
     }
 }
 
-template <bool wants_slopes>
-void activate_rows(Activation kind, Index rows, Index columns, Index stride, float* values,
-                   float* slopes) {
+inline void activate_rows(Activation kind, Index rows, Index columns, Index stride, float* values,
+                          float* slopes) {
   switch (kind) {
 #define NCA_CASE(name)                                                                      \
   case Activation::name:                                                                    \
-    return activate_rows<Activation::name, wants_slopes>(rows, columns, stride, values, slopes);
+    return activate_rows<Activation::name>(rows, columns, stride, values, slopes);
     NCA_CASE(relu)
     NCA_CASE(gelu)
     NCA_CASE(silu)

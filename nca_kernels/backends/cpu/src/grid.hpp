@@ -95,10 +95,17 @@ NCA_INLINE void widen(const T* from, float* to, Index channels, Index padded) {
   if (c < padded) store(to + c, load_part(from + c, channels - c));
 }
 
+template <class T>
+void widen_cells(const T* from, float* to, Index cells, Index channels, Index padded) {
+  if (channels == padded) channels = padded = cells * channels, cells = 1;
+  for (Index i = 0; i < cells; ++i) widen(from + i * channels, to + i * padded, channels, padded);
+}
+
 // The state of a tile and its margin, borders resolved. sample: [cells, C].
 template <class T>
 void fill_box(const Step& step, const Tile& tile, const Box& box, const T* sample, float* to) {
   const Index channels = step.channels, width = step.size[2], padded = box.padded;
+  const Index before = step.before[2];
   for (Index pz = 0; pz < tile.size[0] + step.kernel[0] - 1; ++pz)
     for (Index py = 0; py < tile.size[1] + step.kernel[1] - 1; ++py) {
       float* row = to + box.at(pz, py, 0);
@@ -109,8 +116,11 @@ void fill_box(const Step& step, const Tile& tile, const Box& box, const T* sampl
         continue;
       }
       const T* from = sample + (z * step.size[1] + y) * width * channels;
+      widen_cells(from, row + before * padded, width, channels, padded);
       for (Index px = 0; px < box.size[2]; ++px) {
-        const Index x = at_border(px - step.before[2], width, step.padding);
+        if (px == before) px += width;
+        if (px >= box.size[2]) break;
+        const Index x = at_border(px - before, width, step.padding);
         if (x < 0) std::memset(row + px * padded, 0, padded * sizeof(float));
         else widen(from + x * channels, row + px * padded, channels, padded);
       }

@@ -257,24 +257,32 @@ class Block {
 
   const Network& net;
   const Step& step;
-  float **values, **slopes;  // of each map: its input rows; its activation's slopes
+  float* slopes_of(Activation kind, float* activated, Index floats, Scope& scope) const;
+  float **values, **slopes;  // of each map: its input rows; what tells its activation's slopes
   float *update, *perception_slopes, *spare;
 };
 
 inline Block::Block(const Network& network, Scope& scope) : net(network), step(network.step) {
   const Index maps = net.num_maps;
+  const auto rows_of = [&](Index i) { return kBlock * net.maps[i].in_stride + kLanes; };
   values = scope.array<float*>(maps);
   slopes = scope.array<float*>(maps);
-  for (Index i = 0; i < maps; ++i) {
-    values[i] = scope.floats(kBlock * net.maps[i].in_stride + kLanes);
-    const bool has_slopes = net.backward && i + 1 < maps;
-    slopes[i] = has_slopes ? scope.floats(kBlock * net.maps[i + 1].in_stride) : nullptr;
-  }
+  for (Index i = 0; i < maps; ++i) values[i] = scope.floats(rows_of(i));
+  for (Index i = 0; i + 1 < maps; ++i)
+    slopes[i] = slopes_of(net.maps[i].activation, values[i + 1], rows_of(i + 1), scope);
+  slopes[maps - 1] = nullptr;
   update_stride = net.maps[maps - 1].out_padded;
   update = scope.floats(kBlock * update_stride);
-  perception_slopes = net.backward ? scope.floats(kBlock * net.maps[0].in_stride) : nullptr;
+  perception_slopes = slopes_of(step.perception_activation, values[0], rows_of(0), scope);
   d_update = net.backward ? scope.floats(kBlock * net.widest + kLanes) : nullptr;
   spare = net.backward ? scope.floats(kBlock * net.widest + kLanes) : nullptr;
+}
+
+// A ReLU's slopes are read off its values.
+inline float* Block::slopes_of(Activation kind, float* activated, Index floats,
+                               Scope& scope) const {
+  if (!net.backward || kind == Activation::identity) return nullptr;
+  return kind == Activation::relu ? activated : scope.floats(floats);
 }
 
 // The depthwise perception of N rows, which share the loads of the taps.
@@ -358,15 +366,9 @@ inline void Block::add_inputs(Rows rows, Index sample) {
 inline const float* Block::forward(const Weights& weights, Rows rows, Index sample,
                                    const float* box) {
   perceive(weights, rows, sample, box);
-  if (net.filters > 0) {
-    const Index stride = net.maps[0].in_stride;
-    if (net.backward)
-      activate_rows<true>(step.perception_activation, rows.count, net.width, stride, values[0],
-                          perception_slopes);
-    else
-      activate_rows<false>(step.perception_activation, rows.count, net.width, stride, values[0],
-                           nullptr);
-  }
+  if (net.filters > 0)
+    activate_rows(step.perception_activation, rows.count, net.width, net.maps[0].in_stride,
+                  values[0], perception_slopes);
   add_inputs(rows, sample);
   for (Index i = 0; i < net.num_maps; ++i) {
     const Map& map = net.maps[i];
@@ -378,10 +380,7 @@ inline const float* Block::forward(const Weights& weights, Rows rows, Index samp
     multiply<false>(rows.count, map.in, map.out_padded, {values[i], map.in_stride, 1},
                     {weights.packed + map.packed_at, 0}, to, stride,
                     {weights.packed + map.bias_at, 0});
-    if (net.backward)
-      activate_rows<true>(map.activation, rows.count, map.out_padded, stride, to, slopes[i]);
-    else
-      activate_rows<false>(map.activation, rows.count, map.out_padded, stride, to, nullptr);
+    activate_rows(map.activation, rows.count, map.out_padded, stride, to, slopes[i]);
   }
   if (net.backward) {
     const Map& map = net.maps[net.num_maps - 1];
@@ -391,8 +390,10 @@ inline const float* Block::forward(const Weights& weights, Rows rows, Index samp
 }
 
 // values [rows, columns] *= slopes, unless null; sums of columns are added to `sums`, unless null.
-inline void scale_and_sum(Index rows, Index columns, Index stride, float* values,
-                          const float* slopes, float* sums) {
+// A ReLU's slopes are 1 where they are given as positive, else 0.
+template <bool relu>
+void scale_and_sum(Index rows, Index columns, Index stride, float* values, const float* slopes,
+                   float* sums) {
   constexpr Index kAtOnce = 4;  // vectors: a column's lines would leave the cache between two
   if (slopes == nullptr && sums == nullptr) return;
   for (Index first = 0; first < columns; first += kAtOnce * kLanes) {
@@ -402,7 +403,11 @@ inline void scale_and_sum(Index rows, Index columns, Index stride, float* values
       for (Index v = 0; v < vectors; ++v) {
         const Index at = r * stride + first + v * kLanes;
         Vec x = load(values + at);
-        if (slopes != nullptr) store(values + at, x *= load(slopes + at));
+        if (slopes != nullptr) {
+          const Vec slope = load(slopes + at);
+          x = relu ? select(slope > 0.0f, x, Vec{}) : x * slope;
+          store(values + at, x);
+        }
         sum[v] += x;
       }
     for (Index v = 0; sums != nullptr && v < vectors; ++v) {
@@ -412,6 +417,12 @@ inline void scale_and_sum(Index rows, Index columns, Index stride, float* values
   }
 }
 
+inline void scale_and_sum(Activation kind, Index rows, Index columns, Index stride, float* values,
+                          const float* slopes, float* sums) {
+  (kind == Activation::relu ? scale_and_sum<true> : scale_and_sum<false>)(rows, columns, stride,
+                                                                          values, slopes, sums);
+}
+
 inline void Block::backward(const Weights& weights, Rows rows, Index sample, const float* box,
                             float* d_out, float* d_box, float* gradients,
                             float* d_sample_inputs) {
@@ -419,8 +430,7 @@ inline void Block::backward(const Weights& weights, Rows rows, Index sample, con
   float* d_in = spare;
   for (Index i = net.num_maps - 1; i >= 0; --i) {
     const Map& map = net.maps[i];
-    const bool has_slopes = map.activation != Activation::identity;
-    scale_and_sum(rows.count, map.out_padded, stride, d_out, has_slopes ? slopes[i] : nullptr,
+    scale_and_sum(map.activation, rows.count, map.out_padded, stride, d_out, slopes[i],
                   map.wants_bias ? gradients + map.d_bias_at : nullptr);
     net.round(rows.count, map.out_padded, stride, d_out);
     if (map.wants_weight)
@@ -461,10 +471,9 @@ inline void Block::perceive_backward(const Weights& weights, Rows rows, Index sa
     return;
   }
   if (net.filters > 0)
-    scale_and_sum(
-        rows.count, net.width, stride, d_rows,
-        step.perception_activation == Activation::identity ? nullptr : perception_slopes,
-        step.d_perception_bias ? gradients + net.d_perception_bias_at : nullptr);
+    scale_and_sum(step.perception_activation, rows.count, net.width, stride, d_rows,
+                  perception_slopes,
+                  step.d_perception_bias ? gradients + net.d_perception_bias_at : nullptr);
   if (step.d_taps && net.filters > 0) taps_backward(rows, box, d_rows, gradients);
   if (d_box == nullptr) return;
   constexpr Index kAtOnce = 4;
@@ -475,15 +484,30 @@ inline void Block::perceive_backward(const Weights& weights, Rows rows, Index sa
     spread_rows<1>(net, weights, rows.box_at + r, d_rows + r * stride, stride, d_box);
 }
 
+// Adds to the gradients of the taps at N positions from o on, for each output k, in registers.
+template <int N>
+NCA_INLINE void taps_of_rows(const Network& net, Rows rows, const float* box, const float* d_rows,
+                             Index o, float* d_taps) {
+  for (Index k = 0; k < net.width; k += kLanes) {
+    const float* seen = box + k % net.padded;
+    Vec sum[N];
+    for (int n = 0; n < N; ++n) sum[n] = load(d_taps + (o + n) * net.width + k);
+    for (Index r = 0; r < rows.count; ++r) {
+      const Vec d = load(d_rows + r * net.maps[0].in_stride + k);
+      for (int n = 0; n < N; ++n) sum[n] += d * load(seen + rows.box_at[r] + net.deltas[o + n]);
+    }
+    for (int n = 0; n < N; ++n) store(d_taps + (o + n) * net.width + k, sum[n]);
+  }
+}
+
 inline void Block::taps_backward(Rows rows, const float* box, const float* d_rows,
                                  float* gradients) {
-  for (Index r = 0; r < rows.count; ++r)
-    for (Index o = 0; o < net.positions; ++o)
-      for (Index k = 0; k < net.width; k += kLanes) {
-        float* sum = gradients + net.d_taps_at + o * net.width + k;
-        const Vec seen = load(box + rows.box_at[r] + net.deltas[o] + k % net.padded);
-        store(sum, load(sum) + seen * load(d_rows + r * net.maps[0].in_stride + k));
-      }
+  constexpr Index kAtOnce = 4;
+  float* d_taps = gradients + net.d_taps_at;
+  Index o = 0;
+  for (; o + kAtOnce <= net.positions; o += kAtOnce)
+    taps_of_rows<kAtOnce>(net, rows, box, d_rows, o, d_taps);
+  for (; o < net.positions; ++o) taps_of_rows<1>(net, rows, box, d_rows, o, d_taps);
 }
 
 }  // namespace nca::NCA_ISA
