@@ -64,11 +64,11 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--quick", action="store_true", help="small grids and few rounds: under five minutes")
+    add("--quick", action="store_true", help="small grids, rollouts only: under five minutes")
     add("--cases", help=f"of {','.join(cases.FULL)}; all")
     add("--backends", help="names, separated by commas; all that run here")
     add("--peers", help=f"of {','.join(PEERS)}, or none; all that are installed")
-    add("--rounds", type=int, help="interleaved rounds; 7, or 5 if quick")
+    add("--rounds", type=int, help="interleaved rounds; 7, or 11 if quick")
     add("--json", type=Path, default=Path("out/bench.json"), help="where the figures go")
     add("--resume", action="store_true", help="go on with the --json of an interrupted run")
     add("--save", action="store_true", help="into benchmarks/results/<device>/, a file a case")

@@ -15,7 +15,7 @@ from benchmarks.peers import PEERS
 
 def pytest_addoption(parser):
     group = parser.getgroup("nca bench")
-    group.addoption("--quick", action="store_true", help="small grids, few rounds, rollouts only")
+    group.addoption("--quick", action="store_true", help="small grids, rollouts only")
     group.addoption("--cases", help="names, separated by commas")
     group.addoption("--backends", help="names, separated by commas; all that run here")
     group.addoption("--peers", help="names, separated by commas, or none; all that are installed")
@@ -40,7 +40,7 @@ def chosen(pytestconfig) -> Chosen:
     return Chosen(
         names(option("--backends"), available()),
         names(option("--peers"), tuple(PEERS)),
-        rounds=option("--rounds") or (5 if quick else 7),
+        rounds=option("--rounds") or (11 if quick else 7),
         longest=5.0 if quick else 60.0,
     )
 

@@ -93,7 +93,7 @@ def timed(suite: str, case: Case, kind: str, mode: str, steps: int, chosen: Chos
         "work": cells(case) * steps,
         "best": ours[0],
         "ours": ours,
-        "seconds": interleaved(runs, chosen.rounds, patience=5.0),
+        "seconds": interleaved(runs, chosen.rounds, patience=chosen.longest / 12),
         "cost": {"flops": work.flops, "bytes": work.bytes, "fires": case.rule.fire_rate},
         "limit": machine_limit(),
     }

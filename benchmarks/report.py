@@ -13,6 +13,7 @@ from typing import Any
 from benchmarks import halo, plots, rows
 from benchmarks.bench_quality import MINUTES, QUALITIES
 from benchmarks.cases import MODES, TITLES
+from benchmarks.compare import TOLERANCE
 from benchmarks.measure import ROOT, markdown_table
 from benchmarks.peers import PEERS
 from benchmarks.rows import Row
@@ -102,9 +103,9 @@ class Results:
             if any("suite" in row for row in content.get("rows", ())):
                 self.files[path.stem] = content
         self.rows: list[Row] = [row for file in self.files.values() for row in file["rows"]]
-        self.large, self.paper = (
+        self.large, self.paper, self.repeat = (
             json.loads(path.read_text()) if path.exists() else None
-            for path in (folder / "large.json", folder / "paper.json")
+            for path in (folder / f"{name}.json" for name in ("large", "paper", "repeat"))
         )
 
     def of_suite(self, suite: str) -> list[Row]:
@@ -296,6 +297,19 @@ def _training_step(row: Row, name: str) -> float:
     return rows.nanoseconds(row, name) / 1e9 * row["work"] / row["steps"] * row["steps_of_training"]
 
 
+def repeat_line(repeat: dict[str, Any]) -> str:
+    ratios = sorted(v["ratio"] for v in repeat["verdicts"] if v["ratio"] is not None)
+    words = [v["verdict"] for v in repeat["verdicts"]]
+    return (
+        "Two runs of `nca bench --quick`, one after the other "
+        f"(`python -m benchmarks.repeat --save`): {len(ratios)} figures of our backends, each in "
+        f"terms of another contestant of its run, are {ratios[0]:.2f} to {ratios[-1]:.2f} of what "
+        f'they were, {ratios[len(ratios) // 2]:.2f} in the median. `nca bench --compare` says "no '
+        f'difference" of {words.count("no difference")}: a change of less than {TOLERANCE:.0%} is '
+        "none."
+    )
+
+
 def readme_table() -> str:
     """The README's: nanoseconds per cell and step of the best, and of others with ratios."""
     found = headline()
@@ -419,6 +433,8 @@ def markdown() -> str:
             "steps; their time is computed from that of one.",
             quality_table(found),
         ]
+        if found.repeat:
+            parts += ["### The same run twice", repeat_line(found.repeat)]
     return "\n\n".join(part.strip("\n") for part in parts if part.strip()) + "\n"
 
 
