@@ -92,6 +92,18 @@ class LearnsPicture(Films):
         ):
             yield self.picture(state[0])
 
+    def save_film(
+        self, film: np.ndarray, folder: Path, name: str, *, before_cut: np.ndarray
+    ) -> list[Path]:
+        """Write a film as GIF and as strip, and the target beside its frame `before_cut`."""
+        scale = max(1, 320 // self.config.size)
+        paths = [folder / file for file in (f"{name}.gif", f"{name}.png", "target_and_result.png")]
+        render.save_gif(paths[0], render.upscale(film, scale))
+        render.save_png(paths[1], render.upscale(render.strip(film, 9), max(1, scale // 2)))
+        pair = render.beside([self.picture(self.target), before_cut])
+        render.save_png(paths[2], render.upscale(pair, scale))
+        return paths
+
     def errors(self, samples: Samples) -> jax.Array:
         """Return each sample's mean squared error `[n]` of RGBA."""
         return jnp.mean((samples["state"][..., -4:] - self.target) ** 2, axis=(1, 2, 3))

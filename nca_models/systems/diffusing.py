@@ -12,7 +12,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from nca_models import render
 from nca_models.learning import LearnsPicture, Samples
 from nca_models.modules import NCA, run
 from nca_models.training.damage import DAMAGES
@@ -119,15 +118,8 @@ class SystemClass(LearnsPicture):
         film = self.film(
             model, steps, every=2, damage="circle", damage_at=2 * steps // 3, seed=self.config.seed
         )
-        scale = max(1, 320 // self.config.size)
-        paths = [
-            folder / name for name in ("denoising.gif", "denoising.png", "target_and_result.png")
-        ]
-        render.save_gif(paths[0], render.upscale(film, scale))
-        render.save_png(paths[1], render.upscale(render.strip(film, 9), max(1, scale // 2)))
-        pair = [self.picture(self.target), film[2 * len(film) // 3 - 1]]  # before the cut
-        render.save_png(paths[2], render.upscale(render.beside(pair), scale))
-        return paths
+        before_cut = film[2 * len(film) // 3 - 1]
+        return self.save_film(film, folder, "denoising", before_cut=before_cut)
 
     def start(self, key: jax.Array, n: int) -> jax.Array:
         """Return states of noise alone, `[n, size, size, C]`."""

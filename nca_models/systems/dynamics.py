@@ -31,7 +31,7 @@ from nca_models.modules import NCA, run
 from nca_models.texture_loss import features, sliced_transport, vgg16_features
 from nca_models.training.damage import DAMAGES
 from nca_models.training.logging import log10
-from nca_models.training.trainer import TrainConfig, setting
+from nca_models.training.trainer import SampledStepsConfig, setting
 
 _SOBEL = np.outer([1.0, 2.0, 1.0], [-1.0, 0.0, 1.0])
 _LAPLACIAN = np.ones((3, 3)) - 9 * np.outer([0, 1, 0], [0, 1, 0])
@@ -40,16 +40,13 @@ STRIDE, FRAMES = 32, 100  # motion is measured over so many frames, so many step
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TrainConfig):
-    """Settings of emergent dynamics, beside those of every system.
+class Config(SampledStepsConfig):
+    """Settings of emergent dynamics, beside those of `SampledStepsConfig`.
 
     Attributes:
         target_size: side of the texture and of the grid, in cells.
         channels: C, the first three being RGB.
         hidden: D, the width of the hidden layer.
-        num_steps: steps of the automaton in a training step.
-        min_steps: the loss takes each sample's state after a random number of steps, from this to
-            `num_steps`.
         fire_rate: probability that a cell updates in a step.
         overflow: weight of the penalty on states beyond -1 to 1.
         vgg16: file with the weights of a VGG16, whose features are then compared; None for the
@@ -59,17 +56,9 @@ class Config(TrainConfig):
     target_size: int = setting(lowest=20)
     channels: int = setting(12, lowest=3)
     hidden: int = 96
-    num_steps: int
-    min_steps: int
     fire_rate: float = 0.5
     overflow: float = 1.0
     vgg16: str | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse settings that cannot be trained with (ValueError)."""
-        super().__post_init__()
-        if self.min_steps > self.num_steps:
-            raise ValueError(f"min_steps is {self.min_steps}, above num_steps ({self.num_steps})")
 
 
 PRESETS = {

@@ -13,25 +13,21 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from nca_models import render
 from nca_models.learning import LearnsPicture, Samples
 from nca_models.modules import NCA, run
 from nca_models.training.damage import DAMAGES
-from nca_models.training.trainer import TrainConfig, setting
+from nca_models.training.trainer import SampledStepsConfig, setting
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TrainConfig):
-    """Settings of Growing NCA, beside those of every system.
+class Config(SampledStepsConfig):
+    """Settings of Growing NCA, beside those of `SampledStepsConfig`.
 
     Attributes:
         target_size: side of the square that the picture is scaled to fit, in cells.
         padding: empty cells around that square, on each side.
         channels: C, the last four being RGBA.
         hidden: width of the hidden layer.
-        num_steps: steps of the automaton in a training step.
-        min_steps: the loss takes each sample's state after a random number of steps, from this to
-            `num_steps`.
         fire_rate: probability that a cell updates in a step. Updates are scaled by its inverse.
         alive_threshold: least alpha, among a cell and its neighbours, for the cell to live.
         damage: name of the damage done to `damaged_per_batch` samples.
@@ -41,8 +37,6 @@ class Config(TrainConfig):
     padding: int = setting(lowest=0)
     channels: int = setting(16, lowest=4)
     hidden: int = 128
-    num_steps: int
-    min_steps: int
     fire_rate: float = 0.5
     alive_threshold: float = 0.1
     damage: str = "circle"
@@ -50,8 +44,6 @@ class Config(TrainConfig):
     def __post_init__(self) -> None:
         """Refuse settings that cannot be trained with (ValueError)."""
         super().__post_init__()
-        if self.min_steps > self.num_steps:
-            raise ValueError(f"min_steps is {self.min_steps}, above num_steps ({self.num_steps})")
         if self.damage not in DAMAGES:
             raise ValueError(f"damage is {self.damage!r}, but must be one of {', '.join(DAMAGES)}")
 
@@ -138,11 +130,4 @@ class SystemClass(LearnsPicture):
         film = self.film(
             model, steps, every=2, damage="right", damage_at=steps // 2, seed=self.config.seed
         )
-        scale = max(1, 320 // self.config.size)
-        target = self.picture(self.target)
-        paths = [folder / name for name in ("growth.gif", "growth.png", "target_and_result.png")]
-        render.save_gif(paths[0], render.upscale(film, scale))
-        render.save_png(paths[1], render.upscale(render.strip(film, 9), max(1, scale // 2)))
-        result = film[len(film) // 2 - 1]  # the last one before the cut
-        render.save_png(paths[2], render.upscale(render.beside([target, result]), scale))
-        return paths
+        return self.save_film(film, folder, "growth", before_cut=film[len(film) // 2 - 1])

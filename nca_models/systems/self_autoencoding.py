@@ -24,21 +24,18 @@ from nca_models.learning import LearnsDigits, Samples, dropout_rule
 from nca_models.modules import NCA, run
 from nca_models.training.damage import DAMAGES
 from nca_models.training.logging import log10
-from nca_models.training.trainer import TrainConfig, setting
+from nca_models.training.trainer import SampledStepsConfig, setting
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TrainConfig):
-    """Settings of self-autoencoding digits, beside those of every system.
+class Config(SampledStepsConfig):
+    """Settings of self-autoencoding digits, beside those of `SampledStepsConfig`.
 
     Attributes:
         target_size: side of a face, in cells; digits are scaled to it.
         depth: planes from face to face; the wall is plane `depth // 2`.
         channels: C, the last being ink.
         hidden: width of the hidden layer.
-        num_steps: steps of the automaton in a training step.
-        min_steps: the loss takes each sample's state after a random number of steps, from this to
-            `num_steps`.
         fire_rate: probability that a cell updates in a step. Updates are scaled by its inverse.
         alive_threshold: least ink, among a cell and its neighbours, for the cell to live.
     """
@@ -47,16 +44,8 @@ class Config(TrainConfig):
     depth: int = setting(lowest=3)
     channels: int = setting(16, lowest=2)
     hidden: int = 256
-    num_steps: int
-    min_steps: int
     fire_rate: float = 0.5
     alive_threshold: float = 0.1
-
-    def __post_init__(self) -> None:
-        """Refuse settings that cannot be trained with (ValueError)."""
-        super().__post_init__()
-        if self.min_steps > self.num_steps:
-            raise ValueError(f"min_steps is {self.min_steps}, above num_steps ({self.num_steps})")
 
 
 PRESETS = {

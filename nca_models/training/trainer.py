@@ -89,6 +89,25 @@ class TrainConfig:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class SampledStepsConfig(TrainConfig):
+    """Settings of a system whose loss takes each sample's state after a random number of steps.
+
+    Attributes:
+        num_steps: steps of the automaton in a training step.
+        min_steps: the loss takes a sample's state after this many steps, to `num_steps`.
+    """
+
+    num_steps: int
+    min_steps: int
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot be trained with (ValueError)."""
+        super().__post_init__()
+        if self.min_steps > self.num_steps:
+            raise ValueError(f"min_steps is {self.min_steps}, above num_steps ({self.num_steps})")
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
