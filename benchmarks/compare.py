@@ -7,8 +7,8 @@ from typing import Any
 from benchmarks import rows
 from benchmarks.rows import Row
 
-# Ratios of one tree differ by this much from run to run (see repeat.py): where its memory lies, how
-# warm the machine is. Within a run they are far steadier.
+# Ratios of one tree differ by about this much from run to run (see repeat.py): where memory lies,
+# how warm the machine is. Within a run they are far steadier.
 TOLERANCE = 0.10
 
 

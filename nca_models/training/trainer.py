@@ -95,7 +95,7 @@ class SampledStepsConfig(TrainConfig):
 
     Attributes:
         num_steps: steps of the automaton in a training step.
-        min_steps: the loss takes a sample's state after this many steps, to `num_steps`.
+        min_steps: the least of those numbers; `num_steps` is the largest.
     """
 
     num_steps: int
