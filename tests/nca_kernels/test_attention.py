@@ -69,11 +69,8 @@ OF_EVERY_SET = (*TILES, *(BY_NAME[name] for name in ("circular_beyond_grid", "bf
 @pytest.mark.parametrize("case", OF_EVERY_SET, ids=str)
 @pytest.mark.parametrize("instruction_set", SETS)
 def test_values_and_gradients_of_instruction_sets(instruction_set, case):
-    library.use(instruction_set)
-    try:
+    with library.using(instruction_set):
         ATTENTION_CHECKS["values_and_gradients"]("cpu", case)
-    finally:
-        library.use(SETS[0])
 
 
 @needs_cpu

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -75,19 +77,27 @@ def path() -> Path:
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """The sets that this machine can run, the best first: of avx512, avx2 and portable."""
+    """The sets that this machine can run, the best first: of amx, avx512, avx2 and portable."""
     return tuple(load().nca_cpu_instruction_sets().decode().split())
 
 
-def use(instruction_set: str) -> None:
-    """Runs that set from now on, in the whole process; the best one runs by itself.
+@contextmanager
+def using(instruction_set: str) -> Iterator[None]:
+    """Runs that set for everything, in the whole process, while the context lasts.
+
+    By itself, each call runs the best set, and ``"amx"`` where its products are large enough.
+    JAX's calls return before they have run: wait for their results within the context.
 
     Raises:
         ValueError: for one that this machine has not.
     """
-    if not load().nca_cpu_use(instruction_set.encode()):
+    if not (instruction_set and load().nca_cpu_use(instruction_set.encode())):
         sets = ", ".join(instruction_sets())
         raise ValueError(f"instruction_set must be one of {sets} here, got {instruction_set!r}")
+    try:
+        yield
+    finally:
+        load().nca_cpu_use(b"")
 
 
 def peak_flops(seconds: float = 0.2) -> float:
@@ -95,9 +105,11 @@ def peak_flops(seconds: float = 0.2) -> float:
 
     Args:
         seconds: about how long to measure.
+
+    Under ``using("amx")`` it is what tile registers reach with products of float32.
     """
     multiply_add, threads = load().nca_cpu_multiply_add, os.cpu_count() or 1
-    iterations = 10_000
+    iterations = 1_000
     with ThreadPoolExecutor(threads) as pool:
         while True:
             start = time.perf_counter()

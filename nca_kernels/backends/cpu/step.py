@@ -20,6 +20,7 @@ from nca_kernels.rule import ACTIVATIONS, PADDINGS, Operands
 
 PERCEPTIONS = ("depthwise", "dense", "given")
 FIRES = ("all", "key", "mask")
+PRECISIONS = {"default": 0, "float32": 0, "tensorfloat32": 1, "bfloat16": 2}
 STATES = ("float32", "bfloat16")
 
 
@@ -106,7 +107,7 @@ def _attributes(call: Any, operands: Operands) -> dict[str, Any]:
         "perceived": (operands.perception if taps is None else taps).shape[-1],
         "inputs": 0 if inputs is None else inputs.shape[-1],
         "inputs_per_cell": inputs is not None and inputs.ndim == state.ndim,
-        "round_products": rule.precision == "bfloat16",
+        "precision": PRECISIONS[rule.precision],
         "activation": list(ACTIVATIONS).index(rule.activation),
         "perception_activation": list(ACTIVATIONS).index(rule.perception_activation),
         "fire": FIRES.index(fire),

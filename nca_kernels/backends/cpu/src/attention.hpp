@@ -9,46 +9,12 @@
 #pragma once
 
 #include <cmath>
-#include <utility>
 
 #include "grid.hpp"
 
 namespace nca::NCA_ISA {
 
 // ---- from cells to planes and back ----
-
-// Which lane of a and b, one after the other, comes to a lane when the halves of two rows change
-// places that are `by` apart. The first turn interleaves quads instead: one instruction on x86.
-constexpr int shuffled_lane(int by, bool second, int lane) {
-  if (by == 1) return (lane & ~3) + (lane & 2) / 2 + (second ? 2 : 0) + (lane & 1) * kLanes;
-  const bool from_b = lane & by;
-  return (from_b == second ? lane : lane ^ by) + (from_b ? kLanes : 0);
-}
-
-template <int by, bool second, int... lane>
-NCA_INLINE Vec shuffled(Vec a, Vec b, std::integer_sequence<int, lane...>) {
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b, shuffled_lane(by, second, lane)...);
-#else
-  return __builtin_shuffle(a, b, Ints{shuffled_lane(by, second, lane)...});
-#endif
-}
-
-template <int by = 1>
-NCA_INLINE void transpose(Vec (&rows)[kLanes]) {
-  constexpr auto lanes = std::make_integer_sequence<int, kLanes>();
-  for (int r = 0; r < kLanes; ++r) {
-    if (r & by) continue;
-    const Vec a = rows[r], b = rows[r + by];
-    rows[r] = shuffled<by, false>(a, b, lanes);
-    rows[r + by] = shuffled<by, true>(a, b, lanes);
-  }
-  if constexpr (2 * by < kLanes) return transpose<2 * by>(rows);
-  for (int r = 0; r < kLanes; r += 4) {  // what the interleaving has left
-    const Vec second = rows[r + 2];
-    rows[r + 2] = rows[r + 1], rows[r + 1] = second;
-  }
-}
 
 // n < kLanes elements, in few moves of fixed sizes.
 template <class T, int most = kLanes / 2>

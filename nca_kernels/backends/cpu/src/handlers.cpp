@@ -11,6 +11,12 @@
 #include <type_traits>
 #include <vector>
 
+#if defined(NCA_HAS_AMX) && !defined(NCA_EMULATE_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "kernels.hpp"
 #include "xla/ffi/api/ffi.h"
 
@@ -21,23 +27,57 @@ namespace {
 
 // ---- instruction sets ----
 
+#if defined(NCA_HAS_AMX) && !defined(NCA_EMULATE_AMX)
+// Whether the processor has tile registers for bfloat16, and Linux lets this process use them.
+bool has_amx() {
+  constexpr unsigned kBfloat16 = 1u << 22, kTiles = 1u << 24;  // of leaf 7's edx
+  constexpr long kAskFor = 0x1023, kTileData = 18;             // ARCH_REQ_XCOMP_PERM
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBfloat16) && (d & kTiles) &&
+         syscall(SYS_arch_prctl, kAskFor, kTileData) == 0;
+}
+#endif
+
 std::vector<const Kernels*> supported() {  // the best first
   std::vector<const Kernels*> sets;
+#if defined(NCA_EMULATE_AMX)
+  sets.push_back(&amx::kernels);
+#endif
 #if defined(NCA_X86)
   __builtin_cpu_init();
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    sets.push_back(&avx512::kernels);
+  const bool has_avx512 =
+      has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#if defined(NCA_HAS_AMX) && !defined(NCA_EMULATE_AMX)
+  if (has_avx512 && has_amx()) sets.push_back(&amx::kernels);
+#endif
+  if (has_avx512) sets.push_back(&avx512::kernels);
   if (has_avx2) sets.push_back(&avx2::kernels);
 #endif
   sets.push_back(&portable::kernels);
   return sets;
 }
 
-std::atomic<const Kernels*>& active() {
-  static std::atomic<const Kernels*> kernels{supported().front()};
-  return kernels;
+const std::vector<const Kernels*>& sets() {
+  static const std::vector<const Kernels*> all = supported();
+  return all;
+}
+
+std::atomic<const Kernels*> asked_for{nullptr};  // null: the best for each call
+
+const Kernels& kernels_for(const Step& step) {
+  if (const Kernels* set = asked_for) return *set;
+  for (const Kernels* set : sets())
+    if (set->pays == nullptr || set->pays(step)) return *set;
+  return *sets().back();
+}
+
+const Kernels& kernels_for_attention() {
+  if (const Kernels* set = asked_for; set != nullptr && set->attention_forward) return *set;
+  for (const Kernels* set : sets())
+    if (set->attention_forward) return *set;
+  return *sets().back();
 }
 
 // ---- tasks on XLA's threads; the caller takes its share, so that none waits for an idle pool ----
@@ -212,7 +252,7 @@ Step read_step(Call& call, std::vector<Layer>& layers) {
   step.perceived = call.integer("perceived");
   step.inputs = call.integer("inputs");
   step.inputs_per_cell = call.integer("inputs_per_cell");
-  step.round_products = call.integer("round_products");
+  step.precision = static_cast<Precision>(call.integer("precision"));
   step.activation = static_cast<Activation>(call.integer("activation"));
   step.perception_activation = static_cast<Activation>(call.integer("perception_activation"));
   step.step_size = call.real("step_size");
@@ -284,7 +324,7 @@ ffi::Error step_forward(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::R
     step.new_state = call.next_result().untyped_data();
     if (step.alive) step.alive_mask = Call::plain<std::uint8_t>(call.next_result());
     XlaPool pool(threads);
-    active().load()->step_forward(step, pool);
+    kernels_for(step).step_forward(step, pool);
   });
 }
 
@@ -306,7 +346,7 @@ ffi::Error step_backward(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::
       layer.d_bias = Call::grouped<float>(call.next_result(), step.groups);
     }
     XlaPool pool(threads);
-    active().load()->step_backward(step, pool);
+    kernels_for(step).step_backward(step, pool);
   });
 }
 
@@ -318,7 +358,7 @@ ffi::Error attention_forward(ffi::ThreadPool threads, ffi::RemainingArgs args,
     attention.out = call.next_result().untyped_data();
     attention.log_sum_exp = Call::plain<float>(call.next_result());
     XlaPool pool(threads);
-    active().load()->attention_forward(attention, pool);
+    kernels_for_attention().attention_forward(attention, pool);
   });
 }
 
@@ -333,7 +373,7 @@ ffi::Error attention_backward(ffi::ThreadPool threads, ffi::RemainingArgs args,
     attention.d_key = Call::plain<void>(call.next_result());
     attention.d_value = Call::plain<void>(call.next_result());
     XlaPool pool(threads);
-    active().load()->attention_backward(attention, pool);
+    kernels_for_attention().attention_backward(attention, pool);
   });
 }
 
@@ -365,21 +405,25 @@ NCA_HANDLER(attention_backward)
 NCA_EXPORT const char* nca_cpu_instruction_sets() {
   static const std::string names = [] {
     std::string all;
-    for (const nca::Kernels* each : nca::supported())
+    for (const nca::Kernels* each : nca::sets())
       all += (all.empty() ? "" : " ") + std::string(each->name);
     return all;
   }();
   return names.c_str();
 }
 
-// Runs the named set from now on; false if there is none of that name here.
+// Runs the named set from now on, or with an empty name the best for each call; false if there is
+// none of that name here.
 NCA_EXPORT bool nca_cpu_use(const char* name) {
-  for (const nca::Kernels* each : nca::supported())
-    if (std::strcmp(each->name, name) == 0) return nca::active().store(each), true;
+  if (*name == '\0') return nca::asked_for = nullptr, true;
+  for (const nca::Kernels* each : nca::sets())
+    if (std::strcmp(each->name, name) == 0) return nca::asked_for = each, true;
   return false;
 }
 
-// Multiply-adds in registers on the calling thread; returns how many FLOPs they were.
+// Multiply-adds on the calling thread, with the set in use, else the best that needs no tiles;
+// returns how many FLOPs they were.
 NCA_EXPORT double nca_cpu_multiply_add(std::int64_t iterations) {
-  return nca::active().load()->multiply_add(iterations);
+  const nca::Kernels* asked_for = nca::asked_for;
+  return (asked_for ? *asked_for : nca::kernels_for_attention()).multiply_add(iterations);
 }

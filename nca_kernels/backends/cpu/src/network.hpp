@@ -8,17 +8,27 @@
 #include "activation.hpp"
 #include "grid.hpp"
 #include "parallel.hpp"
+#if defined(NCA_AMX)
+#include "amx.hpp"
+#else
 #include "product.hpp"
+#endif
 
 namespace nca::NCA_ISA {
 
-constexpr Index kBlock = 72;  // rows at a time: their activations stay in the L1 and L2 caches
+#if defined(NCA_AMX)
+using Products = TileProducts;
+#else
+using Products = RegisterProducts;
+#endif
+constexpr Index kBlock = Products::kBlock;  // rows at a time
 
 struct Map {  // rows [in] -> activation(rows W + b) [out]
   const Layer* layer;
   Index in, in_stride, out, out_padded;
   Activation activation;
   bool has_bias, wants_weight, wants_bias;
+  bool outputs_first;  // the weight's gradient is [out, in]: the shorter operand is transposed
   Index packed_at, transposed_at, bias_at, d_weight_at, d_bias_at;
 };
 
@@ -46,10 +56,10 @@ class Network {
 
   Weights pack(Index group, Scope& scope) const;
   void unpack(const float* gradients, Index group) const;
-  void round(Index rows, Index columns, Index stride, float* values) const;
 
   const Step& step;
   const Box& box;
+  const Products products;
   bool backward;
   Index positions, filters, padded;  // of the kernel; of a depthwise perception; channels
   Index* deltas;                     // of the kernel's positions in the box
@@ -70,7 +80,7 @@ class Network {
 };
 
 inline Network::Network(const Step& s, const Box& b, Scope& scope, bool is_backward)
-    : step(s), box(b), backward(is_backward), num_maps(0) {
+    : step(s), box(b), products(s.precision), backward(is_backward), num_maps(0) {
   const bool depthwise = step.perception == Perception::depthwise;
   const bool dense = step.perception == Perception::dense;
   positions = step.kernel[0] * step.kernel[1] * step.kernel[2];
@@ -119,11 +129,12 @@ inline void Network::add_map(const Layer* layer, Index in, Activation activation
   map.has_bias = bool(layer->bias);
   map.wants_weight = bool(layer->d_weight);
   map.wants_bias = bool(layer->d_bias);
-  map.packed_at = packed_floats, packed_floats += in * map.out_padded;
+  map.outputs_first = map.out_padded < map.in_stride;
+  map.packed_at = packed_floats, packed_floats += products.packed_floats(in, map.out_padded);
   map.transposed_at = packed_floats;
-  packed_floats += backward ? layer->out * map.in_stride : 0;
+  packed_floats += backward ? products.packed_floats(layer->out, map.in_stride) : 0;
   map.bias_at = packed_floats, packed_floats += map.out_padded;
-  map.d_weight_at = gradient_floats, gradient_floats += map.wants_weight ? in * map.out_padded : 0;
+  map.d_weight_at = gradient_floats, gradient_floats += map.wants_weight ? map.in_stride * map.out_padded : 0;
   map.d_bias_at = gradient_floats, gradient_floats += map.wants_bias ? map.out_padded : 0;
   widest = std::max({widest, map.in_stride, map.out_padded});
 }
@@ -142,19 +153,18 @@ inline Weights Network::pack(Index group, Scope& scope) const {
     const float* weight = map.layer->weight.of(group);
     Index* rows = scope.array<Index>(map.in_stride);
     for (Index k = 0; k < map.in_stride; ++k) rows[k] = k < map.in ? row_of(i, k) : -1;
-    NCA_ISA::pack(map.in, map.out_padded, to + map.packed_at,
+    products.pack(map.in, map.out_padded, to + map.packed_at,
                   [&](Index k, Index n, Index count, float* row) {
                     const Index held = rows[k] < 0 ? 0 : std::min(count, map.out - n);
                     std::copy_n(weight + rows[k] * map.out + n, held, row);
                     std::fill(row + held, row + count, 0.0f);
                   });
     if (backward)
-      NCA_ISA::pack(map.out, map.in_stride, to + map.transposed_at,
+      products.pack(map.out, map.in_stride, to + map.transposed_at,
                     [&](Index n, Index k, Index count, float* row) {
                       for (Index j = 0; j < count; ++j)
                         row[j] = rows[k + j] < 0 ? 0.0f : weight[rows[k + j] * map.out + n];
                     });
-    round(1, map.bias_at - map.packed_at, 0, to + map.packed_at);
     for (Index n = 0; n < map.out_padded; ++n)
       to[map.bias_at + n] = map.has_bias && n < map.out ? map.layer->bias.of(group)[n] : 0.0f;
   }
@@ -194,23 +204,20 @@ inline Stencil Network::sparse(const float* packed_taps, Scope& scope) const {
   return s;
 }
 
-// Rounds operands of products [rows, columns], if they are to be bfloat16.
-inline void Network::round(Index rows, Index columns, Index stride, float* at) const {
-  if (!step.round_products) return;
-  for (Index r = 0; r < rows; ++r)
-    for (Index c = 0; c < columns; c += kLanes)
-      store(at + r * stride + c, round_to_bfloat16(load(at + r * stride + c)));
-}
-
 // Gradients of one group to the callers' layout.
 inline void Network::unpack(const float* gradients, Index group) const {
   for (Index i = 0; i < num_maps; ++i) {
     const Map& map = maps[i];
     if (map.wants_weight)
       for (Index k = 0; k < map.in; ++k)
-        if (const Index row = row_of(i, k); row >= 0)
-          std::memcpy(map.layer->d_weight.of(group) + row * map.out,
-                      gradients + map.d_weight_at + k * map.out_padded, map.out * sizeof(float));
+        if (const Index row = row_of(i, k); row >= 0) {
+          float* to = map.layer->d_weight.of(group) + row * map.out;
+          const float* from = gradients + map.d_weight_at;
+          if (map.outputs_first)
+            for (Index n = 0; n < map.out; ++n) to[n] = from[n * map.in_stride + k];
+          else
+            std::memcpy(to, from + k * map.out_padded, map.out * sizeof(float));
+        }
     if (map.wants_bias)
       std::memcpy(map.layer->d_bias.of(group), gradients + map.d_bias_at,
                   map.out * sizeof(float));
@@ -257,12 +264,13 @@ class Block {
 
   const Network& net;
   const Step& step;
+  const Products::Registers registers;
   float* slopes_of(Activation kind, float* activated, Index floats, Scope& scope) const;
   float **values, **slopes;  // of each map: its input rows; what tells its activation's slopes
   float *update, *perception_slopes, *spare;
 };
 
-inline Block::Block(const Network& network, Scope& scope) : net(network), step(network.step) {
+inline Block::Block(const Network& network, Scope& scope) : net(network), step(network.step), registers() {
   const Index maps = net.num_maps;
   const auto rows_of = [&](Index i) { return kBlock * net.maps[i].in_stride + kLanes; };
   values = scope.array<float*>(maps);
@@ -374,17 +382,17 @@ inline const float* Block::forward(const Weights& weights, Rows rows, Index samp
     const Map& map = net.maps[i];
     const bool last = i + 1 == net.num_maps;
     if (last && net.backward) break;  // the update itself is not needed
-    net.round(rows.count, map.in_stride, map.in_stride, values[i]);
+    net.products.round(rows.count, map.in_stride, map.in_stride, values[i]);
     float* to = last ? update : values[i + 1];
     const Index stride = last ? update_stride : net.maps[i + 1].in_stride;
-    multiply<false>(rows.count, map.in, map.out_padded, {values[i], map.in_stride, 1},
-                    {weights.packed + map.packed_at, 0}, to, stride,
-                    {weights.packed + map.bias_at, 0});
+    net.products.multiply(rows.count, map.in, map.out_padded, {values[i], map.in_stride},
+                          weights.packed + map.packed_at, to, stride,
+                          {weights.packed + map.bias_at, 0});
     activate_rows(map.activation, rows.count, map.out_padded, stride, to, slopes[i]);
   }
   if (net.backward) {
     const Map& map = net.maps[net.num_maps - 1];
-    net.round(rows.count, map.in_stride, map.in_stride, values[net.num_maps - 1]);
+    net.products.round(rows.count, map.in_stride, map.in_stride, values[net.num_maps - 1]);
   }
   return update;
 }
@@ -432,14 +440,16 @@ inline void Block::backward(const Weights& weights, Rows rows, Index sample, con
     const Map& map = net.maps[i];
     scale_and_sum(map.activation, rows.count, map.out_padded, stride, d_out, slopes[i],
                   map.wants_bias ? gradients + map.d_bias_at : nullptr);
-    net.round(rows.count, map.out_padded, stride, d_out);
-    if (map.wants_weight)
-      multiply<true>(map.in, rows.count, map.out_padded, {values[i], 1, map.in_stride},
-                     {d_out, stride}, gradients + map.d_weight_at, map.out_padded,
-                     {gradients + map.d_weight_at, map.out_padded});
+    net.products.round(rows.count, map.out_padded, stride, d_out);
+    const Matrix in = {values[i], map.in_stride}, out = {d_out, stride};
+    float* d_weight = gradients + map.d_weight_at;
+    if (map.wants_weight && map.outputs_first)
+      net.products.add_outer(rows.count, map.out_padded, map.in_stride, out, in, d_weight);
+    else if (map.wants_weight)
+      net.products.add_outer(rows.count, map.in_stride, map.out_padded, in, out, d_weight);
     if (i == 0 && !net.wants_rows) return;
-    multiply<false>(rows.count, map.out, map.in_stride, {d_out, stride, 1},
-                    {weights.packed + map.transposed_at, 0}, d_in, map.in_stride, {nullptr, 0});
+    net.products.multiply(rows.count, map.out, map.in_stride, out,
+                          weights.packed + map.transposed_at, d_in, map.in_stride, {nullptr, 0});
     stride = map.in_stride;
     std::swap(d_out, d_in);
     if (i == net.first) inputs_backward(rows, sample, d_out, d_sample_inputs);

@@ -1,6 +1,7 @@
 #include "parallel.hpp"
 
 #include <cstdlib>
+#include <cstring>
 #include <new>
 #include <vector>
 
@@ -10,8 +11,9 @@ namespace {
 constexpr std::size_t kAlignment = 64, kSmallest = std::size_t{1} << 20;
 constexpr std::size_t kKept = std::size_t{64} << 20;  // a thread keeps this much between calls
 
-#if defined(__SANITIZE_ADDRESS__)
-constexpr bool kSeparate = true;  // each array a block of its own, so that its bounds are checked
+// To check accesses: each array is a block of its own, with bounds, and holds no numbers at first.
+#if defined(__SANITIZE_ADDRESS__) || defined(NCA_EMULATE_AMX)
+constexpr bool kSeparate = true;
 #else
 constexpr bool kSeparate = false;
 #endif
@@ -49,7 +51,7 @@ struct Stack {  // blocks are never moved: what was handed out stays where it is
       used = 0;
     }
     void* taken = blocks[block].data + used;
-    if (kSeparate) ++block;
+    if (kSeparate) std::memset(taken, 0xff, count), ++block;  // every float is not a number
     else used += count;
     return taken;
   }

@@ -14,6 +14,7 @@ enum class Activation : int { relu, gelu, silu, tanh, leaky_relu, identity };
 enum class Padding : int { zeros, circular, replicate, reflect };
 enum class Fire : int { all, key, mask };
 enum class Perception : int { depthwise, dense, given };
+enum class Precision : int { float32, tensorfloat32, bfloat16 };  // of products, at least
 
 // An operand or a gradient [groups, ...]; an operand that all groups share has stride 0.
 template <class T>
@@ -37,7 +38,8 @@ struct Step {
   Perception perception;
   Index kernel[3], before[3];  // of the taps; 1 and 0 if the perception is given
   Index perceived, inputs;     // sizes of the perception and of the inputs
-  bool inputs_per_cell, round_products;
+  bool inputs_per_cell;
+  Precision precision;
   Activation activation, perception_activation;
   float step_size;
   Fire fire;

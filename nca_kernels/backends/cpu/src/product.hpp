@@ -1,12 +1,24 @@
-// Matrix products of blocks of rows: C [M, N] = start + A [M, K] B [K, N], in registers of kRows x
-// kVectors. The order of the sum over K is the same for every element, however rows are grouped.
+// Products of blocks of rows, by multiply-adds in registers of kRows x kVectors. The order of the sum
+// over the depth is the same for every element, however rows are grouped.
 #pragma once
 
 #include <algorithm>
 
+#include "parallel.hpp"
 #include "vector.hpp"
 
 namespace nca::NCA_ISA {
+
+struct Matrix {  // row-major
+  const float* data;
+  Index stride;
+};
+
+// What the sums start from: rows `stride` apart; 0: one row for all; null: zeros.
+struct Start {
+  const float* data;
+  Index stride;
+};
 
 // A(m, k) = data[m * row + k * column]: transposed, row is 1.
 struct Left {
@@ -19,12 +31,6 @@ struct Left {
 struct Right {
   const float* data;
   Index stride;  // 0: packed
-};
-
-// What the sums start from: rows `stride` apart; 0: one row for all; null: zeros.
-struct Start {
-  const float* data;
-  Index stride;
 };
 
 NCA_INLINE Index panel(Index vectors_left) {
@@ -66,8 +72,8 @@ void panel_rows(Index rows, Index depth, Left a, const float* b, Index stride, f
 }
 
 template <bool transposed>
-void multiply(Index rows, Index depth, Index columns, Left a, Right b, float* c, Index c_stride,
-              Start start) {
+void multiply_panels(Index rows, Index depth, Index columns, Left a, Right b, float* c,
+                     Index c_stride, Start start) {
   alignas(64) static const float zeros[kVectors * kLanes] = {};
   for (Index n = 0, left = columns / kLanes; left > 0;) {
     const Index vectors = panel(left), width = vectors * kLanes;
@@ -83,16 +89,52 @@ void multiply(Index rows, Index depth, Index columns, Left a, Right b, float* c,
   }
 }
 
-// Packs B [depth, columns] into panels; row(k, n, count, to) writes B(k, n) and the count - 1
-// elements behind. columns is a multiple of kLanes.
-template <class Row>
-void pack(Index depth, Index columns, float* packed, Row&& row) {
-  for (Index n = 0, left = columns / kLanes; left > 0;) {
-    const Index vectors = panel(left), width = vectors * kLanes;
-    for (Index k = 0; k < depth; ++k, packed += width) row(k, n, width, packed);
-    n += width;
-    left -= vectors;
+// Columns of right operands and results are multiples of kLanes.
+class RegisterProducts {
+ public:
+  static constexpr Index kBlock = 72;  // rows at a time: they stay in the L1 and L2 caches
+  struct Registers {};                 // what a thread holds while it multiplies
+
+  explicit RegisterProducts(Precision precision) : rounds_(precision == Precision::bfloat16) {}
+
+  Index packed_floats(Index depth, Index columns) const { return depth * columns; }
+
+  // B [depth, columns]; row(k, n, count, to) writes B(k, n) and the count - 1 elements behind.
+  template <class Row>
+  void pack(Index depth, Index columns, float* packed, Row&& row) const {
+    float* to = packed;
+    for (Index n = 0, left = columns / kLanes; left > 0;) {
+      const Index vectors = panel(left), width = vectors * kLanes;
+      for (Index k = 0; k < depth; ++k, to += width) row(k, n, width, to);
+      n += width;
+      left -= vectors;
+    }
+    round(1, to - packed, 0, packed);
   }
-}
+
+  // A left operand [rows, columns], if it is to be bfloat16; for both kinds of products below.
+  void round(Index rows, Index columns, Index stride, float* at) const {
+    for (Index r = 0; rounds_ && r < rows; ++r)
+      for (Index c = 0; c < columns; c += kLanes)
+        store(at + r * stride + c, round_to_bfloat16(load(at + r * stride + c)));
+  }
+
+  // C [rows, columns] = start + A [rows, depth] B, packed.
+  void multiply(Index rows, Index depth, Index columns, Matrix a, const float* packed, float* c,
+                Index c_stride, Start start) const {
+    multiply_panels<false>(rows, depth, columns, {a.data, a.stride, 1}, {packed, 0}, c, c_stride,
+                           start);
+  }
+
+  // C [a_columns, b_columns] += A^T B, of A [rows, a_columns] and B [rows, b_columns].
+  void add_outer(Index rows, Index a_columns, Index b_columns, Matrix a, Matrix b,
+                 float* c) const {
+    multiply_panels<true>(a_columns, rows, b_columns, {a.data, 1, a.stride}, {b.data, b.stride}, c,
+                          b_columns, {c, b_columns});
+  }
+
+ private:
+  bool rounds_;
+};
 
 }  // namespace nca::NCA_ISA
