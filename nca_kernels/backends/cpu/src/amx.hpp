@@ -107,12 +107,13 @@ NCA_INLINE void split(Vec x, Vec (&term)[terms]) {
     term[0] = (Vec)(((Words)x + 0x8000u) & 0xffff0000u);
     x -= term[0];
     term[1] = terms == 2 ? round_to_bfloat16(x) : (Vec)((Words)x & 0xffff0000u);
-    if constexpr (terms == 3) term[2] = x - term[1];
+    if constexpr (terms == 3) term[2] = x - term[1];  // exact: the 8 bits that are left
   }
 }
 
+// Of vectors of terms, whose lower halves are zero.
 NCA_INLINE void put_line(Half* to, Vec a, Vec b) {
-  const Words line = ((Words)a >> 16) | ((Words)b & 0xffff0000u);
+  const Words line = ((Words)a >> 16) | (Words)b;
   std::memcpy(to, &line, sizeof line);
 }
 
@@ -225,34 +226,41 @@ void multiply_tiles(Index blocks, Index columns, Depth depth, const Half* left, 
 
 // ---- operands ----
 
-// A [rows, depth]: a line is 32 columns of a row.
-template <int terms>
+// Reads 16 columns of a matrix.
+template <bool relu>
+NCA_INLINE Vec read(const float* at) {
+  const Vec x = load(at);
+  return relu ? select(x < 0.0f, Vec{}, x) : x;  // keeps NaN
+}
+
+// A [rows, columns]: a line is 32 columns of a row.
+template <int terms, bool relu>
 void put_left(Index rows, Index columns, Matrix a, Half* to) {
   const Depth depth(columns);
-  const Index last = (columns - 1) / kLanes * kLanes;
+  const Index tiles = depth.left_tiles(terms), last = (columns - 1) / kLanes * kLanes;
   Ints held;  // of the last vector; what is behind may be anything
   for (int i = 0; i < kLanes; ++i) held[i] = i < columns - last ? -1 : 0;
   for (Index r = 0; r < round_up(rows, kTileRows); ++r) {
-    Half* line = to + (r / kTileRows * depth.left_tiles(terms) * kTileRows + r % kTileRows) * kTileDepth;
+    Half* line = to + r / kTileRows * tiles * kTile + r % kTileRows * kTileDepth;
     const float* from = a.data + std::min(r, rows - 1) * a.stride;
     for (Index k = 0; k < depth.whole * kTileDepth; k += kTileDepth, line += terms * kTile) {
-      Vec second = load(from + k + kLanes);
+      Vec second = read<relu>(from + k + kLanes);
       if (k + kLanes == last) second = select(held, second, Vec{});
-      put_lines<terms>(line, load(from + k), second);
+      put_lines<terms>(line, read<relu>(from + k), second);
     }
-    if (depth.half) put_half_left<terms>(line, select(held, load(from + last), Vec{}));
+    if (depth.half) put_half_left<terms>(line, select(held, read<relu>(from + last), Vec{}));
   }
 }
 
 // A^T, A [rows, columns]: a line is 32 rows of a column. Rows that are missing are zero.
-template <int terms>
+template <int terms, bool relu>
 void put_transposed(Index rows, Index columns, Matrix a, Half* to) {
   for (Index n = 0; n < columns; n += kLanes)
     for (Index r = 0; r < rows; r += kTileDepth, to += terms * kTile) {
       Vec halves[2][kLanes];
       for (int half = 0; half < 2; ++half) {
-        for (Index i = 0, from = r + half * kLanes; i < kLanes; ++i)
-          halves[half][i] = from + i < rows ? load(a.data + (from + i) * a.stride + n) : Vec{};
+        for (Index i = 0, k = r + half * kLanes; i < kLanes; ++i, ++k)
+          halves[half][i] = k < rows ? read<relu>(a.data + k * a.stride + n) : Vec{};
         transpose(halves[half]);
       }
       for (Index i = 0; i < kLanes; ++i)
@@ -274,16 +282,17 @@ void put_right(Depth depth, Index columns, Half* to, Row&& row) {
   }
 }
 
+// The same products as RegisterProducts.
 class TileProducts {
  public:
   static constexpr Index kBlock = 64;
-
-  explicit TileProducts(Precision precision)
-      : terms_(precision == Precision::bfloat16 ? 1 : precision == Precision::tensorfloat32 ? 2 : 3) {}
-
+  static constexpr bool kAppliesRelu = true;
   using Registers = TileRegisters;
 
-  void round(Index, Index, Index, float*) const {}  // split does
+  explicit TileProducts(Precision precision)
+      : terms_(precision == Precision::bfloat16        ? 1
+               : precision == Precision::tensorfloat32 ? 2
+                                                       : 3) {}
 
   Index packed_floats(Index depth, Index columns) const {
     return Depth(depth).right_tiles(terms_) * (columns / kLanes) * kTile / 2;
@@ -291,49 +300,58 @@ class TileProducts {
 
   template <class Row>
   void pack(Index depth, Index columns, float* packed, Row&& row) const {
+    const auto values = [&](Index k, Index n) {
+      alignas(64) float held[kLanes] = {};
+      if (k < depth) row(k, n, Index{kLanes}, held);
+      return load(held);
+    };
     with_terms([&](auto terms) {
-      put_right<terms>(Depth(depth), columns, reinterpret_cast<Half*>(packed), [&](Index k, Index n) {
-        alignas(64) float values[kLanes] = {};
-        if (k < depth) row(k, n, Index{kLanes}, values);
-        return load(values);
-      });
+      put_right<terms>(Depth(depth), columns, reinterpret_cast<Half*>(packed), values);
     });
   }
 
-  void multiply(Index rows, Index columns, Index out_columns, Matrix a, const float* packed, float* c,
+  void round(Index, Index, Index, float*) const {}  // split does
+
+  void multiply(Index rows, Index depth, Index columns, Matrix a, const float* packed, float* c,
                 Index c_stride, Start start) const {
-    constexpr Index kAtOnce = 20;  // tiles of the left: they stay in the L1 cache
     with_terms([&](auto terms) {
+      constexpr Index kAtOnce = 20;  // tiles of the left: they stay in the L1 cache
       Scope local;
-      const Depth depth(columns);
-      const Index tiles = depth.left_tiles(terms);
-      const Index some = std::max<Index>(kAtOnce / tiles, 1) * kTileRows;
-      Half* left = local.array<Half>(std::min(some, round_up(rows, kTileRows)) / kTileRows * tiles * kTile);
-      for (Index r = 0; r < rows; r += some) {
-        const Index count = std::min(some, rows - r);
-        put_left<terms>(count, columns, {a.data + r * a.stride, a.stride}, left);
+      const Index tiles = Depth(depth).left_tiles(terms);
+      const Index at_once =
+          std::min(std::max<Index>(kAtOnce / tiles, 1) * kTileRows, round_up(rows, kTileRows));
+      Half* left = local.array<Half>(at_once / kTileRows * tiles * kTile);
+      const Half* right = reinterpret_cast<const Half*>(packed);
+      for (Index r = 0; r < rows; r += at_once) {
+        const Index some = std::min(at_once, rows - r);
+        const auto put = a.relu ? put_left<terms, true> : put_left<terms, false>;
+        put(some, depth, {a.data + r * a.stride, a.stride}, left);
         const float* from = start.data == nullptr ? nullptr : start.data + r * start.stride;
-        multiply_tiles<terms>((count + kTileRows - 1) / kTileRows, out_columns, depth, left,
-                              reinterpret_cast<const Half*>(packed), c + r * c_stride, c_stride,
-                              {from, start.stride});
+        multiply_tiles<terms>(round_up(some, kTileRows) / kTileRows, columns, Depth(depth), left,
+                              right, c + r * c_stride, c_stride, {from, start.stride});
       }
     });
   }
 
-  void add_outer(Index rows, Index a_columns, Index b_columns, Matrix a, Matrix b, float* c) const {
+  void add_outer(Index rows, Index a_columns, Index b_columns, Matrix a, Matrix b,
+                 float* c) const {
     with_terms([&](auto terms) {
+      constexpr Index kAtOnce = 2 * kLanes;  // columns of B
       Scope local;
       const Depth depth(round_up(rows, kTileDepth));
       const Index blocks = round_up(a_columns, kTileRows) / kTileRows;
       Half* left = local.array<Half>(blocks * depth.left_tiles(terms) * kTile);
-      put_transposed<terms>(rows, a_columns, a, left);
-      constexpr Index kAtOnce = 2 * kLanes;
       Half* right = local.array<Half>(2 * depth.right_tiles(terms) * kTile);
+      const auto transposed = a.relu ? put_transposed<terms, true> : put_transposed<terms, false>;
+      transposed(rows, a_columns, a, left);
       for (Index n = 0; n < b_columns; n += kAtOnce) {
         const Index some = std::min(kAtOnce, b_columns - n);
-        put_right<terms>(depth, some, right, [&](Index k, Index at) {
-          return k < rows ? load(b.data + k * b.stride + n + at) : Vec{};
-        });
+        const auto put = [&](auto relu) {
+          put_right<terms>(depth, some, right, [&](Index k, Index at) {
+            return k < rows ? read<relu>(b.data + k * b.stride + n + at) : Vec{};
+          });
+        };
+        b.relu ? put(std::true_type()) : put(std::false_type());
         multiply_tiles<terms>(blocks, some, depth, left, right, c + n, b_columns,
                               {c + n, b_columns});
       }

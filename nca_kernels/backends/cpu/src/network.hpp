@@ -25,7 +25,8 @@ constexpr Index kBlock = Products::kBlock;  // rows at a time
 
 struct Map {  // rows [in] -> activation(rows W + b) [out]
   const Layer* layer;
-  Index in, in_stride, out, out_padded;
+  Index in, in_padded, out, out_padded;
+  Index in_stride;  // of the rows of its inputs
   Activation activation;
   bool has_bias, wants_weight, wants_bias;
   bool outputs_first;  // the weight's gradient is [out, in]: the shorter operand is transposed
@@ -122,19 +123,21 @@ inline void Network::add_map(const Layer* layer, Index in, Activation activation
   Map& map = maps[num_maps++];
   map.layer = layer;
   map.in = in;
-  map.in_stride = round_up(in, kLanes);
+  map.in_padded = round_up(in, kLanes);
+  map.in_stride = map.in_padded + (map.in_padded % 64 == 0 ? kLanes : 0);  // other sets of the L1
   map.out = layer->out;
   map.out_padded = round_up(layer->out, kLanes);
   map.activation = activation;
   map.has_bias = bool(layer->bias);
   map.wants_weight = bool(layer->d_weight);
   map.wants_bias = bool(layer->d_bias);
-  map.outputs_first = map.out_padded < map.in_stride;
+  map.outputs_first = map.out_padded < map.in_padded;
   map.packed_at = packed_floats, packed_floats += products.packed_floats(in, map.out_padded);
   map.transposed_at = packed_floats;
-  packed_floats += backward ? products.packed_floats(layer->out, map.in_stride) : 0;
+  packed_floats += backward ? products.packed_floats(layer->out, map.in_padded) : 0;
   map.bias_at = packed_floats, packed_floats += map.out_padded;
-  map.d_weight_at = gradient_floats, gradient_floats += map.wants_weight ? map.in_stride * map.out_padded : 0;
+  map.d_weight_at = gradient_floats;
+  gradient_floats += map.wants_weight ? map.in_padded * map.out_padded : 0;
   map.d_bias_at = gradient_floats, gradient_floats += map.wants_bias ? map.out_padded : 0;
   widest = std::max({widest, map.in_stride, map.out_padded});
 }
@@ -151,8 +154,8 @@ inline Weights Network::pack(Index group, Scope& scope) const {
   for (Index i = 0; i < num_maps; ++i) {
     const Map& map = maps[i];
     const float* weight = map.layer->weight.of(group);
-    Index* rows = scope.array<Index>(map.in_stride);
-    for (Index k = 0; k < map.in_stride; ++k) rows[k] = k < map.in ? row_of(i, k) : -1;
+    Index* rows = scope.array<Index>(map.in_padded);
+    for (Index k = 0; k < map.in_padded; ++k) rows[k] = k < map.in ? row_of(i, k) : -1;
     products.pack(map.in, map.out_padded, to + map.packed_at,
                   [&](Index k, Index n, Index count, float* row) {
                     const Index held = rows[k] < 0 ? 0 : std::min(count, map.out - n);
@@ -160,7 +163,7 @@ inline Weights Network::pack(Index group, Scope& scope) const {
                     std::fill(row + held, row + count, 0.0f);
                   });
     if (backward)
-      products.pack(map.out, map.in_stride, to + map.transposed_at,
+      products.pack(map.out, map.in_padded, to + map.transposed_at,
                     [&](Index n, Index k, Index count, float* row) {
                       for (Index j = 0; j < count; ++j)
                         row[j] = rows[k + j] < 0 ? 0.0f : weight[rows[k + j] * map.out + n];
@@ -214,7 +217,7 @@ inline void Network::unpack(const float* gradients, Index group) const {
           float* to = map.layer->d_weight.of(group) + row * map.out;
           const float* from = gradients + map.d_weight_at;
           if (map.outputs_first)
-            for (Index n = 0; n < map.out; ++n) to[n] = from[n * map.in_stride + k];
+            for (Index n = 0; n < map.out; ++n) to[n] = from[n * map.in_padded + k];
           else
             std::memcpy(to, from + k * map.out_padded, map.out * sizeof(float));
         }
@@ -255,6 +258,8 @@ class Block {
   float* d_update;
 
  private:
+  bool relu_is_due(Index map) const;
+  Matrix input_of(Index map) const;
   void perceive(const Weights&, Rows rows, Index sample, const float* box);
   void add_inputs(Rows rows, Index sample);
   void perceive_backward(const Weights&, Rows rows, Index sample, const float* box, float* d_rows,
@@ -270,7 +275,8 @@ class Block {
   float *update, *perception_slopes, *spare;
 };
 
-inline Block::Block(const Network& network, Scope& scope) : net(network), step(network.step), registers() {
+inline Block::Block(const Network& network, Scope& scope)
+    : net(network), step(network.step), registers() {
   const Index maps = net.num_maps;
   const auto rows_of = [&](Index i) { return kBlock * net.maps[i].in_stride + kLanes; };
   values = scope.array<float*>(maps);
@@ -286,11 +292,21 @@ inline Block::Block(const Network& network, Scope& scope) : net(network), step(n
   spare = net.backward ? scope.floats(kBlock * net.widest + kLanes) : nullptr;
 }
 
-// A ReLU's slopes are read off its values.
+// A ReLU's slopes are read off its values, before it or after.
 inline float* Block::slopes_of(Activation kind, float* activated, Index floats,
                                Scope& scope) const {
   if (!net.backward || kind == Activation::identity) return nullptr;
   return kind == Activation::relu ? activated : scope.floats(floats);
+}
+
+// Whether products are to apply the ReLU to the rows of a map's inputs, which hold nothing else.
+inline bool Block::relu_is_due(Index map) const {
+  return Products::kAppliesRelu && map > net.first &&
+         net.maps[map - 1].activation == Activation::relu;
+}
+
+inline Matrix Block::input_of(Index map) const {
+  return {values[map], net.maps[map].in_stride, relu_is_due(map)};
 }
 
 // The depthwise perception of N rows, which share the loads of the taps.
@@ -321,7 +337,8 @@ NCA_INLINE void spread_rows(const Network& net, const Weights& weights, const In
   const Index channels = net.step.channels;
   const Tap* tap = weights.stencil.by_position;
   for (Index o = 0; o < net.positions; ++o) {
-    const Tap* end = dense ? tap : weights.stencil.by_position + weights.stencil.position_start[o + 1];
+    const Index next = dense ? 0 : weights.stencil.position_start[o + 1];
+    const Tap* end = dense ? tap : weights.stencil.by_position + next;
     if (!dense && tap == end) continue;
     for (Index c = 0; c < net.padded; c += kLanes) {
       float* to = d_box + net.deltas[o] + c;
@@ -382,17 +399,18 @@ inline const float* Block::forward(const Weights& weights, Rows rows, Index samp
     const Map& map = net.maps[i];
     const bool last = i + 1 == net.num_maps;
     if (last && net.backward) break;  // the update itself is not needed
-    net.products.round(rows.count, map.in_stride, map.in_stride, values[i]);
+    net.products.round(rows.count, map.in_padded, map.in_stride, values[i]);
     float* to = last ? update : values[i + 1];
     const Index stride = last ? update_stride : net.maps[i + 1].in_stride;
-    net.products.multiply(rows.count, map.in, map.out_padded, {values[i], map.in_stride},
+    net.products.multiply(rows.count, map.in, map.out_padded, input_of(i),
                           weights.packed + map.packed_at, to, stride,
                           {weights.packed + map.bias_at, 0});
-    activate_rows(map.activation, rows.count, map.out_padded, stride, to, slopes[i]);
+    if (last || !relu_is_due(i + 1))
+      activate_rows(map.activation, rows.count, map.out_padded, stride, to, slopes[i]);
   }
   if (net.backward) {
     const Map& map = net.maps[net.num_maps - 1];
-    net.products.round(rows.count, map.in_stride, map.in_stride, values[net.num_maps - 1]);
+    net.products.round(rows.count, map.in_padded, map.in_stride, values[net.num_maps - 1]);
   }
   return update;
 }
@@ -441,14 +459,14 @@ inline void Block::backward(const Weights& weights, Rows rows, Index sample, con
     scale_and_sum(map.activation, rows.count, map.out_padded, stride, d_out, slopes[i],
                   map.wants_bias ? gradients + map.d_bias_at : nullptr);
     net.products.round(rows.count, map.out_padded, stride, d_out);
-    const Matrix in = {values[i], map.in_stride}, out = {d_out, stride};
+    const Matrix in = input_of(i), out = {d_out, stride};
     float* d_weight = gradients + map.d_weight_at;
     if (map.wants_weight && map.outputs_first)
-      net.products.add_outer(rows.count, map.out_padded, map.in_stride, out, in, d_weight);
+      net.products.add_outer(rows.count, map.out_padded, map.in_padded, out, in, d_weight);
     else if (map.wants_weight)
-      net.products.add_outer(rows.count, map.in_stride, map.out_padded, in, out, d_weight);
+      net.products.add_outer(rows.count, map.in_padded, map.out_padded, in, out, d_weight);
     if (i == 0 && !net.wants_rows) return;
-    net.products.multiply(rows.count, map.out, map.in_stride, out,
+    net.products.multiply(rows.count, map.out, map.in_padded, out,
                           weights.packed + map.transposed_at, d_in, map.in_stride, {nullptr, 0});
     stride = map.in_stride;
     std::swap(d_out, d_in);

@@ -1,5 +1,5 @@
-// Products of blocks of rows, by multiply-adds in registers of kRows x kVectors. The order of the sum
-// over the depth is the same for every element, however rows are grouped.
+// Products of blocks of rows, by multiply-adds in registers of kRows x kVectors. The order of a sum
+// is the same for every element, however rows are grouped.
 #pragma once
 
 #include <algorithm>
@@ -12,6 +12,7 @@ namespace nca::NCA_ISA {
 struct Matrix {  // row-major
   const float* data;
   Index stride;
+  bool relu = false;  // whether its ReLU is still to be applied
 };
 
 // What the sums start from: rows `stride` apart; 0: one row for all; null: zeros.
@@ -93,7 +94,8 @@ void multiply_panels(Index rows, Index depth, Index columns, Left a, Right b, fl
 class RegisterProducts {
  public:
   static constexpr Index kBlock = 72;  // rows at a time: they stay in the L1 and L2 caches
-  struct Registers {};                 // what a thread holds while it multiplies
+  static constexpr bool kAppliesRelu = false;  // as it reads its operands
+  struct Registers {};                         // what a thread holds while it multiplies
 
   explicit RegisterProducts(Precision precision) : rounds_(precision == Precision::bfloat16) {}
 

@@ -49,7 +49,7 @@ struct StepKernel {
         body(Tile(step, tiles, i / tiles.of_sample, i % tiles.of_sample));
     });
   }
-  static constexpr Index kLightCells = 16384;
+  static constexpr Index kLightCells = 4096;
 
   // body(z, y, first cell in the sample) for every row of a tile.
   template <class Body>
