@@ -105,9 +105,15 @@ def _copy_rate() -> float:
 
 
 def machine_limit() -> dict[str, float]:
-    """FLOP/s and bytes/s of this machine: the first measured anew, for each row."""
+    """FLOP/s and bytes/s of this machine: the first measured anew, for each row.
+
+    On a CPU the FLOP/s are of multiply-adds in vector registers, ``tile_flops`` of float32 products
+    in tile registers, where there are any.
+    """
     if jax.default_backend() == "cpu":
-        return {"flops": roofline.cpu_flops(), "bytes": _copy_rate()}
+        tiles = roofline.tile_flops()
+        limit = {"flops": roofline.cpu_flops(), "bytes": _copy_rate()}
+        return limit if tiles is None else limit | {"tile_flops": tiles}
     peak = _gpu_peak()
     return {"flops": peak.flops["tensorfloat32"], "bytes": peak.bytes}
 

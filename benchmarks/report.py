@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -378,6 +379,14 @@ def headline() -> Results:
 # ---- the documents ----
 
 
+def tiles(limits: list[dict[str, float]]) -> str:
+    """What tile registers reach, where there are any."""
+    rates = [limit["tile_flops"] for limit in limits if "tile_flops" in limit]
+    if not rates:
+        return ""
+    return f" In tile registers, which `cpu` uses: {statistics.median(rates) / 1e9:,.0f} GFLOP/s."
+
+
 def markdown() -> str:
     """docs/benchmarks.md."""
     parts = [_HEAD]
@@ -390,7 +399,7 @@ def markdown() -> str:
             f"Commit {about['commit']}, {about['date']}, Python {about['python']}, {versions}. "
             f"Limit: {min(x['flops'] for x in limits) / 1e9:,.0f} to "
             f"{max(x['flops'] for x in limits) / 1e9:,.0f} GFLOP/s, "
-            f"{limits[0]['bytes'] / 1e9:,.1f} GB/s.",
+            f"{limits[0]['bytes'] / 1e9:,.1f} GB/s." + tiles(limits),
             "### Rollouts of 8 steps\n\n`nca bench --save`\n",
             f"![speed](plots/speedup-{found.device}.png)",
             speed_table(found),
@@ -448,7 +457,9 @@ Before it is timed, a backend passes its conformance check on a piece of the cas
 is compared with ours.
 
 *Of the limit* is the share of the roofline of this machine: the time that the least work takes at
-the rate of multiply-adds and of memory that were measured in the same run. The MLP is counted for
+the rate of multiply-adds and of memory that were measured in the same run. On a CPU these are
+multiply-adds in vector registers; where there are tile registers (AMX), float32 products are faster
+there, and their own rate is given beside. The MLP is counted for
 the cells that fire; in *dense*, for all, as code that computes every cell would need. `slices` is
 plain JAX as a careful user writes it, with shifted slices and matrix products; `reference` is plain
 JAX with convolutions."""

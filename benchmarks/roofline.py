@@ -82,6 +82,14 @@ def cpu_flops() -> float:
         return 2 * size**3 / best(_product("highest"), jnp.ones((size, size)), 5)
 
 
+def tile_flops() -> float | None:
+    """FLOP/s of float32 products in tile registers, where this processor has them (AMX)."""
+    if library.missing() or "amx" not in library.instruction_sets():
+        return None
+    with library.using("amx"):
+        return max(library.peak_flops() for _ in range(5))
+
+
 def copy_bytes_per_second(megabytes: int = 512, rounds: int = 10) -> float:
     """Bytes read and written a second, by adding 1 to a large array in place."""
     add = jax.jit(lambda x: x + 1, donate_argnums=0)
