@@ -66,8 +66,8 @@ class Rule:
         step_size: multiplies the update.
         alive: an :class:`Alive`, or None for no alive masking.
         precision: of the matrix products: default (what XLA does on the platform), float32,
-            tensorfloat32 (where the hardware has it, else float32) or bfloat16 (operands rounded
-            to bfloat16, accumulated in float32).
+            tensorfloat32 (where the hardware has it or gains from it, else float32) or bfloat16
+            (operands rounded to bfloat16, accumulated in float32).
 
     Raises:
         TypeError, ValueError: naming the field, what was given and what is allowed.

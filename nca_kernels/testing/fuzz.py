@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -135,17 +136,35 @@ def _far_from_threshold(case: Case, args: Arguments, free: Any) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs seeds one after another and writes what was found; exit code 1 if any fails."""
-    from tqdm import tqdm
-
     parser = argparse.ArgumentParser(prog="python -m nca_kernels.testing.fuzz", description=__doc__)
     parser.add_argument("backend")
     parser.add_argument("--cases", type=int, default=200, help="how many seeds (default 200)")
     parser.add_argument("--first", type=int, default=0, help="the first seed (default 0)")
+    parser.add_argument(
+        "--instruction-set",
+        metavar="NAME",
+        help="of the backend cpu: for all cases (default: the best for each)",
+    )
     parser.add_argument("--json", type=Path, help="results; goes on where the file stops")
     args = parser.parse_args(argv)
     dispatch.requested(args.backend)  # raises if there is none of that name here
+    with ExitStack() as stack:
+        if args.instruction_set is not None:
+            from nca_kernels.backends.cpu import library
+
+            try:
+                stack.enter_context(library.using(args.instruction_set))
+            except ValueError as error:
+                parser.error(str(error))
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
     done = _read(args.json) or {
         "backend": args.backend,
+        "instruction_set": args.instruction_set,
         "first": args.first,
         "seeds": 0,
         "no_verdict": 0,

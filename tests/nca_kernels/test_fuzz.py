@@ -33,6 +33,16 @@ def test_cpu(part):
     assert out.returncode == 0, out.stdout + out.stderr
 
 
+@pytest.mark.skipif(
+    bool(library.missing()) or "amx" not in library.instruction_sets(),
+    reason="this processor has no tile registers (AMX)",
+)
+def test_tile_registers():
+    """For all cases, not for large products alone."""
+    out = run("cpu", "--instruction-set", "amx", "--first", "200", "--cases", "100")
+    assert out.returncode == 0, out.stdout + out.stderr
+
+
 def test_xla():
     out = run("xla", "--cases", "15")
     assert out.returncode == 0, out.stdout + out.stderr
