@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "parallel.hpp"
 #include "vector.hpp"
 
 namespace nca::NCA_ISA {
@@ -146,20 +147,43 @@ NCA_INLINE bool any(const std::uint8_t* flags, Index count) {
   return std::memchr(flags, 1, count) != nullptr;
 }
 
+// Rows of flags are read, and pooled rows written, by whole vectors: with as much room behind them.
+typedef std::uint8_t Flags __attribute__((vector_size(64)));
+constexpr Index kFlags = sizeof(Flags);
+
+NCA_INLINE Flags load_flags(const std::uint8_t* at) {
+  Flags flags;
+  std::memcpy(&flags, at, sizeof flags);
+  return flags;
+}
+
+// A row between two margins, for what pool_row merges.
+NCA_INLINE std::uint8_t* merged_row(Scope& scope, Index width) {
+  return scope.array<std::uint8_t>(width + 3 * kFlags) + kFlags;
+}
+
 // to[x] = any flag in the three rows and columns around; row(dz, dy) is null outside the grid.
 template <class Row>
 NCA_INLINE void pool_row(const Step& step, std::uint8_t* merged, std::uint8_t* to, Row&& row) {
   const Index width = step.size[2];
-  std::memset(merged, 0, width);
+  const std::uint8_t* rows[9];
+  int count = 0;
   for (Index dz = -1; dz <= 1; ++dz)
     for (Index dy = -1; dy <= 1; ++dy)
-      if (const std::uint8_t* from = row(dz, dy))
-        for (Index x = 0; x < width; ++x) merged[x] |= from[x];
-  for (Index x = 1; x < width - 1; ++x) to[x] = merged[x - 1] | merged[x] | merged[x + 1];
-  for (Index x : {Index{0}, width - 1}) {
-    const Index left = at_border(x - 1, width, step.padding);
-    const Index right = at_border(x + 1, width, step.padding);
-    to[x] = merged[x] | (left < 0 ? 0 : merged[left]) | (right < 0 ? 0 : merged[right]);
+      if (const std::uint8_t* from = row(dz, dy)) rows[count++] = from;
+  for (Index x = 0; x < width; x += kFlags) {
+    Flags any = {};
+    for (int i = 0; i < count; ++i) any |= load_flags(rows[i] + x);
+    std::memcpy(merged + x, &any, sizeof any);
+  }
+  const Index left = at_border(-1, width, step.padding);
+  const Index right = at_border(width, width, step.padding);
+  const std::uint8_t before = left < 0 ? 0 : merged[left], behind = right < 0 ? 0 : merged[right];
+  merged[-1] = before, merged[width] = behind;
+  for (Index x = 0; x < width; x += kFlags) {
+    const Flags any =
+        load_flags(merged + x - 1) | load_flags(merged + x) | load_flags(merged + x + 1);
+    std::memcpy(to + x, &any, sizeof any);
   }
 }
 

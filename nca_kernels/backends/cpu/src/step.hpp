@@ -64,8 +64,8 @@ struct StepKernel {
     const Index all = samples() * step.cells;
     std::uint8_t *lives = nullptr, *lives_after = nullptr;  // by its own value, [samples, cells]
     if (step.alive) {
-      lives = scope.array<std::uint8_t>(all);
-      lives_after = scope.array<std::uint8_t>(all);
+      lives = scope.array<std::uint8_t>(all + kFlags);
+      lives_after = scope.array<std::uint8_t>(all + kFlags);
       for_tiles([&](const Tile& tile) { find_living(tile, lives); }, true);
     }
     for_tiles([&](const Tile& tile) { forward_tile(tile, lives, lives_after); });
@@ -90,11 +90,11 @@ struct StepKernel {
     Scope local;
     const Index w = width(), rows = tile.size[1] + 2;
     std::uint8_t* fires = local.array<std::uint8_t>(w + kLanes);
-    std::uint8_t* merged = local.array<std::uint8_t>(w);
+    std::uint8_t* merged = merged_row(local, w);
     std::uint8_t* alive = nullptr;  // [rows along z, rows along y, x] with a margin of one row
     const auto row = [&](Index z, Index y) { return alive + (z * rows + y) * w; };
     if (step.alive) {
-      alive = local.array<std::uint8_t>((tile.size[0] + 2) * rows * w);
+      alive = local.array<std::uint8_t>((tile.size[0] + 2) * rows * w + kFlags);
       const std::uint8_t* own = plane + tile.sample * step.cells;
       for (Index z = 0; z < tile.size[0] + 2; ++z)
         for (Index y = 0; y < rows; ++y) {
@@ -141,7 +141,7 @@ struct StepKernel {
   void forward_tile(const Tile& tile, const std::uint8_t* lives_before,
                     std::uint8_t* lives_after) const {
     Scope local;
-    std::uint8_t* needed = local.array<std::uint8_t>(tile.cells(step));
+    std::uint8_t* needed = local.array<std::uint8_t>(tile.cells(step) + kFlags);
     mark_needed(tile, lives_before, needed);
     const Rows rows = compact(tile, needed, local);
     keep(tile, lives_before, lives_after);
@@ -196,8 +196,8 @@ struct StepKernel {
 
   void clear_dead(const Tile& tile, const std::uint8_t* lives_after) const {
     Scope local;
-    std::uint8_t* merged = local.array<std::uint8_t>(width());
-    std::uint8_t* alive = local.array<std::uint8_t>(width());
+    std::uint8_t* merged = merged_row(local, width());
+    std::uint8_t* alive = local.array<std::uint8_t>(width() + kFlags);
     const std::uint8_t* plane = lives_after + tile.sample * step.cells;
     for_rows(tile, [&](Index z, Index y, Index cell) {
       std::uint8_t* mask = step.alive_mask + tile.sample * step.cells + cell;
