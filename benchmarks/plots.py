@@ -71,9 +71,15 @@ def roofline(found: Results) -> Figure:
     for ax, (mode, title) in zip(axes, MODES.items(), strict=True):
         shown = _rollouts(found, mode)
         limit = shown[0]["limit"]
-        reach = [0.5, limit["flops"] / limit["bytes"], 400]
-        roof = [min(limit["flops"], limit["bytes"] * x) / 1e9 for x in reach]
-        ax.plot(reach, roof, "k-", label="limit, measured")
+        for rate, style, label in (
+            ("flops", "k-", "limit, measured"),
+            ("tile_flops", "k--", "in tile registers"),
+        ):
+            if rate not in limit:
+                continue
+            reach = [0.5, limit[rate] / limit["bytes"], 400]
+            roof = [min(limit[rate], limit["bytes"] * x) / 1e9 for x in reach]
+            ax.plot(reach, roof, style, label=label)
         colors: dict[str, str] = {}
         for row in shown:
             flops = row["cost"]["flops"] * row["cost"]["fires"]

@@ -640,10 +640,6 @@ def _doctor(args: argparse.Namespace) -> int:
     print("\nbackends")
     for row in rows:
         print(f"  {row.name:10} {'available' if row.available else 'no: ' + row.reason}")
-    if next(row for row in rows if row.name == "cpu").available:
-        from nca_kernels.backends.cpu import library
-
-        print(f"             with {', '.join(library.instruction_sets())}, the best first")
     chosen = [row.name for row in rows if row.auto]
     print(f'\n"auto" picks: {", ".join(chosen) or "nothing"}')
     return 0
