@@ -459,10 +459,9 @@ is compared with ours.
 *Of the limit* is the share of the roofline of this machine: the time that the least work takes at
 the rate of multiply-adds and of memory that were measured in the same run. On a CPU these are
 multiply-adds in vector registers; where there are tile registers (AMX), float32 products are faster
-there, and their own rate is given beside. The MLP is counted for
-the cells that fire; in *dense*, for all, as code that computes every cell would need. `slices` is
-plain JAX as a careful user writes it, with shifted slices and matrix products; `reference` is plain
-JAX with convolutions."""
+there, and their own rate is given beside. The MLP is counted for the cells that fire; in *dense*,
+for all, as code that computes every cell would need. `slices` is plain JAX as a careful user writes
+it, with shifted slices and matrix products; `reference` is plain JAX with convolutions."""
 
 
 def generated() -> dict[Path, dict[str, str]]:

@@ -95,7 +95,11 @@ class LearnsPicture(Films):
     def save_film(
         self, film: np.ndarray, folder: Path, name: str, *, before_cut: np.ndarray
     ) -> list[Path]:
-        """Write a film as GIF and as strip, and the target beside its frame `before_cut`."""
+        """Write a film `[frames, H, W, C]` as GIF and strip, and the target beside one frame.
+
+        The files are `name`.gif, `name`.png and target_and_result.png; returns their paths.
+        `before_cut` `[H, W, C]` is the frame before the damage.
+        """
         scale = max(1, 320 // self.config.size)
         paths = [folder / file for file in (f"{name}.gif", f"{name}.png", "target_and_result.png")]
         render.save_gif(paths[0], render.upscale(film, scale))

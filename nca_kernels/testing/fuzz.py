@@ -148,6 +148,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="results; goes on where the file stops")
     args = parser.parse_args(argv)
     dispatch.requested(args.backend)  # raises if there is none of that name here
+    if args.instruction_set is not None and args.backend != "cpu":
+        parser.error(f"--instruction-set is of the backend cpu, and this is {args.backend}")
     with ExitStack() as stack:
         if args.instruction_set is not None:
             from nca_kernels.backends.cpu import library

@@ -103,10 +103,10 @@ def using(instruction_set: str) -> Iterator[None]:
 def peak_flops(seconds: float = 0.2) -> float:
     """FLOP/s of multiply-adds in registers, on all cores at once: this machine's limit now.
 
+    Under ``using("amx")`` it is what tile registers reach with products of float32.
+
     Args:
         seconds: about how long to measure.
-
-    Under ``using("amx")`` it is what tile registers reach with products of float32.
     """
     multiply_add, threads = load().nca_cpu_multiply_add, os.cpu_count() or 1
     iterations = 1_000

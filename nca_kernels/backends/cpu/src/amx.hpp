@@ -1,7 +1,7 @@
 // Products in the tile registers of AMX, which multiply bfloat16 and add in float32.
 //
 // A float32 is the sum of three bfloat16, its terms. The products of terms i and j with i + j < 3
-// have float32's accuracy (six tile products, still 2.4 times as fast as multiply-adds), those of
+// have float32's accuracy (six tile products, and still faster than multiply-adds), those of
 // two terms 16 bits, which is more than tensorfloat32 asks for; bfloat16 is one term.
 //
 // A tile is 16 lines of 32 bfloat16. A line holds two vectors in turn, a0 b0 a1 b1 ..: the pairs
