@@ -75,3 +75,20 @@ def test_awkward_cases_compile(tmp_path):
 def test_indices_beyond_32_bits_compile(tmp_path):
     cases = ("plane_circular", "attention_circular")
     assert compiled(tmp_path, "--cases", *cases, "--targets", "sm_80", "--wide")
+
+
+def test_says_that_there_is_no_gpu():
+    """In a process that could compile: "auto" must not choose Triton there."""
+    code = "from nca_kernels.backends.triton.launch import missing; print(missing())"
+    unset = ("TRITON_INTERPRET", "NCA_CUDA_ARCH")
+    environment = {k: v for k, v in os.environ.items() if k not in unset} | {"JAX_PLATFORMS": "cpu"}
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    # The latter where the plugin of JAX for CUDA cannot be had.
+    assert run.stdout.startswith(("there is no GPU: to compile", "jax-triton needs JAX with CUDA"))

@@ -82,13 +82,19 @@ def missing() -> str | None:
     """Why kernels cannot be compiled in this process, or None."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "TRITON_INTERPRET is set, and Triton compiles nothing then: unset it"
-    for package in ("triton", "jax_triton"):
-        try:
-            load() if package == "jax_triton" else __import__(package)
-        except ImportError as error:
-            if package == "jax_triton" and "GPU support" in str(error):
-                return "jax-triton needs JAX with CUDA or ROCm: pip install 'jax[cuda13]'"
-            return f"{package} is not installed: pip install triton jax-triton"
+    try:
+        import triton
+    except ImportError:
+        return "triton is not installed: pip install triton jax-triton"
+    # Its own functions are what they were at its import, and jax-triton then cannot be imported.
+    if not isinstance(triton.language.cdiv, triton.runtime.JITFunction):
+        return "TRITON_INTERPRET was set when Triton was imported: start Python without it"
+    try:
+        load()
+    except ImportError as error:
+        if "GPU support" in str(error):
+            return "jax-triton needs JAX with CUDA or ROCm: pip install 'jax[cuda13]'"
+        return "jax_triton is not installed: pip install triton jax-triton"
     if not os.environ.get(ARCHITECTURE) and not _has_gpu():
         return f"there is no GPU: to compile for one, set {ARCHITECTURE}, as 90 for an H200"
     return None
