@@ -231,6 +231,7 @@ def clear_dead(
 
     lowest = jnp.full((g.flat,), -jnp.inf, jnp.float32)
     survives = lives & (loop(g.pool, add_neighbour, lowest) > g.alive_threshold)
+    barrier(g)  # of few cells, other threads read the same flags
     (alive + start).store(cell, survives, inside)
     at, mask = channel_positions(cell, lives & ~survives, g)
     (out + start * g.channels).store(at, jnp.zeros(at.shape, out.ref.dtype), mask)

@@ -156,6 +156,7 @@ def clear_dead(
         there = lives & there_z & there_y & there_x
         largest = tl.maximum(largest, tl.load(plane_ptr + at, mask=there, other=float("-inf")))
     survives = lives & (largest > g.alive_threshold)
+    tl.debug_barrier()  # of few cells, other threads read the same flags
     tl.store(alive_ptr + group * g.cells + cell, survives, mask=inside)
     channel, real = channel_offsets(g)
     at = (group * g.cells + cell)[:, None] * g.channels + channel
