@@ -1,7 +1,8 @@
 """Random shapes, rules and arguments against the oracle, values and gradients: a seed a case.
 
 ``python -m nca_kernels.testing.fuzz cpu --cases 10000 --json results.json`` shows progress, can be
-interrupted, and goes on where it stopped; a failure names its seed.
+interrupted, and goes on where it stopped; a failure names its seed. The Triton kernels without a
+GPU: ``TRITON_INTERPRET=1 python -m nca_kernels.testing.fuzz triton_interpreted``.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import numpy as np
 import nca_kernels as nk
 from nca_kernels import dispatch
 from nca_kernels.rule import ACTIVATIONS, PADDINGS, Alive, Rule
+from nca_kernels.testing import triton_host
 from nca_kernels.testing.cases import Arguments, Case
 from nca_kernels.testing.compare import assert_close, tolerance
 from nca_kernels.testing.conformance import ORACLE, cotangent_of
@@ -147,6 +149,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path, help="results; goes on where the file stops")
     args = parser.parse_args(argv)
+    if args.backend == triton_host.NAME:
+        triton_host.register()
     dispatch.requested(args.backend)  # raises if there is none of that name here
     if args.instruction_set is not None and args.backend != "cpu":
         parser.error(f"--instruction-set is of the backend cpu, and this is {args.backend}")

@@ -43,6 +43,12 @@ def test_tile_registers():
     assert out.returncode == 0, out.stdout + out.stderr
 
 
+def test_triton_in_the_interpreter():
+    pytest.importorskip("triton", reason="Triton is not installed (it is for Linux only)")
+    out = run("triton_interpreted", "--first", "1000", "--cases", "4")
+    assert out.returncode == 0, out.stdout + out.stderr
+
+
 def test_xla():
     out = run("xla", "--cases", "15")
     assert out.returncode == 0, out.stdout + out.stderr
