@@ -149,9 +149,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path, help="results; goes on where the file stops")
     args = parser.parse_args(argv)
-    if args.backend == triton_host.NAME:
-        triton_host.register()
-    dispatch.requested(args.backend)  # raises if there is none of that name here
+    triton_host.register()
+    try:
+        dispatch.requested(args.backend)
+    except (ValueError, nk.BackendUnavailable) as error:
+        parser.error(str(error))
     if args.instruction_set is not None and args.backend != "cpu":
         parser.error(f"--instruction-set is of the backend cpu, and this is {args.backend}")
     with ExitStack() as stack:

@@ -45,7 +45,7 @@ def test_tile_registers():
 
 def test_triton_in_the_interpreter():
     pytest.importorskip("triton", reason="Triton is not installed (it is for Linux only)")
-    out = run("triton_interpreted", "--first", "1000", "--cases", "4")
+    out = run("triton_interpreted", "--first", "1004", "--cases", "8")
     assert out.returncode == 0, out.stdout + out.stderr
 
 
