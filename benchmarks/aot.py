@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.aot --save`` compiles the kernels of the benchmark cases, at the launches
 that the backend chooses and at every packaged winner, for sm_80, sm_90, sm_100 and gfx942, and
-writes registers, spills, shared memory and tensor-core instructions to ``results/aot/``.
+writes registers, spills, shared memory, tensor-core instructions and instructions a cell to
+``results/aot/``.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ CASES: dict[str, Case | AttentionCase] = {c.name: c for c in (*CONFORMANCE, *BEN
 CASES |= {f"update_{c.name}": replace(c, name=f"update_{c.name}") for c in CONFORMANCE}
 CASES |= {f"attention_{c.name}": c for c in ATTENTION}
 CASES |= {c.name: c for c in BENCHMARKS}
-DEFAULT = (*(c.name for c in BENCHMARKS), "attention_three_heads")
+CASES["growing_large"] = replace(
+    CASES["growing"], name="growing_large", grid=(1024, 1024), batch=(1,)
+)
+DEFAULT = (*(c.name for c in BENCHMARKS), "growing_large", "attention_three_heads")
 
 
 def at_precision(case: Case | AttentionCase, precision: str) -> Case | AttentionCase | None:
@@ -55,10 +59,12 @@ def all_jobs(
 
 def line(row: dict[str, Any]) -> str:
     tensor = ", ".join(f"{n} {name}" for name, n in row["tensor_instructions"].items()) or "none"
+    issued = row.get("warp_instructions_a_cell")
     return (
         f"{row['case']:18} {row['kernel']:28} {row['target']:7} {row['precision']:9} "
         f"{row['registers']:4} registers {row['spill_bytes']:5} B spilled "
         f"{row['shared_bytes']:7} B shared {row['barriers']:4} barriers  {tensor}"
+        + (f"  {issued:.0f} warp instructions a cell" if issued else "")
     )
 
 

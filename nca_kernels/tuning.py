@@ -34,6 +34,9 @@ class Launch:
         warps, stages: of a program, as Triton counts them.
         unroll: positions of the stencil in one turn of its loop.
         resident: largest gradient of weights, in floats, that a program keeps in registers.
+        by_tap: largest contributions to the state, tap by tap, in floats, that a program keeps of
+            a tile, backward; if larger, it keeps gradients of perceptions.
+        held: largest weights, in floats, that a program keeps in shared memory, forward.
     """
 
     tile: tuple[int, int, int] = (1, 16, 16)
@@ -44,6 +47,8 @@ class Launch:
     stages: int = 2
     unroll: int = 3
     resident: int = 0
+    held: int = 0
+    by_tap: int = 2**18
 
 
 FIELDS = tuple(field.name for field in fields(Launch))
@@ -101,11 +106,14 @@ def candidates(heuristic: Launch, only: Collection[str] = FIELDS) -> list[Launch
     changes: list[dict[str, Any]] = [{}]
     changes += [{"rows": r} for r in (16, 32, 64, 128)]
     changes += [{"warps": w} for w in (2, 4, 8)]
+    changes += [{"rows": 16 * w, "warps": w} for w in (4, 8)]
     changes += [{"stages": s} for s in (1, 2, 3)]
     changes += [{"programs": p} for p in (132, 264, 528, 1056)]
     changes += [{"unroll": u} for u in (1, 3, 9)]
     changes += [{"block_h": h} for h in (32, 64, 128)]
-    changes += [{"resident": r} for r in (0, 8192)]
+    changes += [{"resident": r} for r in (0, 2**13)]
+    changes += [{"by_tap": b} for b in (0, 2**18)]
+    changes += [{"held": h} for h in (0, 2**14)]
     changes += [{"tile": (heuristic.tile[0], max(y // 2, 1), x)}]
     changes += [{"tile": (heuristic.tile[0], y * 2, x)}] if y > 1 else []
     changes = [change for change in changes if set(change) <= set(only)]

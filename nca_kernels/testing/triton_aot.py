@@ -23,6 +23,7 @@ from nca_kernels import dispatch
 from nca_kernels.backends import triton as backend
 from nca_kernels.backends.triton.constants import Constants
 from nca_kernels.testing.cases import AttentionCase, Case
+from nca_kernels.testing.issue_slots import warp_instructions_a_cell
 from nca_kernels.tuning import Launch
 
 TARGETS: dict[str, tuple[str, Any, int]] = {
@@ -165,18 +166,21 @@ def compile_job(job: Job, target: str) -> dict[str, Any]:
     )
     options = {"num_warps": job.how.warps, "num_stages": job.how.stages, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
-    read = _amd_usage if target.startswith("gfx") else _nvidia_usage
+    if target.startswith("gfx"):
+        used = _amd_usage(compiled.asm)
+    else:
+        used = _nvidia_usage(compiled.asm, job)
     return {
         "case": job.case,
         "kernel": job.name,
         "target": target,
         "shared_bytes": compiled.metadata.shared,
-        **read(compiled.asm),
+        **used,
         "launch": asdict(job.how),
     }
 
 
-def _nvidia_usage(asm: Any) -> dict[str, Any]:
+def _nvidia_usage(asm: Any, job: Job) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(asm["cubin"])
@@ -187,7 +191,15 @@ def _nvidia_usage(asm: Any) -> dict[str, Any]:
         "registers": int(numbers["REG"]),
         "spill_bytes": int(numbers["STACK"]),
         **_instructions(code, r"\bBAR\.SYNC"),
+        **_issued(code, job),
     }
+
+
+def _issued(code: str, job: Job) -> dict[str, float]:
+    if job.name not in ("step_forward", "step_backward"):
+        return {}
+    issued = warp_instructions_a_cell(code, job.constants.values(), job.how)
+    return {} if issued is None else {"warp_instructions_a_cell": round(issued, 1)}
 
 
 def _amd_usage(asm: Any) -> dict[str, Any]:

@@ -26,6 +26,7 @@ import ml_dtypes
 import numpy as np
 
 from nca_kernels import dispatch
+from nca_kernels.tiled.configuration import product_precision
 from nca_kernels.tuning import Launch
 
 INTERPRET = "TRITON_INTERPRET"
@@ -57,17 +58,24 @@ def _load(op: str) -> Any:
     from nca_kernels.backends import triton
 
     # Each op is (partial(forward, engine), partial(backward, engine)).
-    engine = replace(triton.ENGINE, launch=launch, fixed=small_tiles)
+    engine = replace(triton.ENGINE, launch=launch, fixed=small_tiles, precision=nvidias)
     return tuple(partial(kernel.func, engine) for kernel in getattr(triton, op))
+
+
+def nvidias(precision: str, platform: str) -> str:
+    """Products as NVIDIA's GPUs take them; the interpreter does not round to TF32."""
+    return product_precision(precision, "cuda")
 
 
 def small_tiles(call: Any) -> Launch:
     """Tiles so small that small grids have several, and rows so few that tiles have several."""
     tile = {1: (1, 1, 32), 2: (1, 4, 16), 3: (4, 4, 16)}[call.num_spatial_dims]
     rows = {1: 16, 2: 32, 3: 256}[call.num_spatial_dims]
-    # Gradients of weights in memory in 2-D, in registers else: both ways run.
-    resident = 0 if call.num_spatial_dims == 2 else 2**14
-    return Launch(tile=tile, rows=rows, block_h=32, programs=3, resident=resident)
+    # Each in 2-D or else, so that both ways run: weights kept in shared memory and their gradients
+    # in memory, the state's gradient by tap in all but 3-D.
+    held, resident = (2**14, 0) if call.num_spatial_dims == 2 else (0, 2**14)
+    by_tap = 0 if call.num_spatial_dims == 3 else 2**18
+    return Launch(tile, rows, 32, programs=3, resident=resident, held=held, by_tap=by_tap)
 
 
 def launch(

@@ -115,6 +115,26 @@ def problem_name(call: Any, operands: Operands) -> str:
     )
 
 
+# Rows, hidden units at a time, warps and unrolled positions by (backward, precise) and the width
+# of a row's perception and update: of those without spills, what takes the fewest instructions, as
+# `make aot` counts them.
+WIDTHS = (64, 80, 128, 256)
+SIZES = {
+    (False, False): ((64, 128, 4, 3), (64, 128, 4, 3), (32, 64, 4, 1), (64, 64, 4, 1)),
+    (False, True): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 1), (32, 64, 8, 1)),
+    (True, False): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 1), (32, 32, 8, 1)),
+    (True, True): ((64, 16, 4, 3), (64, 16, 4, 3), (64, 16, 4, 1), (16, 16, 4, 1)),
+}
+SIZES_OF_WIDE_PRODUCTS = {
+    (False, False): ((64, 128, 4, 3), (64, 128, 4, 3), (64, 128, 4, 1), (64, 64, 4, 1)),
+    (False, True): SIZES[False, True],
+    (True, False): ((64, 64, 4, 3), (64, 32, 4, 3), (64, 32, 4, 1), (32, 64, 8, 1)),
+    (True, True): ((64, 32, 4, 3), (64, 32, 4, 3), (64, 16, 4, 1), (16, 64, 8, 1)),
+}
+MANY = 2**20  # cells: each program has several tiles even of twice the size
+HELD = 2**15  # weights that leave room for two programs' on a multiprocessor of Hopper
+
+
 def heuristic(
     kernel: str, call: Any, operands: Operands, precise: bool, wide_products: bool
 ) -> Launch:
@@ -126,35 +146,29 @@ def heuristic(
     """
     state, taps = operands.state, operands.taps
     block_c = block(state.shape[-1])
-    width = block_c  # of all the parts of a row's perception
+    width = 2 * block_c  # of all the parts of a row's perception, and its update
     if taps is not None:
-        dense = taps.shape[-2] != 1
-        width = block(taps.shape[-1]) if dense else block_c * (taps.shape[-1] // state.shape[-1])
+        dense, outputs = taps.shape[-2] != 1, taps.shape[-1]
+        width = block_c + (block(outputs) if dense else block_c * (outputs // state.shape[-1]))
     backward = kernel == "step_backward"
-    rows, block_h = _rows_and_hidden(backward, width, precise, wide_products)
+    sizes = (SIZES_OF_WIDE_PRODUCTS if wide_products else SIZES)[backward, precise]
+    rows, block_h, warps, unroll = sizes[sum(width > limit for limit in WIDTHS[:-1])]
     hidden = max((weight.shape[-1] for weight, _ in operands.layers[:-1]), default=16)
-    narrow = width > 128 and backward
-    tile = _tile(call.num_spatial_dims, state.shape[2:-1], block_c)
+    tile = _tile(call.num_spatial_dims, state.shape[2:-1], state.shape[1], block_c)
+    beyond = -(-width // WIDTHS[-1])  # a row's parts still fit, of fewer rows
+    # As many as registers leave room for on each of Hopper's 132 multiprocessors.
+    fit = 1 if warps > 4 else 2 if backward or width > WIDTHS[0] else 3
     return Launch(
         tile=tile,
-        rows=_power_of_two(min(rows, 2**13 // width, math.prod(tile))),
-        block_h=min(block(hidden), _power_of_two(min(block_h, 2**15 // width))),
-        stages=1 if backward else 2,
-        unroll=1 if narrow else 3,
+        rows=_power_of_two(min(rows // beyond, math.prod(tile))),
+        block_h=min(block(hidden), _power_of_two(block_h // beyond)),
+        programs=132 * fit,
+        warps=warps,
+        stages=1,
+        unroll=unroll,
+        # Products of 64 rows read weights from shared memory anyway; of fewer, from registers.
+        held=HELD if wide_products and not (backward or precise) else 0,
     )
-
-
-def _rows_and_hidden(
-    backward: bool, width: int, precise: bool, wide_products: bool
-) -> tuple[int, int]:
-    """Rows and hidden units at a time: what registers hold without spills."""
-    if width > 128:  # less, so that a row's parts still fit
-        return (16 if precise else 32, 16) if backward else (16, 32)
-    if precise:
-        return (16, 32) if backward else (32, 64)
-    if not wide_products:
-        return (64, 16) if backward else (32, 64)
-    return 64, (32 if backward else 64) * (2 if width < 64 else 1)
 
 
 def _power_of_two(size: int) -> int:
@@ -162,9 +176,10 @@ def _power_of_two(size: int) -> int:
     return max(16, 1 << (size.bit_length() - 1) if size else 0)
 
 
-def _tile(dims: int, grid: tuple[int, ...], block_c: int) -> tuple[int, int, int]:
-    """About 256 cells, fewer of wide ones, no larger than the grid needs."""
-    runs = max(1, min(256, 2**13 // block_c) // RUN)
+def _tile(dims: int, grid: tuple[int, ...], batch: int, block_c: int) -> tuple[int, int, int]:
+    """About 256 cells, fewer of wide ones, more where there are many; no more than the grid has."""
+    size = 512 if batch * math.prod(grid) >= MANY else 256
+    runs = max(1, min(size, 2**14 // block_c) // RUN)
     tile = {
         1: (1, 1, runs * RUN),
         2: (1, runs, RUN),

@@ -47,12 +47,11 @@ def step_constants(
     values["programs"] = max(1, min(values["tiles"], -(-launch.programs // groups)))
     values["flat"] = max(RUN, min(256, 2**14 // values["block_c"]))
     values["add_rows"], values["add_columns"] = 32, 64
-    values["resident"] = bool(
-        values["weight_grad"]
-        and values["layers"] == 2
-        and values["padded_widths"][0] == values["block_h"]
-        and values["block_h"] * (values["filters"] * values["block_p"] + values["block_c"])
-        <= launch.resident
+    one_block = values["layers"] == 2 and values["padded_widths"][0] == values["block_h"]
+    weights = values["block_h"] * (values["filters"] * values["block_p"] + values["block_c"])
+    values["resident"] = bool(one_block and values["weight_grad"] and weights <= launch.resident)
+    values["held"] = bool(
+        one_block and wanted is None and not any(values["source_sizes"]) and weights <= launch.held
     )
     largest = max(
         math.prod(operands.state.shape),
@@ -82,9 +81,10 @@ def _grid_constants(
             f"places_{axis}": tile + reach - 1,  # what a tile's cells contribute to
             f"halo_{axis}": 2 if size > 1 else 0,  # what a tile's life depends on
             f"window_{axis}": 3 if size > 1 else 1,
+            f"around_{axis}": tile + 2 * (reach - 1),  # the cells that may contribute to those
         }
-    for name, part in (("tiles", "tiles"), ("places", "places"), ("kernel", "kernel")):
-        values[name] = math.prod(values[f"{part}_{axis}"] for axis in "zyx")
+    for name in ("tiles", "places", "around", "kernel"):
+        values[name] = math.prod(values[f"{name}_{axis}"] for axis in "zyx")
     values["tiles"] *= batch
     values["tile"] = math.prod(launch.tile)
     values["runs"] = values["tile"] // RUN
@@ -180,13 +180,14 @@ def weight_groups(operands: Operands) -> int:
 def _gradient_constants(wanted: Operands | None) -> dict[str, Any]:
     if wanted is None:
         return {
-            "weight_grad": False, "taps_grad": False, "state_grad": False,
-            "source_grad": (False, False),
+            "weight_grad": False, "taps_grad": False, "perception_bias_grad": False,
+            "state_grad": False, "source_grad": (False, False),
         }  # fmt: skip
     weights = [wanted.taps, wanted.perception_bias, *(w for layer in wanted.layers for w in layer)]
     return {
         "weight_grad": any(w is True for w in weights),
         "taps_grad": wanted.taps is True,
+        "perception_bias_grad": wanted.perception_bias is True,
         "state_grad": wanted.state is True,
         "source_grad": (wanted.perception is True, wanted.inputs is True),
     }
@@ -197,8 +198,12 @@ def _scratch_constants(values: dict[str, Any], launch: Launch) -> dict[str, Any]
     hidden layers (but the last) of a block of rows and their gradients."""
     hidden = values["padded_widths"][:-2]
     backward = values["weight_grad"] or values["state_grad"] or any(values["source_grad"])
-    active_at = values["tile"] * values["filters"] * values["block_p"]
-    at = active_at + values["tile"] if backward else 0
+    by_filter = values["filters"] * values["block_p"]
+    by_tap = values["kernel"] * values["block_c"] if by_filter else 0
+    kept = by_tap if values["tile"] * by_tap <= launch.by_tap else by_filter
+    active_at = (1 + values["tile"]) * max(by_filter, kept)
+    lanes_at = active_at + values["around"] if backward else 0
+    at = lanes_at + values["tile"]
     hidden_at, gradient_at = [], []
     for width in hidden:
         hidden_at.append(at)
@@ -207,7 +212,10 @@ def _scratch_constants(values: dict[str, Any], launch: Launch) -> dict[str, Any]
         gradient_at.append(at)
         at += launch.rows * width
     return {
+        "by_tap": kept != by_filter,
+        "kept": kept,
         "active_at": active_at,
+        "lanes_at": lanes_at,
         "hidden_at": tuple(hidden_at) or (0,),
         "gradient_at": tuple(gradient_at) or (0,),
         "scratch": max(at, 1),

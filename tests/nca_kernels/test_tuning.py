@@ -62,7 +62,7 @@ def own_folder(tmp_path, monkeypatch):
     monkeypatch.setenv(tuning.FOLDER, str(tmp_path))
     monkeypatch.setattr(tuner, "ROUNDS", 2)
     # Enough to hold one that fails and the fastest.
-    monkeypatch.setattr(tuner, "candidates", lambda *args: tuning.candidates(*args)[:6])
+    monkeypatch.setattr(tuner, "candidates", lambda *args: tuning.candidates(*args)[:7])
     tuner._tuned.clear()
     tuning._read.cache_clear()
     jax.clear_caches()

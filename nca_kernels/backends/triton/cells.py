@@ -139,10 +139,15 @@ def pack(flags):
 
 
 @triton.jit
+def bits(words):
+    """Words [rows] to flags 0 and 1 [rows, 16]."""
+    return (words[:, None] >> tl.arange(0, 16)[None, :]) & 1
+
+
+@triton.jit
 def unpack(words, g: tl.constexpr):
-    """Words [rows] to flags of the tile's lanes [T]."""
-    bit = tl.arange(0, 16)[None, :]
-    return tl.reshape((words[:, None] >> bit) & 1, (g.tile,)) != 0
+    """Words [runs] to flags of the tile's lanes [T]."""
+    return tl.reshape(bits(words), (g.tile,)) != 0
 
 
 @triton.jit
@@ -155,40 +160,30 @@ def popcount(word):
 
 
 @triton.jit
-def _halve(word, n, position, half: tl.constexpr):
-    """Looks for the n-th bit in the lower or the upper half of twice ``half`` bits."""
-    below = popcount(word & ((1 << half) - 1))
-    upper = n >= below
-    n = tl.where(upper, n - below, n)
-    word = tl.where(upper, word >> half, word)
-    return word, n, position + tl.where(upper, half, 0)
+def flag_numbers(words, upto):
+    """How many flags are set before each lane: [runs, 16].
 
-
-@triton.jit
-def _nth_bit(word, n):
-    """Position of the n-th (from 0) set bit of a 16-bit word."""
-    word, n, position = _halve(word, n, n * 0, 8)
-    word, n, position = _halve(word, n, position, 4)
-    word, n, position = _halve(word, n, position, 2)
-    word, n, position = _halve(word, n, position, 1)
-    return position
-
-
-@triton.jit
-def compacted_lanes(words, upto, first, count, g: tl.constexpr):
-    """Lanes [R] of the set flags number first .. first + R, and which of them exist.
-
-    ``upto`` [rows]: set flags up to and including each word.
+    ``upto`` [runs]: set flags up to and including each word.
     """
-    number = first + tl.arange(0, g.rows)  # [R]
-    run = tl.arange(0, g.runs)[None, :]
-    index = tl.sum((upto[None, :] <= number[:, None]).to(tl.int32), axis=1)
-    chosen = index[:, None] == run  # [R, runs]
-    word = tl.sum(tl.where(chosen, words[None, :], 0), axis=1)
-    before = tl.sum(tl.where(chosen, (upto - popcount(words))[None, :], 0), axis=1)
+    below = (1 << tl.arange(0, 16)[None, :]) - 1
+    return (upto - popcount(words))[:, None] + popcount(words[:, None] & below)
+
+
+@triton.jit
+def keep_lanes(flags, numbers, lanes, lives, scratch_ptr, g: tl.constexpr):
+    """The tile's lanes whose flag is set, in their order, to this program's scratch."""
+    entry = (2 * lanes + lives).to(tl.float32, bitcast=True)
+    tl.store(scratch_ptr + g.lanes_at + numbers, entry, mask=flags)
+
+
+@triton.jit
+def compacted_lanes(scratch_ptr, first, count, g: tl.constexpr):
+    """Lanes [R] of the set flags number first .. first + R, which of them live and which exist."""
+    number = first + tl.arange(0, g.rows)
     exists = number < count
-    lane = index * 16 + _nth_bit(word, number - before)
-    return tl.where(exists, lane, 0), exists
+    entry = tl.load(scratch_ptr + g.lanes_at + number, mask=exists, other=0.0)
+    entry = entry.to(tl.int32, bitcast=True)
+    return (entry >> 1) & (g.tile - 1), (entry & 1) != 0, exists
 
 
 # ---- who lives ----

@@ -74,6 +74,26 @@ def dot(a, b, acc, g: tl.constexpr):
 
 
 @triton.jit
+def _swapped(x):
+    """Columns 8a + 2b + c to 8a + 4c + b."""
+    x = tl.reshape(x, (x.shape[0], x.shape[1] // 8, 4, 2))
+    x = tl.permute(x, (0, 1, 3, 2))
+    return tl.reshape(x, (x.shape[0], x.shape[1] * x.shape[2] * x.shape[3]))
+
+
+@triton.jit
+def dot_result(x, w, acc, g: tl.constexpr):
+    """:func:`dot`, where ``x`` [R, N] came out of a product.
+
+    NVIDIA's products of TF32 want their left side's columns in other threads than those that they
+    leave their results in. So the sum runs over columns in an order that makes them the same.
+    """
+    if g.precision == "tf32" or g.precision == "tf32x3":
+        x, w = _swapped(x), tl.trans(_swapped(tl.trans(w)))
+    return dot(x, w, acc, g)
+
+
+@triton.jit
 def load_block(ptr, row, column, stride: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     """A block [M, N] of a row-major matrix that is padded to whole blocks."""
     rows, columns = row + tl.arange(0, M)[:, None], column + tl.arange(0, N)[None, :]
@@ -114,7 +134,7 @@ def first_layer(parts, sources, row, exists, weights_ptr, n, N: tl.constexpr, g:
     """
     stride: tl.constexpr = g.padded_widths[0]
     bias = tl.load(weights_ptr + g.bias_at[0] + n + tl.arange(0, N))
-    acc = tl.zeros((g.rows, N), tl.float32) + bias[None, :]
+    acc = tl.broadcast_to(bias[None, :], (g.rows, N))
     for f in tl.static_range(g.filters):
         w = load_block(weights_ptr + g.weight_at[0], f * g.block_p, n, stride, g.block_p, N)
         acc = dot(parts[f], w, acc, g)
@@ -132,7 +152,7 @@ def hidden_before(layer: tl.constexpr, scratch_ptr, weights_ptr, n, g: tl.conste
     stride: tl.constexpr = g.padded_widths[layer]
     inputs: tl.constexpr = g.padded_widths[layer - 1]
     bias = tl.load(weights_ptr + g.bias_at[layer] + n + tl.arange(0, g.block_h))
-    acc = tl.zeros((g.rows, g.block_h), tl.float32) + bias[None, :]
+    acc = tl.broadcast_to(bias[None, :], (g.rows, g.block_h))
     for k in range(0, inputs, g.block_h):
         z = load_block(scratch_ptr + g.hidden_at[layer - 1], 0, k, inputs, g.rows, g.block_h)
         w = load_block(weights_ptr + g.weight_at[layer], k, n, stride, g.block_h, g.block_h)
@@ -166,19 +186,48 @@ def keep_hidden(parts, sources, row, exists, scratch_ptr, weights_ptr, g: tl.con
 
 
 @triton.jit
-def mlp(parts, sources, row, exists, scratch_ptr, weights_ptr, g: tl.constexpr):
+def held_weights(weights_ptr, g: tl.constexpr):
+    """What a program loads once, and its products keep in shared memory: those of two layers.
+
+    Of the first layer for each filter [BP, BH], of the last [BH, BC]; or nothing.
+    """
+    held = ()
+    if g.held:
+        N: tl.constexpr = g.padded_widths[0]
+        for f in tl.static_range(g.filters):
+            w = load_block(weights_ptr + g.weight_at[0], f * g.block_p, 0, N, g.block_p, N)
+            held = held + (w,)
+        held = held + (load_block(weights_ptr + g.weight_at[1], 0, 0, g.block_c, N, g.block_c),)
+    return held
+
+
+@triton.jit
+def _held_mlp(parts, weights_ptr, held, g: tl.constexpr):
+    N: tl.constexpr = g.padded_widths[0]
+    z = tl.broadcast_to(load_block(weights_ptr + g.bias_at[0], 0, 0, N, 1, N), (g.rows, N))
+    for f in tl.static_range(g.filters):
+        z = dot(parts[f], held[f], z, g)
+    bias = load_block(weights_ptr + g.bias_at[1], 0, 0, g.block_c, 1, g.block_c)
+    u = tl.broadcast_to(bias, (g.rows, g.block_c))
+    return dot_result(activate(z, g.activation), held[g.filters], u, g)
+
+
+@triton.jit
+def mlp(parts, sources, row, exists, scratch_ptr, weights_ptr, held, g: tl.constexpr):
     """The update of R cells: [R, BC]."""
     last: tl.constexpr = g.layers - 1
-    if last == 0:
+    if g.held:
+        u = _held_mlp(parts, weights_ptr, held, g)
+    elif last == 0:
         u = first_layer(parts, sources, row, exists, weights_ptr, 0, g.block_c, g)
     else:
         keep_hidden(parts, sources, row, exists, scratch_ptr, weights_ptr, g)
         bias = tl.load(weights_ptr + g.bias_at[last] + tl.arange(0, g.block_c))
-        u = tl.zeros((g.rows, g.block_c), tl.float32) + bias[None, :]
+        u = tl.broadcast_to(bias[None, :], (g.rows, g.block_c))
         for n in range(0, g.padded_widths[last - 1], g.block_h):
             z = hidden_layer(last - 1, parts, sources, row, exists, scratch_ptr, weights_ptr, n, g)
             w = load_block(weights_ptr + g.weight_at[last], n, 0, g.block_c, g.block_h, g.block_c)
-            u = dot(activate(z, g.activation), w, u, g)
+            u = dot_result(activate(z, g.activation), w, u, g)
     return u
 
 
@@ -189,13 +238,13 @@ def mlp(parts, sources, row, exists, scratch_ptr, weights_ptr, g: tl.constexpr):
 def no_sums(g: tl.constexpr):
     """Zeros for the gradients that a program holds in registers until its end.
 
-    Only of one hidden layer that fits one block: of the first layer for each filter [BP, BH], of
+    Only of one hidden layer that fits one block: of the first layer for each filter [BH, BP], of
     the last [BH, BC], of the biases. Other gradients are added up in memory, program by program.
     """
     sums = ()
     if g.resident:
         for _ in tl.static_range(g.filters):
-            sums = sums + (tl.zeros((g.block_p, g.block_h), tl.float32),)
+            sums = sums + (tl.zeros((g.block_h, g.block_p), tl.float32),)
         last = tl.zeros((g.block_h, g.block_c), tl.float32)
         biases = (tl.zeros((g.block_h,), tl.float32), tl.zeros((g.block_c,), tl.float32))
         sums = sums + (last,) + biases
@@ -206,7 +255,8 @@ def no_sums(g: tl.constexpr):
 def store_sums(sums, grads_ptr, g: tl.constexpr):
     if g.resident:
         for f in tl.static_range(g.filters):
-            add_block(grads_ptr + g.weight_at[0], f * g.block_p, 0, g.block_h, sums[f])
+            at = grads_ptr + g.weight_at[0]
+            add_block(at, f * g.block_p, 0, g.block_h, tl.trans(sums[f]))
         add_block(grads_ptr + g.weight_at[1], 0, 0, g.block_c, sums[g.filters])
         add_vector(grads_ptr + g.bias_at[0], 0, sums[g.filters + 1])
         add_vector(grads_ptr + g.bias_at[1], 0, sums[g.filters + 2])
@@ -216,9 +266,9 @@ def store_sums(sums, grads_ptr, g: tl.constexpr):
 def _resident_sums(sums, parts, h, dz, du, g: tl.constexpr):
     new = ()
     for f in tl.static_range(g.filters):
-        new = new + (dot(tl.trans(parts[f]), dz, sums[f], g),)
+        new = new + (dot(tl.trans(dz), parts[f], sums[f], g),)
     last = dot(tl.trans(h), du, sums[g.filters], g)
-    first_bias = sums[g.filters + 1] + tl.sum(dz, axis=0)
+    first_bias = sums[g.filters + 1] + _row_sum(dz, g)
     last_bias = sums[g.filters + 2] + tl.sum(du, axis=0)
     return new + (last, first_bias, last_bias)
 
@@ -227,6 +277,17 @@ def _resident_sums(sums, parts, h, dz, du, g: tl.constexpr):
 def _outer(x, d, g: tl.constexpr):
     """``x.T @ d``: the rows' share of a weight's gradient."""
     return dot(tl.trans(x), d, tl.zeros((x.shape[1], d.shape[1]), tl.float32), g)
+
+
+@triton.jit
+def _row_sum(d, g: tl.constexpr):
+    """The sum of rows, [R, N] to [N]."""
+    if g.precision == "tf32x3" or g.precision == "ieee":
+        total = tl.sum(d, axis=0)
+    else:  # as a product: tensor cores have ``d`` at hand for others
+        ones = tl.full((d.shape[0], 16), 1.0, tl.float32)
+        total = tl.sum(_outer(d, ones, g), axis=1) * (1.0 / 16)
+    return total
 
 
 @triton.jit
@@ -239,13 +300,10 @@ def first_layer_backward(
     new = ()
     for f in tl.static_range(g.filters):
         w = load_block(weights_ptr + g.weight_at[0], f * g.block_p, n, stride, g.block_p, N)
-        new = new + (dot(dz, tl.trans(w), d_parts[f], g),)
+        new = new + (dot_result(dz, tl.trans(w), d_parts[f], g),)
         if g.weight_grad and not g.resident:
-            # Wider than high, so that warps share columns: of few rows each would hold a copy.
-            if g.block_p > N:  # noqa: SIM108
-                dw = tl.trans(_outer(dz, parts[f], g))
-            else:
-                dw = _outer(parts[f], dz, g)
+            # One left side for all filters, and of 64 rows, as Hopper's products want it.
+            dw = tl.trans(_outer(dz, parts[f], g))
             add_block(grads_ptr + g.weight_at[0], f * g.block_p, n, stride, dw)
     for s in tl.static_range(2):
         for k in range(0, g.source_sizes[s], g.block_s):
@@ -254,10 +312,10 @@ def first_layer_backward(
                 add_block(grads_ptr + g.source_at[s], k, n, stride, _outer(x, dz, g))
             if g.source_grad[s]:
                 ws = load_block(weights_ptr + g.source_at[s], k, n, stride, g.block_s, N)
-                dx = dot(dz, tl.trans(ws), tl.zeros((g.rows, g.block_s), tl.float32), g)
+                dx = dot_result(dz, tl.trans(ws), tl.zeros((g.rows, g.block_s), tl.float32), g)
                 _add_source_rows(d_sources[s], row[2], exists, k, dx, g.source_sizes[s])
     if g.weight_grad and not g.resident:
-        add_vector(grads_ptr + g.bias_at[0], n, tl.sum(dz, axis=0))
+        add_vector(grads_ptr + g.bias_at[0], n, _row_sum(dz, g))
     return new
 
 

@@ -15,12 +15,19 @@ from nca_kernels.backends.triton.mlp import activate, add_block, add_vector, dot
 def neighbours(state_ptr, k, sample, z, y, x, exists, g: tl.constexpr):
     """What lies at position ``k`` of the kernel around each cell: [R, BC]."""
     kz, ky, kx = k // (g.kernel_y * g.kernel_x), k // g.kernel_x % g.kernel_y, k % g.kernel_x
-    z, there_z = border(z + kz - g.before_z, g.depth, g.padding)
-    y, there_y = border(y + ky - g.before_y, g.height, g.padding)
-    x, there_x = border(x + kx - g.before_x, g.width, g.padding)
+    dz, dy, dx = kz - g.before_z, ky - g.before_y, kx - g.before_x
+    cz, there_z = border(z + dz, g.depth, g.padding)
+    cy, there_y = border(y + dy, g.height, g.padding)
+    cx, there_x = border(x + dx, g.width, g.padding)
     channel, real = channel_offsets(g)
     there = exists & there_z & there_y & there_x
-    at = cell_number(sample, z, y, x, g)[:, None] * g.channels + channel
+    if g.padding == "zeros":  # a step of its own, so that all positions share an address
+        step = (dz * g.height + dy) * g.width + dx
+        if g.wide:
+            step = step.to(tl.int64)
+        state_ptr += step * g.channels
+        cz, cy, cx = z, y, x
+    at = cell_number(sample, cz, cy, cx, g)[:, None] * g.channels + channel
     return tl.load(state_ptr + at, mask=there[:, None] & real, other=0.0).to(tl.float32)
 
 
@@ -44,7 +51,7 @@ def perceive(state_ptr, weights_ptr, sample, z, y, x, exists, g: tl.constexpr):
     parts = ()
     for f in tl.static_range(g.filters):
         bias = tl.load(weights_ptr + g.perception_bias_at + f * g.block_p + tl.arange(0, g.block_p))
-        parts = parts + (tl.zeros((g.rows, g.block_p), tl.float32) + bias[None, :],)
+        parts = parts + (tl.broadcast_to(bias[None, :], (g.rows, g.block_p)),)
     if g.filters > 0:
         for k in tl.range(0, g.kernel, loop_unroll_factor=g.unroll):
             value = neighbours(state_ptr, k, sample, z, y, x, exists, g)
@@ -69,8 +76,9 @@ def activated(parts, g: tl.constexpr):
 @triton.jit
 def add_taps_gradient(d_parts, state_ptr, grads_ptr, sample, z, y, x, exists, g: tl.constexpr):
     """Adds R cells' share of the gradients of taps and perception bias to the partial sums."""
-    for f in tl.static_range(g.filters):
-        add_vector(grads_ptr + g.perception_bias_at, f * g.block_p, tl.sum(d_parts[f], axis=0))
+    if g.perception_bias_grad:
+        for f in tl.static_range(g.filters):
+            add_vector(grads_ptr + g.perception_bias_at, f * g.block_p, tl.sum(d_parts[f], axis=0))
     if g.taps_grad:
         for k in range(0, g.kernel):
             value = neighbours(state_ptr, k, sample, z, y, x, exists, g)
@@ -88,37 +96,75 @@ def add_taps_gradient(d_parts, state_ptr, grads_ptr, sample, z, y, x, exists, g:
 
 
 @triton.jit
-def keep_perception_gradient(d_parts, lane, exists, scratch_ptr, g: tl.constexpr):
-    """The gradients of R lanes' perceptions to this program's scratch ``[T, F, BP]``."""
-    for f in tl.static_range(g.filters):
-        column = f * g.block_p + tl.arange(0, g.block_p)[None, :]
-        at = scratch_ptr + lane[:, None] * (g.filters * g.block_p) + column
-        tl.store(at, d_parts[f], mask=exists[:, None])
+def keep_perception_gradient(d_parts, first, scratch_ptr, weights_ptr, g: tl.constexpr):
+    """What rows first .. first + R contribute to the state, to this program's scratch.
+
+    It is ``[1 + T, K, BC]``, by tap, or where that is too large ``[1 + T, F, BP]``, the gradients
+    of the perceptions. Row 0 is zeros, active cell number n has row 1 + n.
+    """
+    row = 1 + first + tl.arange(0, g.rows)[:, None]
+    at = scratch_ptr + row * g.kept
+    if g.by_tap:
+        channel = tl.arange(0, g.block_c)[None, :]
+        for k in tl.static_range(g.kernel):  # a loop breaks Triton 3.6 for sm_100
+            value = tap_transposed(d_parts, k, weights_ptr, g)
+            tl.store(at + k * g.block_c + channel, value, mask=row <= g.tile)
+    else:
+        for f in tl.static_range(g.filters):
+            column = f * g.block_p + tl.arange(0, g.block_p)[None, :]
+            tl.store(at + column, d_parts[f], mask=row <= g.tile)
 
 
 @triton.jit
-def tile_transpose(rz, ry, rx, exists, scratch_ptr, active_ptr, weights_ptr, g: tl.constexpr):
+def tap_transposed(d_parts, k, weights_ptr, g: tl.constexpr):
+    """What perceptions mean to the state at position ``k`` of the kernel: [R, BC]."""
+    value = tl.zeros((g.rows, g.block_c), tl.float32)
+    for f in tl.static_range(g.filters):
+        if g.dense:
+            value = dot(d_parts[f], tl.trans(tap_block(weights_ptr, k, g)), value, g)
+        else:
+            value += d_parts[f] * tap_row(weights_ptr, k, f, g)
+    return value
+
+
+@triton.jit
+def around(z, y, x, g: tl.constexpr):
+    """Where a cell's entry lies among those of the tile and of the cells around it."""
+    return (z * g.around_y + y) * g.around_x + x
+
+
+@triton.jit
+def keep_rows(active, numbers, lz, ly, lx, scratch_ptr, g: tl.constexpr):
+    """Each lane's row of the perception's gradient, to this program's scratch."""
+    at = around(lz + g.kernel_z - 1, ly + g.kernel_y - 1, lx + g.kernel_x - 1, g)
+    row = tl.where(active, 1 + numbers, 0).to(tl.float32, bitcast=True)
+    tl.store(scratch_ptr + g.active_at + at, row)
+
+
+@triton.jit
+def tile_transpose(rz, ry, rx, exists, scratch_ptr, weights_ptr, g: tl.constexpr):
     """What the tile's cells contribute to the state at places of its surroundings: [R, BC].
 
     Place ``r`` of an axis is cell ``r - before`` of the tile; tap ``k`` of the cell at ``r - k``
     reaches it.
     """
     acc = tl.zeros((g.rows, g.block_c), tl.float32)
-    column = tl.arange(0, g.block_p)[None, :]
+    here = around(rz, ry, rx, g)
     for k in tl.range(0, g.kernel, loop_unroll_factor=g.unroll):
-        lz = rz - k // (g.kernel_y * g.kernel_x)
-        ly, lx = ry - k // g.kernel_x % g.kernel_y, rx - k % g.kernel_x
-        inside = exists & (lz >= 0) & (ly >= 0) & (lx >= 0)
-        inside = inside & (lz < g.tile_z) & (ly < g.tile_y) & (lx < g.tile_x)
-        lane = (lz * g.tile_y + ly) * g.tile_x + lx
-        inside = inside & (tl.load(active_ptr + lane, mask=inside, other=0.0) != 0)
-        for f in tl.static_range(g.filters):
-            at = scratch_ptr + lane[:, None] * (g.filters * g.block_p) + f * g.block_p + column
-            d_part = tl.load(at, mask=inside[:, None], other=0.0)
-            if g.dense:
-                acc = dot(d_part, tl.trans(tap_block(weights_ptr, k, g)), acc, g)
-            else:
-                acc += d_part * tap_row(weights_ptr, k, f, g)
+        kz, ky, kx = k // (g.kernel_y * g.kernel_x), k // g.kernel_x % g.kernel_y, k % g.kernel_x
+        # A step of its own, so that all positions share an address.
+        step = around(g.kernel_z - 1 - kz, g.kernel_y - 1 - ky, g.kernel_x - 1 - kx, g)
+        row = tl.load(scratch_ptr + g.active_at + step + here, mask=exists, other=0.0)
+        at = row.to(tl.int32, bitcast=True)[:, None] * g.kept
+        if g.by_tap:
+            channel = tl.arange(0, g.block_c)[None, :]
+            acc += tl.load(scratch_ptr + k * g.block_c + (at + channel))
+        else:
+            column = tl.arange(0, g.block_p)[None, :]
+            d_parts = ()
+            for f in tl.static_range(g.filters):
+                d_parts = d_parts + (tl.load(scratch_ptr + f * g.block_p + (at + column)),)
+            acc += tap_transposed(d_parts, k, weights_ptr, g)
     return acc
 
 

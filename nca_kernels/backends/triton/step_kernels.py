@@ -11,12 +11,15 @@ import triton
 import triton.language as tl
 
 from nca_kernels.backends.triton.cells import (
+    bits,
     border,
     cell_number,
     channel_offsets,
     compacted_lanes,
     fires,
+    flag_numbers,
     in_grid,
+    keep_lanes,
     lane_position,
     life,
     pack,
@@ -26,6 +29,7 @@ from nca_kernels.backends.triton.cells import (
 )
 from nca_kernels.backends.triton.mlp import (
     activate_backward,
+    held_weights,
     mlp,
     mlp_backward,
     no_sums,
@@ -35,6 +39,7 @@ from nca_kernels.backends.triton.stencil import (
     activated,
     add_taps_gradient,
     keep_perception_gradient,
+    keep_rows,
     overlap,
     overlaps,
     perceive,
@@ -69,6 +74,7 @@ def step_forward(
     plane_ptr += group * g.cells
     alive_ptr += group * g.cells
     scratch_ptr += (group * g.programs + program) * g.scratch
+    held = held_weights(weights_ptr, g)
     for tile in range(program, g.tiles, g.programs):
         sample, z0, y0, x0 = tile_origin(tile, g)
         lz, ly, lx = lane_position(_lanes(g), g)
@@ -80,18 +86,22 @@ def step_forward(
             # A dead cell's update matters to the fate of living neighbours, and to no other cell.
             alive, near = life(state_ptr, sample, z0, y0, x0, g)
             words = words & near
-        _copy_rest(state_ptr, out_ptr, plane_ptr, alive_ptr, cell, inside, alive, words, g)
         upto = tl.cumsum(popcount(words), axis=0)
         count = tl.max(upto, axis=0)
+        tl.debug_barrier()  # the previous tile's lanes are read
+        numbers = flag_numbers(words, upto)
+        keep_lanes(bits(words) != 0, numbers, _lanes(g), bits(alive), scratch_ptr, g)
+        _copy_rest(state_ptr, out_ptr, plane_ptr, alive_ptr, cell, inside, alive, words, g)
+        tl.debug_barrier()  # this one's are written
         for first in range(0, count, g.rows):
-            lane, exists = compacted_lanes(words, upto, first, count, g)
+            lane, lives, exists = compacted_lanes(scratch_ptr, first, count, g)
             rz, ry, rx = lane_position(lane, g)
             z, y, x = z0 + rz, y0 + ry, x0 + rx
             here = cell_number(sample, z, y, x, g)  # [R]
             parts = perceive(state_ptr, weights_ptr, sample, z, y, x, exists, g)
             row = (here, here if g.inputs_per_cell else rz * 0 + sample)
             sources = (given_ptr, inputs_ptr)
-            u = mlp(activated(parts, g), sources, row, exists, scratch_ptr, weights_ptr, g)
+            u = mlp(activated(parts, g), sources, row, exists, scratch_ptr, weights_ptr, held, g)
             channel, real = channel_offsets(g)
             at = here[:, None] * g.channels + channel
             mask = exists[:, None] & real
@@ -101,8 +111,7 @@ def step_forward(
                 value = new.to(tl.float32)
                 alpha = tl.sum(tl.where(channel == g.alive_channel, value, 0.0), axis=1)
                 tl.store(plane_ptr + here, alpha, mask=exists)
-                lives = tl.load(alive_ptr + here, mask=exists, other=0)
-                new = tl.where(lives[:, None] != 0, new, value.to(new.dtype) * 0)
+                new = tl.where(lives[:, None], new, value.to(new.dtype) * 0)
             tl.store(out_ptr + at, new, mask=mask)
 
 
@@ -116,7 +125,6 @@ def _copy_rest(
     at = tl.reshape(cell, (g.tile,))
     if g.alive:
         tl.store(alive_ptr + at, lives, mask=kept)
-        tl.debug_barrier()  # other threads read it for their rows
     kept = kept & ~unpack(words, g)
     if g.alive:
         alpha = tl.load(state_ptr + at * g.channels + g.alive_channel, mask=kept, other=0.0)
@@ -191,11 +199,13 @@ def step_backward(
     touched_ptr += group * g.tiles
     d_weights_ptr += (group * g.programs + program) * g.weights
     scratch_ptr += (group * g.programs + program) * g.scratch
-    for at in range(0, g.weights, 1024):
-        index = at + tl.arange(0, 1024)
-        tl.store(d_weights_ptr + index, tl.zeros((1024,), tl.float32), mask=index < g.weights)
+    _clear(d_weights_ptr, g.weights)
+    _clear(scratch_ptr, g.kept)  # the row of zeros
+    _clear(scratch_ptr + g.active_at, g.around)
+    tl.debug_barrier()
     sums = no_sums(g)
-    for tile in range(program, g.tiles, g.programs):
+    # What a tile's work has in common with the next one's would only fill registers.
+    for tile in tl.range(program, g.tiles, g.programs, disable_licm=True):
         sample, z0, y0, x0 = tile_origin(tile, g)
         lz, ly, lx = lane_position(_lanes(g), g)
         inside = in_grid(z0 + lz, y0 + ly, x0 + lx, g)
@@ -207,11 +217,14 @@ def step_backward(
         upto = tl.cumsum(popcount(words), axis=0)
         count = tl.max(upto, axis=0)
         tl.store(touched_ptr + tile, count)
-        tl.store(scratch_ptr + g.active_at + _lanes(g), active.to(tl.float32))
         _clear_source_rows((d_given_ptr, d_inputs_ptr), cell, inside, g)
+        tl.debug_barrier()  # the previous tile's lanes are read
+        numbers = flag_numbers(words, upto)
+        keep_lanes(active, numbers, _lanes(g), 0, scratch_ptr, g)
+        keep_rows(active, numbers, lz, ly, lx, scratch_ptr, g)
         tl.debug_barrier()  # the previous tile's scratch is read, this one's flags are written
         for first in range(0, count, g.rows):
-            lane, exists = compacted_lanes(words, upto, first, count, g)
+            lane, _, exists = compacted_lanes(scratch_ptr, first, count, g)
             rz, ry, rx = lane_position(lane, g)
             z, y, x = z0 + rz, y0 + ry, x0 + rx
             here = cell_number(sample, z, y, x, g)  # [R]
@@ -231,7 +244,7 @@ def step_backward(
                     add_taps_gradient(
                         d_before, state_ptr, d_weights_ptr, sample, z, y, x, exists, g
                     )
-                keep_perception_gradient(d_before, lane, exists, scratch_ptr, g)
+                keep_perception_gradient(d_before, first, scratch_ptr, weights_ptr, g)
             tl.debug_barrier()  # before others read the scratch, or add to the same sums
         if g.state_grad:
             first_place = program * 0 + tile
@@ -245,6 +258,13 @@ def step_backward(
         tl.debug_barrier()
     if g.weight_grad:
         store_sums(sums, d_weights_ptr, g)
+
+
+@triton.jit
+def _clear(ptr, size: tl.constexpr):
+    for first in range(0, size, 1024):
+        index = first + tl.arange(0, 1024)
+        tl.store(ptr + index, tl.zeros((1024,), tl.float32), mask=index < size)
 
 
 @triton.jit
@@ -283,9 +303,7 @@ def _tile_gradient(
         acc = tl.zeros((g.rows, g.block_c), tl.float32)
         if g.filters > 0:
             if count > 0:
-                acc = tile_transpose(
-                    rz, ry, rx, exists, scratch_ptr, scratch_ptr + g.active_at, weights_ptr, g
-                )
+                acc = tile_transpose(rz, ry, rx, exists, scratch_ptr, weights_ptr, g)
         lz, ly, lx = rz - g.before_z, ry - g.before_y, rx - g.before_x
         z, y, x = z0 + lz, y0 + ly, x0 + lx
         own = exists & (lz >= 0) & (ly >= 0) & (lx >= 0)

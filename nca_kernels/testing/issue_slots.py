@@ -1,0 +1,129 @@
+"""What a kernel of a step issues for each cell, read off its machine code.
+
+A multiprocessor issues four instructions of warps a cycle at best, so these counts are a bound on
+speed that needs no GPU: where they cost more time than bytes and products do, they are what to
+work on. It is a count, not a measurement: nothing of latencies, caches and conflicts is in it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from nca_kernels.tuning import Launch
+
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;")
+LABEL = re.compile(r"^(\.L_x_\d+):")
+# Far branches are calls that do not return.
+BRANCH = re.compile(r"\b(?:BRA|CALL\.REL)\b.*`\((\.L_x_\d+)\)")
+ALWAYS = re.compile(r"((BRA|CALL\.REL)(\.\w+)* `\(\.L_x|EXIT)")  # without a predicate
+TENSOR = r"\b(HGMMA|HMMA|UTCHMMA)"
+LOAD = r"\bLDG\b"
+Loop = frozenset[int]  # its instructions
+
+
+def warp_instructions_a_cell(
+    code: str, g: dict[str, Any], how: Launch, fire_rate: float = 0.5
+) -> float | None:
+    """Instructions that warps issue for a cell of a grid whose cells are all alive.
+
+    Args:
+        code: of ``step_forward`` or ``step_backward``, as nvdisasm prints it.
+        g: the constants that it was compiled with.
+    Returns:
+        None where loops cannot be told apart: of dense taps, and without tensor cores.
+    """
+    instructions, after = _parse(code)
+    if g["dense"] or not any(re.search(TENSOR, i) for i in instructions):
+        return None
+    loops = _loops(after)
+    turns = {loop: _turns(loop, instructions, loops, g, how, fire_rate) for loop in loops}
+    every = range(len(instructions))
+    issued = sum(math.prod(n for loop, n in turns.items() if at in loop) for at in every)
+    return issued * how.warps / g["tile"]
+
+
+def _turns(
+    loop: Loop, instructions: list[str], loops: list[Loop], g: dict[str, Any], how: Launch,
+    fire_rate: float,
+) -> float:  # fmt: skip
+    """Turns of a loop for one tile.
+
+    With products: over tiles (if programs have several), in it rows, in it hidden units. Without:
+    over the places that a tile reaches, in it (or in rows) positions of the stencil; clearing.
+    """
+    outside = sum(loop < other for other in loops)
+    several = g["tiles"] > g["programs"]
+
+    def has(pattern: str) -> bool:
+        return any(re.search(pattern, instructions[at]) for at in loop)
+
+    if has(TENSOR):
+        depth = outside + (not several)
+        if depth == 0:
+            return 1
+        return (
+            g["padded_widths"][0] / g["block_h"] if depth > 1 else _mean_blocks(g, how, fire_rate)
+        )
+    if outside > several:
+        return math.ceil(g["kernel"] / how.unroll)
+    return math.ceil(g["places"] / how.rows) if has(LOAD) else 1
+
+
+def _mean_blocks(g: dict[str, Any], how: Launch, fire_rate: float) -> float:
+    """How many blocks of rows a tile's firing cells fill, on average."""
+    cells = g["tile"]
+    return sum(
+        math.comb(cells, n) * fire_rate**n * (1 - fire_rate) ** (cells - n) * -(-n // how.rows)
+        for n in range(cells + 1)
+    )
+
+
+# ---- control flow ----
+
+
+def _parse(code: str) -> tuple[list[str], list[list[int]]]:
+    """The instructions, and which may come after each."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    for line in code.splitlines():
+        if label := LABEL.match(line.strip()):
+            labels[label[1]] = len(instructions)
+        elif found := INSTRUCTION.search(line):
+            instructions.append(found[1])
+    after = []
+    for at, instruction in enumerate(instructions):
+        to = [] if ALWAYS.match(instruction) or at + 1 == len(instructions) else [at + 1]
+        if branch := BRANCH.search(instruction):
+            to.append(labels[branch[1]])
+        after.append(to)
+    return instructions, after
+
+
+def _loops(after: list[list[int]]) -> list[Loop]:
+    """Natural loops, by the instruction that they begin with."""
+    before: list[list[int]] = [[] for _ in after]
+    for at, to in enumerate(after):
+        for other in to:
+            before[other].append(at)
+    # In a loop is what reaches the branch back to its first instruction, but not past that. What
+    # is reachable from the kernel's start without the first instruction does not belong to it.
+    found: dict[int, set[int]] = {}
+    for end, to in enumerate(after):
+        for first in to:
+            if first <= end:
+                body = _reachable([end], before, first) | {first}
+                if 0 not in body or first == 0:
+                    found.setdefault(first, set()).update(body)
+    return [frozenset(body) for body in found.values()]
+
+
+def _reachable(starts: list[int], edges: list[list[int]], wall: int) -> set[int]:
+    seen, todo = {wall}, list(starts)
+    while todo:
+        at = todo.pop()
+        if at not in seen:
+            seen.add(at)
+            todo += edges[at]
+    return seen
