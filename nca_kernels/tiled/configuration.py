@@ -161,7 +161,7 @@ def heuristic(
     return Launch(
         tile=tile,
         rows=_power_of_two(min(rows // beyond, math.prod(tile))),
-        block_h=min(block(hidden), _power_of_two(block_h // beyond)),
+        block_h=min(block(hidden), _power_of_two(block_h // min(beyond, 2))),
         programs=132 * fit,
         warps=warps,
         stages=1,

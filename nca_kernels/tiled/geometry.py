@@ -203,7 +203,8 @@ def _scratch_constants(values: dict[str, Any], launch: Launch) -> dict[str, Any]
     kept = by_tap if values["tile"] * by_tap <= launch.by_tap else by_filter
     active_at = (1 + values["tile"]) * max(by_filter, kept)
     lanes_at = active_at + values["around"] if backward else 0
-    at = lanes_at + values["tile"]
+    flags_at = lanes_at + values["tile"]
+    at = flags_at + values["tile"]
     hidden_at, gradient_at = [], []
     for width in hidden:
         hidden_at.append(at)
@@ -216,6 +217,7 @@ def _scratch_constants(values: dict[str, Any], launch: Launch) -> dict[str, Any]
         "kept": kept,
         "active_at": active_at,
         "lanes_at": lanes_at,
+        "flags_at": flags_at,
         "hidden_at": tuple(hidden_at) or (0,),
         "gradient_at": tuple(gradient_at) or (0,),
         "scratch": max(at, 1),

@@ -145,12 +145,6 @@ def bits(words):
 
 
 @triton.jit
-def unpack(words, g: tl.constexpr):
-    """Words [runs] to flags of the tile's lanes [T]."""
-    return tl.reshape(bits(words), (g.tile,)) != 0
-
-
-@triton.jit
 def popcount(word):
     """Set bits of a 16-bit word."""
     word = word - ((word >> 1) & 0x5555)
@@ -174,6 +168,23 @@ def keep_lanes(flags, numbers, lanes, lives, scratch_ptr, g: tl.constexpr):
     """The tile's lanes whose flag is set, in their order, to this program's scratch."""
     entry = (2 * lanes + lives).to(tl.float32, bitcast=True)
     tl.store(scratch_ptr + g.lanes_at + numbers, entry, mask=flags)
+
+
+@triton.jit
+def keep_flags(needed, lives, lanes, scratch_ptr, g: tl.constexpr):
+    """Flags 0 and 1 of the tile's lanes [runs, 16] to this program's scratch.
+
+    For threads that hold other lanes: left to itself, Triton draws and pools again for those.
+    """
+    entry = (needed + 2 * lives).to(tl.float32, bitcast=True)
+    tl.store(scratch_ptr + g.flags_at + lanes, entry)
+
+
+@triton.jit
+def kept_flags(lane, scratch_ptr, g: tl.constexpr):
+    """Which lanes are needed, and which live."""
+    entry = tl.load(scratch_ptr + g.flags_at + lane).to(tl.int32, bitcast=True)
+    return (entry & 1) != 0, (entry & 2) != 0
 
 
 @triton.jit

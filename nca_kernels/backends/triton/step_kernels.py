@@ -19,13 +19,14 @@ from nca_kernels.backends.triton.cells import (
     fires,
     flag_numbers,
     in_grid,
+    keep_flags,
     keep_lanes,
+    kept_flags,
     lane_position,
     life,
     pack,
     popcount,
     tile_origin,
-    unpack,
 )
 from nca_kernels.backends.triton.mlp import (
     activate_backward,
@@ -91,8 +92,9 @@ def step_forward(
         tl.debug_barrier()  # the previous tile's lanes are read
         numbers = flag_numbers(words, upto)
         keep_lanes(bits(words) != 0, numbers, _lanes(g), bits(alive), scratch_ptr, g)
-        _copy_rest(state_ptr, out_ptr, plane_ptr, alive_ptr, cell, inside, alive, words, g)
+        keep_flags(bits(words), bits(alive), _lanes(g), scratch_ptr, g)
         tl.debug_barrier()  # this one's are written
+        _copy_rest(state_ptr, out_ptr, plane_ptr, alive_ptr, sample, z0, y0, x0, scratch_ptr, g)
         for first in range(0, count, g.rows):
             lane, lives, exists = compacted_lanes(scratch_ptr, first, count, g)
             rz, ry, rx = lane_position(lane, g)
@@ -117,15 +119,17 @@ def step_forward(
 
 @triton.jit
 def _copy_rest(
-    state_ptr, out_ptr, plane_ptr, alive_ptr, cell, inside, alive, words, g: tl.constexpr
+    state_ptr, out_ptr, plane_ptr, alive_ptr, sample, z0, y0, x0, scratch_ptr, g: tl.constexpr
 ):
     """What is known of every cell without the MLP: who is alive, and the cells that stay."""
-    lives = unpack(alive, g)  # [T]
-    kept = tl.reshape(inside, (g.tile,))
-    at = tl.reshape(cell, (g.tile,))
+    lane = tl.arange(0, g.tile)
+    needed, lives = kept_flags(lane, scratch_ptr, g)
+    lz, ly, lx = lane_position(lane, g)
+    kept = in_grid(z0 + lz, y0 + ly, x0 + lx, g)
+    at = cell_number(sample, z0 + lz, y0 + ly, x0 + lx, g)
     if g.alive:
         tl.store(alive_ptr + at, lives, mask=kept)
-    kept = kept & ~unpack(words, g)
+    kept = kept & ~needed
     if g.alive:
         alpha = tl.load(state_ptr + at * g.channels + g.alive_channel, mask=kept, other=0.0)
         tl.store(plane_ptr + at, alpha.to(tl.float32), mask=kept)
