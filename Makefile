@@ -21,7 +21,7 @@ help:
 	@echo "make fuzz   10,000 random shapes and rules on the native kernels; can be interrupted"
 	@echo "make sanitize  the native kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make gpu    conformance and timings on a GPU, with the Python that has its JAX"
-	@echo "make aot    registers, spills and shared memory of the Triton kernels; needs no GPU"
+	@echo "make aot    registers, spills, shared memory, instructions of the Triton kernels; no GPU"
 	@echo "make clean  remove virtual environments and caches"
 
 # One stamp for each set of extras. The install compiles the native kernels, if it can.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -40,6 +40,7 @@ class Engine:
         launch: ``(kernel, inputs, outputs, grid, constants, how, aliases={})`` runs a kernel.
         precision: ``(Rule.precision, platform)`` as the engine's products take it.
         wide_products: whether this device's tensor cores take 64 rows at a time.
+        by_tap: whether its kernels can keep the state's gradient by tap, see ``Launch.by_tap``.
         device: the name that winners are looked up by.
         fixed: a launch for every call instead of winners and heuristics, for tests.
     """
@@ -50,6 +51,7 @@ class Engine:
     launch: Callable[..., list[Array]]
     precision: Callable[[str, str], str] = product_precision
     wide_products: Callable[[], bool] = lambda: False
+    by_tap: bool = True
     device: Callable[[], str] = lambda: jax.devices()[0].device_kind
     fixed: Callable[[Any], Launch] | None = None
 
@@ -64,7 +66,8 @@ def step_launch(
         return heuristic(kernel, call, operands, precise, engine.wide_products())
 
     problem = problem_name(call, operands)
-    return _chosen(engine, kernel, problem, call, platform, operands, guess)
+    how = _chosen(engine, kernel, problem, call, platform, operands, guess)
+    return how if engine.by_tap else replace(how, by_tap=0)
 
 
 def attention_launch(
