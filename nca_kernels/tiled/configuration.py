@@ -159,13 +159,11 @@ def heuristic(
     hidden = max((weight.shape[-1] for weight, _ in operands.layers[:-1]), default=16)
     tile = _tile(call.num_spatial_dims, state.shape[2:-1], state.shape[1], block_c)
     beyond = -(-width // WIDTHS[-1])  # a row's parts still fit, of fewer rows
-    # As many as registers leave room for on each of Hopper's 132 multiprocessors.
-    fit = 1 if warps > 4 else 2 if backward or width > WIDTHS[0] else 3
     return Launch(
         tile=tile,
         rows=_power_of_two(min(rows // beyond, math.prod(tile))),
         block_h=min(block(hidden), _power_of_two(block_h // min(beyond, 2))),
-        programs=132 * fit,
+        programs=132 if warps > 4 else 264,  # what fits Hopper's 132 multiprocessors
         warps=warps,
         stages=1,
         unroll=unroll,

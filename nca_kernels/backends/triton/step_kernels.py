@@ -76,7 +76,8 @@ def step_forward(
     alive_ptr += group * g.cells
     scratch_ptr += (group * g.programs + program) * g.scratch
     held = held_weights(weights_ptr, g)
-    for tile in range(program, g.tiles, g.programs):
+    # What a tile's work has in common with the next one's would only fill registers.
+    for tile in tl.range(program, g.tiles, g.programs, disable_licm=True):
         sample, z0, y0, x0 = tile_origin(tile, g)
         lz, ly, lx = lane_position(_lanes(g), g)
         inside = in_grid(z0 + lz, y0 + ly, x0 + lx, g)
