@@ -31,6 +31,8 @@ def warp_instructions_a_cell(
     Args:
         code: of ``step_forward`` or ``step_backward``, as nvdisasm prints it.
         g: the constants that it was compiled with.
+        how: its launch.
+        fire_rate: of the cells, 0 to 1.
     Returns:
         None where loops cannot be told apart: of dense taps, and without tensor cores.
     """

@@ -134,8 +134,8 @@ SIZES_OF_WIDE_PRODUCTS = {
     (True, False): ((64, 64, 4, 3), (64, 32, 4, 3), (64, 32, 4, 1), (32, 64, 8, 1)),
     (True, True): ((64, 32, 4, 3), (64, 32, 4, 3), (64, 16, 4, 1), (16, 64, 8, 1)),
 }
-MANY = 2**20  # cells: each program has several tiles even of twice the size
-HELD = 2**15  # weights that leave room for two programs' on a multiprocessor of Hopper
+MANY = 2**20  # cells of a call: each program has several tiles even of twice the size
+HELD = 2**15  # floats, 128 KB: they fit a multiprocessor of Hopper beside a program's other blocks
 
 
 def heuristic(

@@ -194,14 +194,19 @@ def _gradient_constants(wanted: Operands | None) -> dict[str, Any]:
 
 
 def _scratch_constants(values: dict[str, Any], launch: Launch) -> dict[str, Any]:
-    """Each program's own memory, in floats: the tile's perception gradient and flags, then the
-    hidden layers (but the last) of a block of rows and their gradients."""
+    """Each program's own memory, and where things lie in it, in floats (or integers of 32 bits).
+
+    Backward what the tile's active cells mean to the state, by tap or by filter, behind a row of
+    zeros, and each cell's row in it; then the lanes that have rows, each lane's flags, and the
+    hidden layers (but the last) of a block of rows and their gradients.
+    """
     hidden = values["padded_widths"][:-2]
     backward = values["weight_grad"] or values["state_grad"] or any(values["source_grad"])
     by_filter = values["filters"] * values["block_p"]
     by_tap = values["kernel"] * values["block_c"] if by_filter else 0
-    kept = by_tap if values["tile"] * by_tap <= launch.by_tap else by_filter
-    active_at = (1 + values["tile"]) * max(by_filter, kept)
+    taps_fit = values["tile"] * by_tap <= launch.by_tap
+    kept = by_tap if taps_fit else by_filter
+    active_at = (1 + values["tile"]) * max(by_filter, kept)  # Pallas' kernels keep by filter
     lanes_at = active_at + values["around"] if backward else 0
     flags_at = lanes_at + values["tile"]
     at = flags_at + values["tile"]
@@ -213,7 +218,7 @@ def _scratch_constants(values: dict[str, Any], launch: Launch) -> dict[str, Any]
         gradient_at.append(at)
         at += launch.rows * width
     return {
-        "by_tap": kept != by_filter,
+        "by_tap": taps_fit,
         "kept": kept,
         "active_at": active_at,
         "lanes_at": lanes_at,

@@ -96,7 +96,7 @@ def add_taps_gradient(d_parts, state_ptr, grads_ptr, sample, z, y, x, exists, g:
 
 
 @triton.jit
-def keep_perception_gradient(d_parts, first, scratch_ptr, weights_ptr, g: tl.constexpr):
+def keep_contributions(d_parts, first, scratch_ptr, weights_ptr, g: tl.constexpr):
     """What rows first .. first + R contribute to the state, to this program's scratch.
 
     It is ``[1 + T, K, BC]``, by tap, or where that is too large ``[1 + T, F, BP]``, the gradients
@@ -135,7 +135,7 @@ def around(z, y, x, g: tl.constexpr):
 
 @triton.jit
 def keep_rows(active, numbers, lz, ly, lx, scratch_ptr, g: tl.constexpr):
-    """Each lane's row of the perception's gradient, to this program's scratch."""
+    """Each lane's row in what :func:`keep_contributions` keeps, to this program's scratch."""
     at = around(lz + g.kernel_z - 1, ly + g.kernel_y - 1, lx + g.kernel_x - 1, g)
     row = tl.where(active, 1 + numbers, 0).to(tl.float32, bitcast=True)
     tl.store(scratch_ptr + g.active_at + at, row)

@@ -39,7 +39,7 @@ from nca_kernels.backends.triton.mlp import (
 from nca_kernels.backends.triton.stencil import (
     activated,
     add_taps_gradient,
-    keep_perception_gradient,
+    keep_contributions,
     keep_rows,
     overlap,
     overlaps,
@@ -249,7 +249,7 @@ def step_backward(
                     add_taps_gradient(
                         d_before, state_ptr, d_weights_ptr, sample, z, y, x, exists, g
                     )
-                keep_perception_gradient(d_before, first, scratch_ptr, weights_ptr, g)
+                keep_contributions(d_before, first, scratch_ptr, weights_ptr, g)
             tl.debug_barrier()  # before others read the scratch, or add to the same sums
         if g.state_grad:
             first_place = program * 0 + tile
