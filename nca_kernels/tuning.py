@@ -61,10 +61,20 @@ def user_folder() -> Path:
 
 
 def winner(device: str, kernel: str, problem: str) -> Launch | None:
-    """The best known launch on ``device``: the user's, else the packaged one, else None."""
+    """The best known launch on ``device``: the user's, else the packaged one, else None.
+
+    Raises:
+        ValueError: a file's launch has a field that launches do not have.
+    """
     for folder in (user_folder(), PACKAGED):
-        entry = _read(folder / f"{file_name(device)}.json").get(kernel, {}).get(problem)
+        path = folder / f"{file_name(device)}.json"
+        entry = _read(path).get(kernel, {}).get(problem)
         if entry is not None:
+            if unknown := set(entry) - set(FIELDS):
+                raise ValueError(
+                    f"{path} has a launch with {', '.join(sorted(unknown))}; launches have "
+                    f"{', '.join(FIELDS)}: remove the file, and tune again with {TUNE}=1"
+                )
             return Launch(**{**entry, "tile": tuple(entry["tile"])})
     return None
 

@@ -129,6 +129,15 @@ def test_a_winner_is_used_and_the_users_goes_first(own_folder, monkeypatch):
     assert tuning.winner("Other GPU", "step", "problem") is None
 
 
+def test_a_winner_of_another_version_is_told_by_its_file(own_folder):
+    entry = {"step": {"problem": {**asdict(Launch()), "clusters": 2}}}
+    (own_folder / "some-gpu.json").write_text(json.dumps(entry))
+    with pytest.raises(
+        ValueError, match=r"some-gpu.json has a launch with clusters; .* tune again"
+    ):
+        tuning.winner("Some GPU", "step", "problem")
+
+
 def test_candidates_hold_the_heuristic_and_no_launch_twice():
     found = tuning.candidates(Launch())
     assert found[0] == Launch()
