@@ -4,7 +4,8 @@ The backend ``triton_interpreted`` is the backend ``triton`` with its launches r
 callbacks. The interpreter needs a process of its own: ``TRITON_INTERPRET=1`` has to be set before
 Triton is imported, and nothing can be compiled then.
 
-An access outside of the kernel's arrays raises, and memory that is not written holds NaN.
+An access outside of the kernel's arrays raises, so does a race (see ``races``), and memory
+that is not written holds NaN.
 
 Where the interpreter computes otherwise than a GPU, it is corrected here: products and casts of
 bfloat16, and loops of dynamic length under newer NumPy. Where it is slow without need, it is
@@ -26,6 +27,7 @@ import ml_dtypes
 import numpy as np
 
 from nca_kernels import dispatch
+from nca_kernels.testing.races import Accesses, Extent
 from nca_kernels.tiled.configuration import product_precision
 from nca_kernels.tuning import Launch
 
@@ -88,12 +90,12 @@ def launch(
     aliases: dict[int, int] | None = None,
 ) -> list[Any]:
     """As ``backends.triton.launch.launch``, in the interpreter."""
-    run = partial(interpret, kernel, outputs, grid, g, aliases or {})
+    run = partial(interpret, kernel, outputs, grid, g, 32 * how.warps, aliases or {})
     return list(jax.pure_callback(run, list(outputs), *inputs))
 
 
 _lock = threading.Lock()  # the interpreter's state is global
-_memory: list[tuple[int, int]] = []  # first byte and end of each array of the running kernel
+_accesses = Accesses([], 0)  # of the running launch
 
 
 def interpret(
@@ -101,17 +103,20 @@ def interpret(
     outputs: Sequence[jax.ShapeDtypeStruct],
     grid: tuple[int, ...],
     g: Any,
+    threads: int,
     aliases: dict[int, int],
     *inputs: Any,
 ) -> list[np.ndarray]:
-    """Runs ``kernel`` over the grid on NumPy arrays; returns its outputs."""
+    """Runs ``kernel``, by so many threads, over the grid on NumPy arrays; returns its outputs."""
     arrays = [np.array(a) for a in inputs]
     results = [np.full(o.shape, _rubbish(o.dtype), o.dtype) for o in outputs]
     for index, output in aliases.items():
         results[output] = arrays[index]
+    global _accesses
     with _lock:
         _correct_interpreter()
-        _memory[:] = [(a.ctypes.data, a.ctypes.data + a.nbytes) for a in (*arrays, *results)]
+        extents = [Extent(a.ctypes.data, a.size, a.itemsize) for a in (*arrays, *results)]
+        _accesses = Accesses(extents, threads)
         kernel[grid](*map(_Operand, [*arrays, *results]), g=SimpleNamespace(**g))
     return results
 
@@ -204,12 +209,16 @@ def _correct_interpreter() -> None:
 
     load, store = builder.create_masked_load, builder.create_masked_store
 
-    def checked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-        _check_bounds(pointers, mask)
+    def program(builder: Any) -> int:
+        (x, y, z), (size_x, size_y, _) = builder.grid_idx, builder.grid_dim
+        return (z * size_y + y) * size_x + x
+
+    def noted_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        _accesses.read(program(self), pointers.data, mask.data.astype(bool))
         return load(self, pointers, mask, *rest)
 
-    def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        _check_bounds(pointers, mask)
+    def noted_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        _accesses.write(program(self), pointers.data, mask.data.astype(bool), value.data)
         return store(self, pointers, value, mask, *rest)
 
     patch_language = interpreter._patch_lang
@@ -228,18 +237,8 @@ def _correct_interpreter() -> None:
     interpreter.interpreter_builder.options = fast
     builder.create_dot, builder.cast_impl = exact_dot, rounding_cast
     builder.create_fp_trunc = builder.create_fp_ext = rounding_cast
-    builder.create_masked_load, builder.create_masked_store = checked_load, checked_store
+    builder.create_masked_load, builder.create_masked_store = noted_load, noted_store
+    builder.create_barrier = lambda self: _accesses.barrier()
     interpreter.ReduceOps.generic_reduce = fast_or
     interpreter._patch_lang_tensor = patch_index
     interpreter._patch_lang = patch_once
-
-
-def _check_bounds(pointers: Any, mask: Any) -> None:
-    """The addresses of one access lie within one array of the kernel."""
-    addresses = pointers.data[mask.data.astype(bool)]
-    if not addresses.size:
-        return
-    size = pointers.get_element_ty().primitive_bitwidth // 8 or 1
-    low, high = int(addresses.min()), int(addresses.max()) + size
-    if not any(first <= low and high <= end for first, end in _memory):
-        raise IndexError(f"an access of {addresses.size} elements lies outside of every array")

@@ -1,10 +1,5 @@
 """The Pallas kernels without a GPU: interpreted on the CPU, and lowered for CUDA."""
 
-import traceback
-from dataclasses import replace
-from functools import partial
-from typing import ClassVar
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -12,8 +7,13 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import nca_kernels as nk
 from nca_kernels import dispatch
-from nca_kernels.backends.pallas import launch as launching
-from nca_kernels.testing import ATTENTION, ATTENTION_CHECKS, CONFORMANCE, TRANSFORMATION_CHECKS
+from nca_kernels.testing import (
+    ATTENTION,
+    ATTENTION_CHECKS,
+    CONFORMANCE,
+    TRANSFORMATION_CHECKS,
+    pallas_host,
+)
 from nca_kernels.testing.conformance import (
     check_a_draw_equal_to_the_fire_rate,
     check_fate_hangs_on_dead_neighbours,
@@ -21,15 +21,15 @@ from nca_kernels.testing.conformance import (
     check_nan_is_not_hidden,
     check_values_and_gradients,
 )
-from nca_kernels.testing.triton_host import small_tiles
 
-INTERPRETED = "pallas_interpreted"
+INTERPRETED = pallas_host.NAME
+CHECKED = "pallas_checked"  # every access is looked at
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 BY_NAME = {case.name: case for case in CONFORMANCE}
 # All with the version of the machine with the H200; elsewhere a third, as XLA compiles the kernels
 # anew for each.
 CASES = CONFORMANCE[::3] if jax.__version__.startswith("0.10.") else CONFORMANCE
-CHECKED = ("kernel_beyond_grid", "volume")
+CHECKED_CASES = ("kernel_beyond_grid", "three_hidden", "volume")
 MASKS = ("line", "plane_batch_2x3", "volume")
 TRANSFORMATIONS = (
     ("update", "plane"),
@@ -52,38 +52,8 @@ LOWERED = (
 KERNELS = ("step_forward", "clear_dead", "step_backward", "add_overlaps", "add_programs")
 
 
-def interpret(kernel, inputs, *args, **keywords):
-    """A launch in interpret mode, as a function that a lowered module shows by name."""
-
-    def run(*inputs):
-        return launching.launch(kernel, inputs, *args, **keywords, interpret=True)
-
-    run.__name__ = f"interpreted_{kernel.__name__}"
-    return jax.jit(run)(*inputs)
-
-
-def load(op):
-    from nca_kernels.backends import pallas
-
-    engine = replace(pallas.ENGINE, launch=interpret, fixed=small_tiles)
-    return tuple(partial(kernel.func, engine) for kernel in getattr(pallas, op))
-
-
-dispatch.register(
-    dispatch.Backend(
-        name=INTERPRETED,
-        summary="the Pallas kernels in interpret mode",
-        load=load,
-        platforms=("cpu",),
-        markers={
-            "step": ("@interpreted_step_forward", "@interpreted_step_backward"),
-            "neighborhood_attention": (
-                "@interpreted_attention_forward",
-                "@interpreted_attention_backward_query",
-            ),
-        },
-    )
-)
+pallas_host.register()
+pallas_host.register(CHECKED, pallas_host.checked_launch)
 
 
 # ---- interpreted ----
@@ -94,39 +64,9 @@ def test_values_and_gradients(case):
     check_values_and_gradients(INTERPRETED, case, calls=1)
 
 
-class CheckedMemory(launching.Memory):
-    """Keeps the places in the kernels that reach outside of their arrays, else unseen."""
-
-    reached_outside: ClassVar[list[str]] = []
-
-    def load(self, at, mask=None):
-        self.check(at, mask)
-        return super().load(at, mask)
-
-    def store(self, at, value, mask=None):
-        self.check(at, mask)
-        super().store(at, value, mask)
-
-    def check(self, at, mask):
-        at = self.start + at
-        inside = (at >= 0) & (at < self.ref.shape[0])
-        if mask is not None:
-            inside = inside | ~jnp.broadcast_to(mask, at.shape)
-        *_, place, _, _ = traceback.extract_stack()
-
-        def keep(inside):
-            if not inside:
-                self.reached_outside.append(f"{place.name}: {place.line}")
-
-        jax.debug.callback(keep, jnp.all(inside))
-
-
-@pytest.mark.parametrize("name", CHECKED)
-def test_every_access_stays_inside(name, monkeypatch):
-    monkeypatch.setattr(launching, "Memory", CheckedMemory)
-    check_values_and_gradients(INTERPRETED, BY_NAME[name], calls=1)
-    jax.effects_barrier()
-    assert not set(CheckedMemory.reached_outside)
+@pytest.mark.parametrize("name", CHECKED_CASES)
+def test_every_access_stays_inside_and_none_races(name):
+    check_values_and_gradients(CHECKED, BY_NAME[name], calls=1)
 
 
 @pytest.mark.parametrize("name", MASKS)

@@ -75,7 +75,9 @@ def launch(
     from jax.experimental import pallas
     from jax.experimental.pallas import triton
 
-    constants = SimpleNamespace(**g, interpreted=interpret)
+    # Behind a barrier, threads of a program read what others wrote before it.
+    barrier = triton.debug_barrier if not interpret else lambda: None
+    constants = SimpleNamespace(**g, barrier=barrier)
 
     def body(*refs: Any) -> None:
         kernel(*(Memory(ref, interpret) for ref in refs), constants)
@@ -96,14 +98,6 @@ def launch(
         name=body.__name__,
     )(*(a.reshape(-1) for a in inputs))
     return [r.reshape(o.shape) for r, o in zip(results, outputs, strict=True)]
-
-
-def barrier(g: Any) -> None:
-    """Threads of a program that read memory after it see what others wrote before it."""
-    from jax.experimental.pallas import triton
-
-    if not g.interpreted:
-        triton.debug_barrier()
 
 
 def missing() -> str | None:

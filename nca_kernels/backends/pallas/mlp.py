@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from nca_kernels.backends.pallas.cells import across, down, loop, total
-from nca_kernels.backends.pallas.launch import Memory, barrier
+from nca_kernels.backends.pallas.launch import Memory
 from nca_kernels.rule import ACTIVATIONS
 
 PRECISIONS: dict[str, Any] = {
@@ -171,7 +171,7 @@ def _hidden_layer(rows: Rows, layer: int, n: Any, g: Any) -> Array:
 def _keep_hidden(rows: Rows, g: Any) -> None:
     """All hidden layers but the last, before their activation, to scratch."""
     if g.layers > 2:
-        barrier(g)  # other threads may still read what the previous rows left there
+        g.barrier()  # other threads may still read what the previous rows left there
     for layer in range(g.layers - 2):
         width = g.padded_widths[layer]
 
@@ -180,7 +180,7 @@ def _keep_hidden(rows: Rows, g: Any) -> None:
             memory.store(at, _hidden_layer(rows, layer, i * g.block_h, g))
 
         loop(width // g.block_h, keep)
-        barrier(g)  # the next layer's threads read what these wrote
+        g.barrier()  # the next layer's threads read what these wrote
 
 
 def mlp(rows: Rows, g: Any) -> Array:
@@ -227,7 +227,7 @@ def mlp_backward(du: Array, rows: Rows, sums: Sums, g: Any) -> list[Array]:
 
     d_parts = loop(g.padded_widths[last - 1] // g.block_h, last_layer, d_parts)
     for layer in range(last - 1, 0, -1):
-        barrier(g)  # these threads read the gradients that others wrote
+        g.barrier()  # these threads read the gradients that others wrote
         d_parts = _hidden_layer_backward(layer, d_parts, rows, sums, g)
     return d_parts
 

@@ -37,7 +37,7 @@ from nca_kernels.backends.pallas.cells import (
     unpack,
     unravel,
 )
-from nca_kernels.backends.pallas.launch import Memory, barrier
+from nca_kernels.backends.pallas.launch import Memory
 from nca_kernels.backends.pallas.mlp import Rows, Sums, activate_backward, mlp, mlp_backward, zeros
 from nca_kernels.backends.pallas.stencil import (
     activated,
@@ -185,7 +185,7 @@ def _copy_rest(
     if lives is not None:
         flags = unpack(lives, g)
         writes.alive.store(tile.cell, flags, tile.inside)
-        barrier(g)  # other threads read it for their rows
+        g.barrier()  # other threads read it for their rows
         alpha = state.load(tile.cell * g.channels + g.alive_channel, stays)
         writes.plane.store(tile.cell, alpha, stays)
         copied = stays & flags
@@ -231,7 +231,7 @@ def clear_dead(
 
     lowest = jnp.full((g.flat,), -jnp.inf, jnp.float32)
     survives = lives & (loop(g.pool, add_neighbour, lowest) > g.alive_threshold)
-    barrier(g)  # of few cells, other threads read the same flags
+    g.barrier()  # of few cells, other threads read the same flags
     (alive + start).store(cell, survives, inside)
     at, mask = channel_positions(cell, lives & ~survives, g)
     (out + start * g.channels).store(at, jnp.zeros(at.shape, out.ref.dtype), mask)
@@ -285,7 +285,7 @@ def step_backward(
         touched.store(number + along(1), count[None])
         (reads.scratch + g.active_at).store(along(g.tile), active.astype(jnp.float32))
         _clear_source_rows(sums, tile, g)
-        barrier(g)  # the previous tile's scratch is read, this one's flags are written
+        g.barrier()  # the previous tile's scratch is read, this one's flags are written
 
         def one_block(j: Any, _: None) -> None:
             lane, exists = compacted_lanes(words, upto, j * g.rows, count, g)
@@ -293,13 +293,13 @@ def step_backward(
             du = g.step_size * _cotangent(cotangent, block.rows.cell, exists, g)
             d_parts = mlp_backward(du, block.rows, sums, g)
             _perception_backward(d_parts, block, tile.sample, lane, reads, sums, g)
-            barrier(g)  # before others read the scratch, or add to the same sums
+            g.barrier()  # before others read the scratch, or add to the same sums
 
         loop(_blocks(count, g), one_block)
         if g.state_grad:
             own_shares = shares + number * (g.places * g.channels)
             _tile_gradient(cotangent, alive, d_state, own_shares, reads, count, tile, g)
-        barrier(g)
+        g.barrier()
 
     loop(_tiles(program, g), one_tile)
 

@@ -1,0 +1,128 @@
+"""Finds races of a GPU's kernels as they run in an interpreter, where nothing runs at once.
+
+On a GPU the elements of a tensor belong to different threads, and a program's threads see what
+others wrote to memory only behind a barrier. Programs never wait for each other. So, of one
+launch:
+
+* two elements that meet at an address between two barriers, one of them writing, are a race, but
+  for the same element of tensors of one shape: it belongs to the same thread, as a sum that is
+  read, added to, and written back. If a tensor has fewer elements than there are threads, several
+  hold each: they all read it, and one writes it;
+* elements of one store that meet at an address must write the same value;
+* what one program writes, no other reads or writes.
+
+Triton may lay out two tensors of one shape differently: that is not seen here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+_MANY = -1  # readers
+
+
+class Race(RuntimeError):
+    """Two threads meet at an address, and nothing says who comes first."""
+
+
+class Extent(NamedTuple):
+    """An array in memory: its first byte, its elements, and bytes of each."""
+
+    first: int
+    size: int
+    itemsize: int
+
+
+class _Array:
+    """Who read and wrote each element of an array last."""
+
+    def __init__(self, extent: Extent):
+        self.first, size, self.itemsize = extent
+        self.end = self.first + size * self.itemsize
+        # Programs, the first being 1; the number of barriers before; the tensor's element.
+        self.read_by, self.written_by = np.zeros((2, size), np.int32)
+        self.read_at, self.written_at = np.zeros((2, size), np.int32)
+        self.read_as, self.written_as = np.zeros((2, size), np.int64)
+
+
+class Accesses:
+    """All accesses of a launch so far, of programs with so many threads each.
+
+    An access outside of the arrays raises IndexError.
+    """
+
+    def __init__(self, extents: Sequence[Extent], threads: int):
+        self._arrays = [_Array(extent) for extent in extents]
+        self._threads = threads
+        self._now, self._program = 1, 0
+        self._shapes: dict[tuple[int, ...], int] = {}
+
+    def barrier(self) -> None:
+        self._now += 1
+
+    def read(self, program: int, addresses: np.ndarray, mask: np.ndarray) -> None:
+        array, at, element = self._find(program, addresses, mask)
+        if array is None:
+            return
+        written = array.written_at[at] == self._now
+        elsewhere = mask.size < self._threads or array.written_as[at] != element
+        _refuse(written & elsewhere, "reads what another thread wrote")
+        others = (array.written_by[at] != 0) & (array.written_by[at] != self._program)
+        _refuse(others, "reads what another program wrote")
+        again = array.read_at[at] == self._now
+        array.read_as[at] = np.where(again & (array.read_as[at] != element), _MANY, element)
+        array.read_as[at[array.read_as[at] != element]] = _MANY  # several of these elements
+        array.read_at[at] = self._now
+        known = (array.read_by[at] == 0) | (array.read_by[at] == self._program)
+        array.read_by[at] = np.where(known, self._program, _MANY)
+
+    def write(
+        self, program: int, addresses: np.ndarray, mask: np.ndarray, values: np.ndarray
+    ) -> None:
+        array, at, element = self._find(program, addresses, mask)
+        if array is None:
+            return
+        read, written = array.read_at[at] == self._now, array.written_at[at] == self._now
+        _refuse(read & (array.read_as[at] != element), "writes what another thread reads")
+        _refuse(written & (array.written_as[at] != element), "writes what another thread wrote")
+        for by, verb in ((array.read_by, "reads"), (array.written_by, "writes")):
+            others = (by[at] != 0) & (by[at] != self._program)
+            _refuse(others, f"writes what another program {verb}")
+        array.written_as[at] = element
+        array.written_at[at], array.written_by[at] = self._now, self._program
+        shared = array.written_as[at] != element
+        if shared.any():
+            _refuse_contradiction(at, values[mask])
+
+    def _find(
+        self, program: int, addresses: np.ndarray, mask: np.ndarray
+    ) -> tuple[Any, np.ndarray, np.ndarray]:
+        """The array of an access, where in it, and numbers of the tensor's elements."""
+        if program + 1 != self._program:
+            self._program, self._now = program + 1, self._now + 1
+        element = np.flatnonzero(mask)
+        if not element.size:
+            return None, element, element
+        addresses = addresses.reshape(-1)[element].astype(np.int64)
+        low, high = int(addresses.min()), int(addresses.max())
+        for array in self._arrays:
+            if array.first <= low and high + array.itemsize <= array.end:
+                shape = self._shapes.setdefault(mask.shape, len(self._shapes))
+                return array, (addresses - array.first) // array.itemsize, shape * 2**40 + element
+        raise IndexError(f"an access of {element.size} elements lies outside of every array")
+
+
+def _refuse_contradiction(at: np.ndarray, values: np.ndarray) -> None:
+    order = np.argsort(at, kind="stable")
+    at, raw = at[order], np.ascontiguousarray(values[order])
+    raw = raw.view(np.uint8).reshape(at.size, -1)  # as bits: NaN is NaN
+    differ = (raw[1:] != raw[:-1]).any(axis=1)
+    _refuse((at[1:] == at[:-1]) & differ, "writes two values to one place")
+
+
+def _refuse(race: np.ndarray, what: str) -> None:
+    if race.any():
+        raise Race(f"{int(race.sum())} of {race.size} elements: a thread {what}")
