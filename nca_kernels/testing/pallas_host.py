@@ -18,10 +18,12 @@ from jax.experimental import io_callback
 
 from nca_kernels import dispatch
 from nca_kernels.backends.pallas import launch as launching
-from nca_kernels.testing.races import Accesses, Extent
+from nca_kernels.testing.races import Accesses, Extent, function_in
 from nca_kernels.testing.triton_host import small_tiles
+from nca_kernels.tuning import Launch
 
 NAME = "pallas_interpreted"
+KERNELS = "backends/pallas"  # files that hold them
 
 
 def register(name: str = NAME, launch: Callable[..., list[Any]] | None = None) -> None:
@@ -48,11 +50,19 @@ def register(name: str = NAME, launch: Callable[..., list[Any]] | None = None) -
     )
 
 
-def interpret(kernel: Any, inputs: Sequence[Any], *args: Any, **keywords: Any) -> list[Any]:
+def interpret(
+    kernel: Any,
+    inputs: Sequence[Any],
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    grid: tuple[int, ...],
+    g: dict[str, Any],
+    how: Launch,
+    aliases: dict[int, int] | None = None,
+) -> list[Any]:
     """A launch in interpret mode, as a function that a lowered module shows by name."""
 
     def run(*inputs: Any) -> list[Any]:
-        return launching.launch(kernel, inputs, *args, **keywords, interpret=True)
+        return launching.launch(kernel, inputs, outputs, grid, g, how, aliases, interpret=True)
 
     run.__name__ = f"interpreted_{kernel.__name__}"
     return list(jax.jit(run)(*inputs))
@@ -80,7 +90,7 @@ def checked_launch(
     outputs: Sequence[jax.ShapeDtypeStruct],
     grid: tuple[int, ...],
     g: dict[str, Any],
-    how: Any,
+    how: Launch,
     aliases: dict[int, int] | None = None,
 ) -> list[Any]:
     """As :func:`interpret`; an access outside of the arrays, or a race, raises."""
@@ -98,8 +108,8 @@ def checked_launch(
             values = None if values is None else jnp.broadcast_to(values, at.shape)
             # Each call takes the result of the one before, so that they come in their order.
             told = (clock.load(one), program, at, mask, values)
-            shape = jax.ShapeDtypeStruct((1,), jnp.int32)
-            clock.store(one, io_callback(partial(log.note, kind, array), shape, *told))
+            shape, function = jax.ShapeDtypeStruct((1,), jnp.int32), function_in(KERNELS)
+            clock.store(one, io_callback(partial(log.note, kind, array, function), shape, *told))
 
         def tell(kind: str) -> None:
             note(kind, 0, one, None, None)
@@ -128,7 +138,15 @@ class _Log:
             self._extents[inputs + output] = self._extents[i]
 
     def note(
-        self, kind: str, array: int, clock: Any, program: Any, at: Any, mask: Any, values: Any
+        self,
+        kind: str,
+        array: int,
+        function: str,
+        clock: Any,
+        program: Any,
+        at: Any,
+        mask: Any,
+        values: Any,
     ) -> np.ndarray:
         if kind == "start":
             if program == 0:
@@ -138,7 +156,7 @@ class _Log:
         else:
             first, _, itemsize = self._extents[array]
             addresses = first + itemsize * np.asarray(at, np.int64)
-            told = (int(program), addresses, np.asarray(mask))
+            told = (int(program), function, addresses, np.asarray(mask))
             if kind == "read":
                 self._accesses.read(*told)
             else:

@@ -5,18 +5,20 @@ others wrote to memory only behind a barrier. Programs never wait for each other
 launch:
 
 * two elements that meet at an address between two barriers, one of them writing, are a race, but
-  for the same element of tensors of one shape: it belongs to the same thread, as a sum that is
-  read, added to, and written back. If a tensor has fewer elements than there are threads, several
-  hold each: they all read it, and one writes it;
+  for the same element of tensors of one shape in one function: it belongs to the same thread, as a
+  sum that is read, added to, and written back. If a tensor has fewer elements than there are
+  threads, several hold each: they all read it, and one writes it;
 * elements of one store that meet at an address must write the same value;
 * what one program writes, no other reads or writes.
 
-Triton may lay out two tensors of one shape differently: that is not seen here.
+Triton may lay out two tensors of one shape differently within a function, too: that is not seen.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,13 +60,13 @@ class Accesses:
         self._arrays = [_Array(extent) for extent in extents]
         self._threads = threads
         self._now, self._program = 1, 0
-        self._shapes: dict[tuple[int, ...], int] = {}
+        self._tensors: dict[tuple[str, tuple[int, ...]], int] = {}  # by function and shape
 
     def barrier(self) -> None:
         self._now += 1
 
-    def read(self, program: int, addresses: np.ndarray, mask: np.ndarray) -> None:
-        array, at, element = self._find(program, addresses, mask)
+    def read(self, program: int, function: str, addresses: np.ndarray, mask: np.ndarray) -> None:
+        array, at, element = self._find(program, function, addresses, mask)
         if array is None:
             return
         written = array.written_at[at] == self._now
@@ -80,9 +82,14 @@ class Accesses:
         array.read_by[at] = np.where(known, self._program, _MANY)
 
     def write(
-        self, program: int, addresses: np.ndarray, mask: np.ndarray, values: np.ndarray
+        self,
+        program: int,
+        function: str,
+        addresses: np.ndarray,
+        mask: np.ndarray,
+        values: np.ndarray,
     ) -> None:
-        array, at, element = self._find(program, addresses, mask)
+        array, at, element = self._find(program, function, addresses, mask)
         if array is None:
             return
         read, written = array.read_at[at] == self._now, array.written_at[at] == self._now
@@ -98,7 +105,7 @@ class Accesses:
             _refuse_contradiction(at, values[mask])
 
     def _find(
-        self, program: int, addresses: np.ndarray, mask: np.ndarray
+        self, program: int, function: str, addresses: np.ndarray, mask: np.ndarray
     ) -> tuple[Any, np.ndarray, np.ndarray]:
         """The array of an access, where in it, and numbers of the tensor's elements."""
         if program + 1 != self._program:
@@ -110,9 +117,17 @@ class Accesses:
         low, high = int(addresses.min()), int(addresses.max())
         for array in self._arrays:
             if array.first <= low and high + array.itemsize <= array.end:
-                shape = self._shapes.setdefault(mask.shape, len(self._shapes))
-                return array, (addresses - array.first) // array.itemsize, shape * 2**40 + element
+                tensor = self._tensors.setdefault((function, mask.shape), len(self._tensors))
+                return array, (addresses - array.first) // array.itemsize, tensor * 2**40 + element
         raise IndexError(f"an access of {element.size} elements lies outside of every array")
+
+
+def function_in(folder: str) -> str:
+    """The innermost function of files in ``folder`` that is running."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and folder not in frame.f_code.co_filename:
+        frame = frame.f_back
+    return "" if frame is None else frame.f_code.co_name
 
 
 def _refuse_contradiction(at: np.ndarray, values: np.ndarray) -> None:

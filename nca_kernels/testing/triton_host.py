@@ -8,8 +8,8 @@ An access outside of the kernel's arrays raises, so does a race (see ``races``),
 that is not written holds NaN.
 
 Where the interpreter computes otherwise than a GPU, it is corrected here: products and casts of
-bfloat16, and loops of dynamic length under newer NumPy. Where it is slow without need, it is
-helped: it would patch Triton's language anew for each call of a function.
+bfloat16, products of TF32, and loops of dynamic length under newer NumPy. Where it is slow without
+need, it is helped: it would patch Triton's language anew for each call of a function.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ import ml_dtypes
 import numpy as np
 
 from nca_kernels import dispatch
-from nca_kernels.testing.races import Accesses, Extent
+from nca_kernels.testing.races import Accesses, Extent, function_in
 from nca_kernels.tiled.configuration import product_precision
 from nca_kernels.tuning import Launch
 
 INTERPRET = "TRITON_INTERPRET"
 NAME = "triton_interpreted"
+KERNELS = "backends/triton"  # files that hold them
 CALLBACK = "xla_ffi_python_cpu_callback"  # what a lowered launch shows
 
 
@@ -65,8 +66,8 @@ def _load(op: str) -> Any:
 
 
 def nvidias(precision: str, platform: str) -> str:
-    """Products as NVIDIA's GPUs take them; the interpreter does not round to TF32."""
-    return product_precision(precision, "cuda")
+    """Products as NVIDIA's GPUs take them; by default those of this platform."""
+    return product_precision(precision, platform if precision == "default" else "cuda")
 
 
 def small_tiles(call: Any) -> Launch:
@@ -173,7 +174,10 @@ class _Operand:
 def _correct_interpreter() -> None:
     """Once a process: see the head of this file."""
     import triton.language as tl
+    from triton._C.libtriton import ir
     from triton.runtime import interpreter
+
+    from nca_kernels.backends.triton import mlp
 
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
     create_dot, cast = builder.create_dot, builder.cast_impl
@@ -184,8 +188,24 @@ def _correct_interpreter() -> None:
             return value
         return handle(value.data.view(ml_dtypes.bfloat16).astype(np.float32), tl.float32)
 
-    def exact_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        return create_dot(self, widened(a), widened(b), *rest)
+    def cut_off(value: Any) -> Any:
+        if value.dtype != tl.float32:
+            return value
+        bits = np.ascontiguousarray(value.data).view(np.uint32) & np.uint32(0xFFFFE000)
+        return handle(bits.view(np.float32), tl.float32)
+
+    def true_dot(self: Any, a: Any, b: Any, acc: Any, precision: Any, *rest: Any) -> Any:
+        a, b = widened(a), widened(b)
+        if precision == ir.INPUT_PRECISION.TF32:
+            a, b = cut_off(a), cut_off(b)
+        return create_dot(self, a, b, acc, precision, *rest)
+
+    def add_half(self: Any, asm: str, _: str, values: Any, *rest: Any) -> Any:
+        assert asm == mlp._ADD_HALF.value, f"cannot run {asm}"
+        x = np.ascontiguousarray(values[0].data)
+        more = (x.view(np.uint32) + np.uint32(1 << 12)).view(np.float32)
+        result = handle(np.where(np.isfinite(x), more, x), tl.float32)
+        return SimpleNamespace(get_result=lambda _: result)
 
     def rounding_cast(self: Any, source: Any, target: Any) -> Any:
         if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16:
@@ -214,11 +234,13 @@ def _correct_interpreter() -> None:
         return (z * size_y + y) * size_x + x
 
     def noted_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-        _accesses.read(program(self), pointers.data, mask.data.astype(bool))
+        where = (program(self), function_in(KERNELS), pointers.data)
+        _accesses.read(*where, mask.data.astype(bool))
         return load(self, pointers, mask, *rest)
 
     def noted_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        _accesses.write(program(self), pointers.data, mask.data.astype(bool), value.data)
+        where = (program(self), function_in(KERNELS), pointers.data)
+        _accesses.write(*where, mask.data.astype(bool), value.data)
         return store(self, pointers, value, mask, *rest)
 
     patch_language = interpreter._patch_lang
@@ -235,7 +257,8 @@ def _correct_interpreter() -> None:
 
     fast = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
     interpreter.interpreter_builder.options = fast
-    builder.create_dot, builder.cast_impl = exact_dot, rounding_cast
+    builder.create_dot, builder.cast_impl = true_dot, rounding_cast
+    builder.create_inline_asm = add_half
     builder.create_fp_trunc = builder.create_fp_ext = rounding_cast
     builder.create_masked_load, builder.create_masked_store = noted_load, noted_store
     builder.create_barrier = lambda self: _accesses.barrier()

@@ -17,6 +17,7 @@ from nca_kernels.rule import Operands
 from nca_kernels.tiled.configuration import Engine, step_launch
 from nca_kernels.tiled.geometry import step_constants
 from nca_kernels.tiled.weights import pack, unpack
+from nca_kernels.tuning import Launch
 
 Shape = jax.ShapeDtypeStruct
 
@@ -25,8 +26,7 @@ def forward(engine: Engine, call: Any, platform: str, operands: Operands) -> lis
     """``[new state [G, B, *S, C]]``, and with alive masking the mask ``[G, B, *S]``."""
     launch, kernels = engine.launch, engine.step_kernels()
     how = step_launch(engine, "step_forward", call, platform, operands)
-    precision = engine.precision(call.rule.precision, platform)
-    g = step_constants(call, operands, how, precision)
+    g = _constants(engine, call, platform, operands, how)
     groups = operands.state.shape[0]
     state, fire, given, inputs = _flat_operands(operands)
     alive = g["alive"]
@@ -71,8 +71,7 @@ def backward(
     launch, kernels = engine.launch, engine.step_kernels()
     wanted = jax.tree.unflatten(jax.tree.structure(operands), wrt)
     how = step_launch(engine, "step_backward", call, platform, operands)
-    precision = engine.precision(call.rule.precision, platform)
-    g = step_constants(call, operands, how, precision, wanted)
+    g = _constants(engine, call, platform, operands, how, wanted)
     groups = operands.state.shape[0]
     state, fire, given, inputs = _flat_operands(operands)
     alive = saved[0].reshape(groups, -1) if saved else jnp.zeros((groups, 1), jnp.bool_)
@@ -126,6 +125,19 @@ def backward(
     else:
         grads = Operands(*grads[:4], *operands[4:])
     return _wanted_gradients(grads, operands, wanted)
+
+
+def _constants(
+    engine: Engine,
+    call: Any,
+    platform: str,
+    operands: Operands,
+    how: Launch,
+    wanted: Operands | None = None,
+) -> dict[str, Any]:
+    precision = engine.precision(call.rule.precision, platform)
+    g = step_constants(call, operands, how, precision, wanted)
+    return g | {"wide_products": engine.wide_products()}
 
 
 def _flat_operands(operands: Operands) -> tuple[Array, Array, Array, Array]:

@@ -7,6 +7,7 @@ first layer are the stencil's filters, one block each, then the given perception
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,10 +24,14 @@ Weights = tuple[Array | None, Array | None, tuple]  # taps, perception bias, lay
 def pack(operands: Operands, g: Sizes) -> Array:
     """``[G or 1, weights]``."""
     groups = weight_groups(operands)
-    weights = jax.tree.map(
+    taps, perception_bias, layers = jax.tree.map(
         lambda w: jnp.broadcast_to(w, (groups, *w.shape[1:])).astype(jnp.float32), operands[4:]
     )
-    return _pack(weights, g)
+    if g["precision"] == "tf32":  # to the nearest: products would cut off what they have more
+        round_off = partial(jax.lax.reduce_precision, exponent_bits=8, mantissa_bits=10)
+        taps = round_off(taps) if g["dense"] else taps
+        layers = tuple((round_off(weight), bias) for weight, bias in layers)
+    return _pack((taps, perception_bias, layers), g)
 
 
 def unpack(packed: Array, operands: Operands, g: Sizes) -> Weights:

@@ -22,13 +22,13 @@ class Memory:
         mask = np.ones(where.shape, bool) if mask is None else np.asarray(mask, bool)
         return (FIRST + 4 * where).astype(np.uint64), mask
 
-    def load(self, where, program=0, mask=None):
-        self.accesses.read(program, *self._of(where, mask))
+    def load(self, where, program=0, mask=None, function="f"):
+        self.accesses.read(program, function, *self._of(where, mask))
 
-    def store(self, where, program=0, mask=None, value=0.0):
+    def store(self, where, program=0, mask=None, value=0.0, function="f"):
         addresses, mask = self._of(where, mask)
         values = np.broadcast_to(np.float32(value), mask.shape)
-        self.accesses.write(program, addresses, mask, values)
+        self.accesses.write(program, function, addresses, mask, values)
 
 
 @pytest.fixture
@@ -53,6 +53,13 @@ def test_threads_meet_behind_a_barrier_only(memory, first, second, again):
     getattr(memory, second)(again)
     with pytest.raises(Race, match="another thread"):
         getattr(memory, first)(ROW)
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS)
+def test_another_function_lays_out_otherwise(memory, first, second):
+    getattr(memory, first)(ROW)
+    with pytest.raises(Race, match="another thread"):
+        getattr(memory, second)(ROW, function="g")
 
 
 def test_all_threads_read_what_few_elements_hold(memory):

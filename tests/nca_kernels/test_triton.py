@@ -81,6 +81,21 @@ def _register(name, summary, engine):
     dispatch.register(dispatch.Backend(name, summary, lambda op: both))
 
 
+@pytest.mark.parametrize("name", ["dense", "three_hidden", "inputs_per_cell", "plane_batch_1"])
+def test_products_of_tensorfloat32(name):
+    """They cut off bits of their operands: where those are not rounded before, errors add up."""
+    case = BY_NAME[name]
+    case = replace(case, rule=replace(case.rule, precision="tensorfloat32"))
+    check_values_and_gradients(BACKEND, case, calls=1)
+
+
+def test_hidden_layers_of_several_blocks_of_rows():
+    """Each block's go where those of the one before were, forward and backward."""
+    case = BY_NAME["two_hidden"]
+    case = replace(case, grid=(40,), rule=replace(case.rule, fire_rate=1.0, alive=None))
+    check_values_and_gradients(BACKEND, case, calls=1)
+
+
 def test_gradients_of_many_programs():
     """Gradients of the weights are added up over more programs than fit one turn of the loop."""
     launch = Launch(tile=(1, 1, 16), rows=16, block_h=16, programs=40)

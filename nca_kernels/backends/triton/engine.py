@@ -5,13 +5,21 @@ from __future__ import annotations
 from importlib import import_module
 
 from nca_kernels.backends.triton.launch import capability, launch
-from nca_kernels.tiled.configuration import Engine, unsupported_by_tiles
+from nca_kernels.tiled.configuration import Engine, product_precision, unsupported_by_tiles
+
+
+def _precision(precision: str, platform: str) -> str:
+    """Without TF32 on NVIDIA's older GPUs, which do not have it."""
+    found = product_precision(precision, platform)
+    return "ieee" if found.startswith("tf32") and 0 < capability() < 80 else found
+
 
 ENGINE = Engine(
     name="triton",
     step_kernels=lambda: import_module("nca_kernels.backends.triton.step_kernels"),
     attention_kernels=lambda: import_module("nca_kernels.backends.triton.attention_kernels"),
     launch=launch,
+    precision=_precision,
     wide_products=lambda: capability() >= 90,
 )
 unsupported = unsupported_by_tiles

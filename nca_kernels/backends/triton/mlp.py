@@ -63,9 +63,32 @@ def activate_backward(x, d, name: tl.constexpr):
 # ---- products ----
 
 
+# What adding half of TF32's last bit does not turn into another NaN: numbers, and no infinity.
+_ADD_HALF = tl.constexpr(
+    "{ .reg .pred finite; .reg .f32 size; abs.f32 size, $1; setp.lt.f32 finite, size, 0f7F800000; "
+    "mov.b32 $0, $1; @finite add.u32 $0, $0, 4096; }"
+)
+
+
+@triton.jit
+def _by_instruction(asm: tl.constexpr, x):
+    return tl.inline_asm_elementwise(asm, "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def rounded(x, g: tl.constexpr):
+    """An operand of products, to the nearest TF32: they cut off the bits that it has more.
+
+    Weights are rounded where they are packed. Gradients of hidden layers are not: see docs/gpu.md.
+    """
+    if g.precision == "tf32":
+        x = _by_instruction("cvt.rn.tf32.f32 $0, $1;" if g.wide_products else _ADD_HALF, x)
+    return x
+
+
 @triton.jit
 def dot(a, b, acc, g: tl.constexpr):
-    """``acc + a @ b`` at the rule's precision, accumulated in float32."""
+    """``acc + a @ b`` at the rule's precision, accumulated in float32; operands :func:`rounded`."""
     if g.precision == "bfloat16":
         acc = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc)
     else:
@@ -115,14 +138,25 @@ def add_vector(ptr, column, value):
 
 
 @triton.jit
-def source_rows(ptr, row, exists, k, size: tl.constexpr, block: tl.constexpr):
-    """Columns k .. k + block of the rows [R] of a source ``[*, size]``: [R, block]."""
-    column = k + tl.arange(0, block)[None, :]
+def source_rows(ptr, row, exists, k, size: tl.constexpr, g: tl.constexpr):
+    """Columns k .. k + BS of the rows [R] of a source ``[*, size]``: [R, BS]."""
+    column = k + tl.arange(0, g.block_s)[None, :]
     at = ptr + row[:, None] * size + column
-    return tl.load(at, mask=exists[:, None] & (column < size), other=0.0).to(tl.float32)
+    x = tl.load(at, mask=exists[:, None] & (column < size), other=0.0).to(tl.float32)
+    return rounded(x, g)
 
 
 # ---- forward ----
+
+
+@triton.jit
+def hidden(z, g: tl.constexpr):
+    """A hidden layer's values, :func:`rounded`."""
+    if g.activation == "relu" and g.precision == "tf32" and g.wide_products:
+        h = _by_instruction("cvt.rn.relu.tf32.f32 $0, $1;", z)
+    else:
+        h = rounded(activate(z, g.activation), g)
+    return h
 
 
 @triton.jit
@@ -140,7 +174,7 @@ def first_layer(parts, sources, row, exists, weights_ptr, n, N: tl.constexpr, g:
         acc = dot(parts[f], w, acc, g)
     for s in tl.static_range(2):
         for k in range(0, g.source_sizes[s], g.block_s):
-            x = source_rows(sources[s], row[s], exists, k, g.source_sizes[s], g.block_s)
+            x = source_rows(sources[s], row[s], exists, k, g.source_sizes[s], g)
             ws = load_block(weights_ptr + g.source_at[s], k, n, stride, g.block_s, N)
             acc = dot(x, ws, acc, g)
     return acc
@@ -156,7 +190,7 @@ def hidden_before(layer: tl.constexpr, scratch_ptr, weights_ptr, n, g: tl.conste
     for k in range(0, inputs, g.block_h):
         z = load_block(scratch_ptr + g.hidden_at[layer - 1], 0, k, inputs, g.rows, g.block_h)
         w = load_block(weights_ptr + g.weight_at[layer], k, n, stride, g.block_h, g.block_h)
-        acc = dot(activate(z, g.activation), w, acc, g)
+        acc = dot(hidden(z, g), w, acc, g)
     return acc
 
 
@@ -209,7 +243,7 @@ def _held_mlp(parts, weights_ptr, held, g: tl.constexpr):
         z = dot(parts[f], held[f], z, g)
     bias = load_block(weights_ptr + g.bias_at[1], 0, 0, g.block_c, 1, g.block_c)
     u = tl.broadcast_to(bias, (g.rows, g.block_c))
-    return dot_result(activate(z, g.activation), held[g.filters], u, g)
+    return dot_result(hidden(z, g), held[g.filters], u, g)
 
 
 @triton.jit
@@ -227,7 +261,7 @@ def mlp(parts, sources, row, exists, scratch_ptr, weights_ptr, held, g: tl.const
         for n in range(0, g.padded_widths[last - 1], g.block_h):
             z = hidden_layer(last - 1, parts, sources, row, exists, scratch_ptr, weights_ptr, n, g)
             w = load_block(weights_ptr + g.weight_at[last], n, 0, g.block_c, g.block_h, g.block_c)
-            u = dot_result(activate(z, g.activation), w, u, g)
+            u = dot_result(hidden(z, g), w, u, g)
     return u
 
 
@@ -267,7 +301,7 @@ def _resident_sums(sums, parts, h, dz, du, g: tl.constexpr):
     new = ()
     for f in tl.static_range(g.filters):
         new = new + (dot(tl.trans(dz), parts[f], sums[f], g),)
-    last = dot(tl.trans(h), du, sums[g.filters], g)
+    last = dot(tl.trans(h), rounded(du, g), sums[g.filters], g)
     first_bias = sums[g.filters + 1] + _row_sum(dz, g)
     last_bias = sums[g.filters + 2] + tl.sum(du, axis=0)
     return new + (last, first_bias, last_bias)
@@ -308,7 +342,7 @@ def first_layer_backward(
     for s in tl.static_range(2):
         for k in range(0, g.source_sizes[s], g.block_s):
             if g.weight_grad:
-                x = source_rows(sources[s], row[s], exists, k, g.source_sizes[s], g.block_s)
+                x = source_rows(sources[s], row[s], exists, k, g.source_sizes[s], g)
                 add_block(grads_ptr + g.source_at[s], k, n, stride, _outer(x, dz, g))
             if g.source_grad[s]:
                 ws = load_block(weights_ptr + g.source_at[s], k, n, stride, g.block_s, N)
@@ -343,22 +377,24 @@ def mlp_backward(
         d_parts = d_parts + (tl.zeros((g.rows, g.block_p), tl.float32),)
     if last == 0:
         d_parts = first_layer_backward(
-            du, 0, parts, d_parts, sources, row, exists, weights_ptr, grads_ptr, d_sources, g
-        )
+            rounded(du, g), 0, parts, d_parts, sources, row, exists, weights_ptr, grads_ptr,
+            d_sources, g,
+        )  # fmt: skip
     else:
         keep_hidden(parts, sources, row, exists, scratch_ptr, weights_ptr, g)
         if g.weight_grad and not g.resident:
             add_vector(grads_ptr + g.bias_at[last], 0, tl.sum(du, axis=0))
         for n in range(0, g.padded_widths[last - 1], g.block_h):
             z = hidden_layer(last - 1, parts, sources, row, exists, scratch_ptr, weights_ptr, n, g)
-            h = activate(z, g.activation)
+            h = hidden(z, g)
             w = load_block(weights_ptr + g.weight_at[last], n, 0, g.block_c, g.block_h, g.block_c)
-            dh = dot(du, tl.trans(w), tl.zeros((g.rows, g.block_h), tl.float32), g)
+            d_out = rounded(du, g)
+            dh = dot(d_out, tl.trans(w), tl.zeros((g.rows, g.block_h), tl.float32), g)
             dz = activate_backward(z, dh, g.activation)
             if g.resident:
                 sums = _resident_sums(sums, parts, h, dz, du, g)
             elif g.weight_grad:
-                add_block(grads_ptr + g.weight_at[last], n, 0, g.block_c, _outer(h, du, g))
+                add_block(grads_ptr + g.weight_at[last], n, 0, g.block_c, _outer(h, d_out, g))
             if last == 1:
                 d_parts = first_layer_backward(
                     dz, n, parts, d_parts, sources, row, exists, weights_ptr, grads_ptr,
@@ -394,7 +430,7 @@ def _hidden_layer_backward(
     stride: tl.constexpr = g.padded_widths[layer]
     for k in range(0, inputs, g.block_h):
         z = load_block(scratch_ptr + g.hidden_at[layer - 1], 0, k, inputs, g.rows, g.block_h)
-        h = activate(z, g.activation)
+        h = hidden(z, g)
         dh = tl.zeros((g.rows, g.block_h), tl.float32)
         for n in range(0, stride, g.block_h):
             d = load_block(scratch_ptr + g.gradient_at[layer], 0, n, stride, g.rows, g.block_h)

@@ -8,7 +8,14 @@ import triton
 import triton.language as tl
 
 from nca_kernels.backends.triton.cells import border, cell_number, channel_offsets
-from nca_kernels.backends.triton.mlp import activate, add_block, add_vector, dot, load_block
+from nca_kernels.backends.triton.mlp import (
+    activate,
+    add_block,
+    add_vector,
+    dot,
+    load_block,
+    rounded,
+)
 
 
 @triton.jit
@@ -58,7 +65,8 @@ def perceive(state_ptr, weights_ptr, sample, z, y, x, exists, g: tl.constexpr):
             new = ()
             for f in tl.static_range(g.filters):
                 if g.dense:
-                    new = new + (dot(value, tap_block(weights_ptr, k, g), parts[f], g),)
+                    taps = tap_block(weights_ptr, k, g)
+                    new = new + (dot(rounded(value, g), taps, parts[f], g),)
                 else:
                     new = new + (parts[f] + value * tap_row(weights_ptr, k, f, g),)
             parts = new
@@ -67,9 +75,10 @@ def perceive(state_ptr, weights_ptr, sample, z, y, x, exists, g: tl.constexpr):
 
 @triton.jit
 def activated(parts, g: tl.constexpr):
+    """The perception as products want it."""
     new = ()
     for f in tl.static_range(g.filters):
-        new = new + (activate(parts[f], g.perception_activation),)
+        new = new + (rounded(activate(parts[f], g.perception_activation), g),)
     return new
 
 
@@ -85,7 +94,8 @@ def add_taps_gradient(d_parts, state_ptr, grads_ptr, sample, z, y, x, exists, g:
             for f in tl.static_range(g.filters):
                 if g.dense:
                     zeros = tl.zeros((g.block_c, g.block_p), tl.float32)
-                    d_taps = dot(tl.trans(value), d_parts[f], zeros, g)
+                    seen, d = rounded(value, g), rounded(d_parts[f], g)
+                    d_taps = dot(tl.trans(seen), d, zeros, g)
                     add_block(grads_ptr + g.taps_at, k * g.block_c, 0, g.block_p, d_taps)
                 else:
                     d_taps = tl.sum(value * d_parts[f], axis=0)
@@ -121,7 +131,8 @@ def tap_transposed(d_parts, k, weights_ptr, g: tl.constexpr):
     value = tl.zeros((g.rows, g.block_c), tl.float32)
     for f in tl.static_range(g.filters):
         if g.dense:
-            value = dot(d_parts[f], tl.trans(tap_block(weights_ptr, k, g)), value, g)
+            taps = tap_block(weights_ptr, k, g)
+            value = dot(rounded(d_parts[f], g), tl.trans(taps), value, g)
         else:
             value += d_parts[f] * tap_row(weights_ptr, k, f, g)
     return value

@@ -207,7 +207,6 @@ def step_backward(
     _clear(d_weights_ptr, g.weights)
     _clear(scratch_ptr, g.kept)  # the row of zeros
     _clear(scratch_ptr + g.active_at, g.around)
-    tl.debug_barrier()
     sums = no_sums(g)
     # What a tile's work has in common with the next one's would only fill registers.
     for tile in tl.range(program, g.tiles, g.programs, disable_licm=True):
@@ -223,11 +222,11 @@ def step_backward(
         count = tl.max(upto, axis=0)
         tl.store(touched_ptr + tile, count)
         _clear_source_rows((d_given_ptr, d_inputs_ptr), cell, inside, g)
-        tl.debug_barrier()  # the previous tile's lanes are read
+        tl.debug_barrier()  # the previous tile's scratch is read
         numbers = flag_numbers(words, upto)
         keep_lanes(active, numbers, _lanes(g), 0, scratch_ptr, g)
         keep_rows(active, numbers, lz, ly, lx, scratch_ptr, g)
-        tl.debug_barrier()  # the previous tile's scratch is read, this one's flags are written
+        tl.debug_barrier()  # this one's lanes and rows are written
         for first in range(0, count, g.rows):
             lane, _, exists = compacted_lanes(scratch_ptr, first, count, g)
             rz, ry, rx = lane_position(lane, g)
@@ -260,7 +259,6 @@ def step_backward(
                 overlap_ptr + first_place * g.places * g.channels, weights_ptr, scratch_ptr,
                 count, sample, z0, y0, x0, g,
             )  # fmt: skip
-        tl.debug_barrier()
     if g.weight_grad:
         store_sums(sums, d_weights_ptr, g)
 
