@@ -1,8 +1,9 @@
 """Random shapes, rules and arguments against the oracle, values and gradients: a seed a case.
 
 ``python -m nca_kernels.testing.fuzz cpu --cases 10000 --json results.json`` shows progress, can be
-interrupted, and goes on where it stopped; a failure names its seed. The Triton kernels without a
-GPU: ``TRITON_INTERPRET=1 python -m nca_kernels.testing.fuzz triton_interpreted``.
+interrupted, and goes on where it stopped; a failure names its seed. A GPU's kernels without one:
+``TRITON_INTERPRET=1 python -m nca_kernels.testing.fuzz triton_interpreted``, and
+``python -m nca_kernels.testing.fuzz pallas_interpreted``.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import numpy as np
 import nca_kernels as nk
 from nca_kernels import dispatch
 from nca_kernels.rule import ACTIVATIONS, PADDINGS, Alive, Rule
-from nca_kernels.testing import triton_host
+from nca_kernels.testing import pallas_host, triton_host
 from nca_kernels.testing.cases import Arguments, Case
 from nca_kernels.testing.compare import assert_close, tolerance
 from nca_kernels.testing.conformance import ORACLE, cotangent_of
@@ -150,6 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="results; goes on where the file stops")
     args = parser.parse_args(argv)
     triton_host.register()
+    pallas_host.register()
     try:
         dispatch.requested(args.backend)
     except (ValueError, nk.BackendUnavailable) as error:

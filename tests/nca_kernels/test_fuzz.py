@@ -49,6 +49,11 @@ def test_triton_in_the_interpreter():
     assert out.returncode == 0, out.stdout + out.stderr
 
 
+def test_pallas_interpreted():
+    out = run("pallas_interpreted", "--first", "1004", "--cases", "8")
+    assert out.returncode == 0, out.stdout + out.stderr
+
+
 def test_xla():
     out = run("xla", "--cases", "15")
     assert out.returncode == 0, out.stdout + out.stderr

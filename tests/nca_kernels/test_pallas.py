@@ -1,5 +1,7 @@
 """The Pallas kernels without a GPU: interpreted on the CPU, and lowered for CUDA."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -29,7 +31,12 @@ BY_NAME = {case.name: case for case in CONFORMANCE}
 # All with the version of the machine with the H200; elsewhere a third, as XLA compiles the kernels
 # anew for each.
 CASES = CONFORMANCE[::3] if jax.__version__.startswith("0.10.") else CONFORMANCE
-CHECKED_CASES = ("kernel_beyond_grid", "three_hidden", "volume")
+TWO_HIDDEN = BY_NAME["two_hidden"]
+CHECKED_CASES = [
+    *(BY_NAME[name] for name in ("kernel_beyond_grid", "three_hidden", "volume")),
+    # Of several blocks of rows.
+    replace(TWO_HIDDEN, grid=(40,), rule=replace(TWO_HIDDEN.rule, fire_rate=1.0)),
+]
 MASKS = ("line", "plane_batch_2x3", "volume")
 TRANSFORMATIONS = (
     ("update", "plane"),
@@ -64,9 +71,9 @@ def test_values_and_gradients(case):
     check_values_and_gradients(INTERPRETED, case, calls=1)
 
 
-@pytest.mark.parametrize("name", CHECKED_CASES)
-def test_every_access_stays_inside_and_none_races(name):
-    check_values_and_gradients(CHECKED, BY_NAME[name], calls=1)
+@pytest.mark.parametrize("case", CHECKED_CASES, ids=str)
+def test_every_access_stays_inside_and_none_races(case):
+    check_values_and_gradients(CHECKED, case, calls=1)
 
 
 @pytest.mark.parametrize("name", MASKS)
