@@ -181,7 +181,7 @@ def _correct_interpreter() -> None:
 
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
     create_dot, cast = builder.create_dot, builder.cast_impl
-    reduce, patch_tensor = interpreter.ReduceOps.generic_reduce, interpreter._patch_lang_tensor
+    patch_tensor = interpreter._patch_lang_tensor
 
     def widened(value: Any) -> Any:
         if value.dtype.scalar != tl.bfloat16:
@@ -212,16 +212,6 @@ def _correct_interpreter() -> None:
             rounded = source.data.astype(ml_dtypes.bfloat16)
             return handle(rounded.view(np.uint16), tl.bfloat16)
         return cast(self, source, target)
-
-    def fast_or(self: Any, values: Any) -> Any:
-        from nca_kernels.backends.triton import cells
-
-        if self.combine_fn is not cells._or:
-            return reduce(self, values)
-        return [
-            self.to_tensor(np.bitwise_or.reduce(v.handle.data, axis=self.axis), v.dtype)
-            for v in values
-        ]
 
     def patch_index(tensor: Any, scope: Any) -> None:
         patch_tensor(tensor, scope)
@@ -262,6 +252,5 @@ def _correct_interpreter() -> None:
     builder.create_fp_trunc = builder.create_fp_ext = rounding_cast
     builder.create_masked_load, builder.create_masked_store = noted_load, noted_store
     builder.create_barrier = lambda self: _accesses.barrier()
-    interpreter.ReduceOps.generic_reduce = fast_or
     interpreter._patch_lang_tensor = patch_index
     interpreter._patch_lang = patch_once

@@ -197,8 +197,8 @@ def _scratch_constants(values: dict[str, Any], launch: Launch) -> dict[str, Any]
     """Each program's own memory, and where things lie in it, in floats (or integers of 32 bits).
 
     Backward what the tile's active cells mean to the state, by tap or by filter, behind a row of
-    zeros, and each cell's row in it; then the lanes that have rows, each lane's flags, and the
-    hidden layers (but the last) of a block of rows and their gradients.
+    zeros, and each cell's row in it; then the lanes that have rows, each lane's flags, words of who
+    lives, and the hidden layers (but the last) of a block of rows and their gradients.
     """
     hidden = values["padded_widths"][:-2]
     backward = values["weight_grad"] or values["state_grad"] or any(values["source_grad"])
@@ -209,7 +209,8 @@ def _scratch_constants(values: dict[str, Any], launch: Launch) -> dict[str, Any]
     active_at = (1 + values["tile"]) * max(by_filter, kept)  # Pallas' kernels keep by filter
     lanes_at = active_at + values["around"] if backward else 0
     flags_at = lanes_at + values["tile"]
-    at = flags_at + values["tile"]
+    words_at = flags_at + values["tile"]
+    at = words_at + values["pool_runs"]
     hidden_at, gradient_at = [], []
     for width in hidden:
         hidden_at.append(at)
@@ -223,6 +224,7 @@ def _scratch_constants(values: dict[str, Any], launch: Launch) -> dict[str, Any]
         "active_at": active_at,
         "lanes_at": lanes_at,
         "flags_at": flags_at,
+        "words_at": words_at,
         "hidden_at": tuple(hidden_at) or (0,),
         "gradient_at": tuple(gradient_at) or (0,),
         "scratch": max(at, 1),

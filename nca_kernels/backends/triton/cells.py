@@ -127,11 +127,6 @@ def fires(fire_ptr, group, cell, inside, g: tl.constexpr):
 
 
 @triton.jit
-def _or(a, b):
-    return a | b
-
-
-@triton.jit
 def pack(flags):
     """Flags [rows, 16] to words [rows]."""
     bit = tl.arange(0, flags.shape[1])[None, :]
@@ -201,34 +196,45 @@ def compacted_lanes(scratch_ptr, first, count, g: tl.constexpr):
 
 
 @triton.jit
-def life(state_ptr, sample, z0, y0, x0, g: tl.constexpr):
-    """Words of the tile's cells that are alive, and of those with a living neighbour.
+def life(state_ptr, sample, z0, y0, x0, scratch_ptr, g: tl.constexpr):
+    """Words of the tile's cells that are alive, and of those with a living neighbour: [runs].
 
     Reads the alive channel of the tile and of two cells around it, once. A border other than
-    circular shows the pool no cell that it does not see anyway.
+    circular shows the pool no cell that it does not see anyway. Along x a word is pooled in a
+    register; what its neighbours along y and z hold goes through this program's scratch.
     """
     pool: tl.constexpr = "circular" if g.padding == "circular" else "zeros"
-    q = tl.arange(0, g.pool_runs)[:, None]  # runs of the tile and its surroundings
+    q = tl.arange(0, g.pool_runs)  # runs of the tile and its surroundings
+    row = q[:, None]
     lane = tl.arange(0, 32)[None, :]  # 16 cells, two more on each side
-    z, there_z = border(z0 + q // (g.pool_y * g.runs_x) - g.halo_z, g.depth, pool)
-    y, there_y = border(y0 + q // g.runs_x % g.pool_y - g.halo_y, g.height, pool)
-    x, there_x = border(x0 + q % g.runs_x * 16 + lane - 2, g.width, pool)
-    there = there_z & there_y & there_x & (lane < 20) & (q < g.pool_z * g.pool_y * g.runs_x)
+    z, there_z = border(z0 + row // (g.pool_y * g.runs_x) - g.halo_z, g.depth, pool)
+    y, there_y = border(y0 + row // g.runs_x % g.pool_y - g.halo_y, g.height, pool)
+    x, there_x = border(x0 + row % g.runs_x * 16 + lane - 2, g.width, pool)
+    there = there_z & there_y & there_x & (lane < 20) & (row < g.pool_z * g.pool_y * g.runs_x)
     at = cell_number(sample, z, y, x, g) * g.channels + g.alive_channel
     alpha = tl.load(state_ptr + at, mask=there, other=0.0).to(tl.float32)
     word = pack(there & (alpha > g.alive_threshold))  # [pool_runs]
     one = word | (word << 1) | (word >> 1)
     two = one | (word << 2) | (word >> 2)
-    return _pool_rows(one, 1, g), _pool_rows(two, 2, g)
+    both = ((one >> 2) & 0xFFFF) | ((two >> 2) << 16)
+    tl.store(scratch_ptr + g.words_at + q, both.to(tl.float32, bitcast=True))
+    tl.debug_barrier()
+    return _pooled_words(scratch_ptr, g)
 
 
 @triton.jit
-def _pool_rows(word, reach: tl.constexpr, g: tl.constexpr):
-    """Words of the surroundings [pool_runs], pooled along x, to words of the tile [runs]."""
-    q = tl.arange(0, g.pool_runs)[None, :]
-    t = tl.arange(0, g.runs)[:, None]
-    dz = q // (g.pool_y * g.runs_x) - g.halo_z - t // (g.tile_y * g.runs_x)
-    dy = q // g.runs_x % g.pool_y - g.halo_y - t // g.runs_x % g.tile_y
-    near = (dz <= reach) & (dz >= -reach) & (dy <= reach) & (dy >= -reach)
-    near = near & (q % g.runs_x == t % g.runs_x) & (q < g.pool_z * g.pool_y * g.runs_x)
-    return (tl.reduce(tl.where(near, word[None, :], 0), 1, _or) >> 2) & 0xFFFF
+def _pooled_words(scratch_ptr, g: tl.constexpr):
+    """Of the words in scratch, those pooled over one row around, and over two: [runs]."""
+    t = tl.arange(0, g.runs)
+    z, y, x = t // (g.tile_y * g.runs_x), t // g.runs_x % g.tile_y, t % g.runs_x
+    first = (z * g.pool_y + y) * g.runs_x + x
+    alive, near = t * 0, t * 0
+    for dz in tl.static_range(2 * g.halo_z + 1):
+        for dy in tl.static_range(2 * g.halo_y + 1):
+            at = scratch_ptr + g.words_at + (dz * g.pool_y + dy) * g.runs_x + first
+            both = tl.load(at).to(tl.int32, bitcast=True)
+            near = near | both
+            far = (dz - g.halo_z) * (dz - g.halo_z) > 1 or (dy - g.halo_y) * (dy - g.halo_y) > 1
+            if not far:
+                alive = alive | both
+    return alive & 0xFFFF, (near >> 16) & 0xFFFF

@@ -63,7 +63,7 @@ def activate_backward(x, d, name: tl.constexpr):
 # ---- products ----
 
 
-# What adding half of TF32's last bit does not turn into another NaN: numbers, and no infinity.
+# Adds half of TF32's last bit, but not to infinities and NaN, of which it would make others.
 _ADD_HALF = tl.constexpr(
     "{ .reg .pred finite; .reg .f32 size; abs.f32 size, $1; setp.lt.f32 finite, size, 0f7F800000; "
     "mov.b32 $0, $1; @finite add.u32 $0, $0, 4096; }"

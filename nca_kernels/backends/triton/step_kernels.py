@@ -86,7 +86,7 @@ def step_forward(
         alive = words * 0 + 0xFFFF
         if g.alive:
             # A dead cell's update matters to the fate of living neighbours, and to no other cell.
-            alive, near = life(state_ptr, sample, z0, y0, x0, g)
+            alive, near = life(state_ptr, sample, z0, y0, x0, scratch_ptr, g)
             words = words & near
         upto = tl.cumsum(popcount(words), axis=0)
         count = tl.max(upto, axis=0)

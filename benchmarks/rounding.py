@@ -1,0 +1,84 @@
+"""How far products of TF32 are off, case by case, in Triton's interpreter; needs no GPU.
+
+``python -m benchmarks.rounding --save`` computes values and gradients of the conformance cases with
+``precision="tensorfloat32"`` as NVIDIA's tensor cores do, with operands rounded to the nearest, as
+the kernels do it, and cut off, as the hardware would; it prints the largest error ratio of each
+against float32 and writes them to ``results/<device>/rounding.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+from dataclasses import replace
+from functools import partial
+
+os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
+import jax
+from tqdm import tqdm
+
+from benchmarks.measure import ROOT, device_name, markdown_table, provenance, write_json
+from nca_kernels import dispatch
+from nca_kernels.testing import CONFORMANCE, Case, error_ratio, tolerance, triton_host
+from nca_kernels.testing.conformance import ORACLE, value_and_gradients
+from nca_kernels.tiled.step import backward, forward
+
+CUT_OFF = "triton_cut_off"
+
+
+def errors(case: Case) -> dict[str, dict[str, float]]:
+    """By backend the error ratios of the state and of each gradient."""
+    arguments = case.arguments()
+    rules = {p: replace(case.rule, precision=p) for p in ("float32", "tensorfloat32")}
+    expected = value_and_gradients(ORACLE, replace(case, rule=rules["float32"]), arguments)
+    found = {}
+    for backend in (triton_host.NAME, CUT_OFF):
+        out = value_and_gradients(
+            backend, replace(case, rule=rules["tensorfloat32"]), arguments, calls=1
+        )
+        named = zip(
+            jax.tree_util.tree_flatten_with_path(out)[0], jax.tree.leaves(expected), strict=True
+        )
+        found[backend] = {
+            jax.tree_util.keystr(path): error_ratio(got, want) for (path, got), want in named
+        }
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--save", action="store_true")
+    options = parser.parse_args()
+    triton_host.register()
+    engine = dispatch._registry[triton_host.NAME].load("step")[0].args[0]
+    # A name that Triton's products know, and that the kernels do not: they round nothing.
+    engine = replace(engine, precision=lambda *_: "TF32")
+    ops = (partial(forward, engine), partial(backward, engine))
+    dispatch.register(dispatch.Backend(CUT_OFF, "rounds nothing", lambda op: ops))
+    chosen = [c for c in CONFORMANCE if c.dtype == "float32" and c.rule.precision == "float32"]
+    rows = {case.name: errors(case) for case in tqdm(chosen, disable=None, unit="case")}
+    body = [
+        [name, *(f"{max(found[b].values()):.1e}" for b in (triton_host.NAME, CUT_OFF))]
+        for name, found in rows.items()
+    ]
+    for which in (triton_host.NAME, CUT_OFF):
+        worst = [max(found[which].values()) for found in rows.values()]
+        states = [found[which]["[0]"] for found in rows.values()]
+        limit = tolerance("float32", "tensorfloat32")
+        print(
+            f"{which}: state {statistics.median(states):.1e}, at most {max(states):.1e}; worst of "
+            f"all {statistics.median(worst):.1e} in the median case, above {limit:g} in "
+            f"{sum(w > limit for w in worst)} of {len(worst)}"
+        )
+    print(markdown_table(["case", "rounded", "cut off"], body))
+    if options.save:
+        content = {**provenance("python -m benchmarks.rounding --save"), "error_ratios": rows}
+        write_json(ROOT / "results" / device_name() / "rounding.json", content)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
