@@ -50,19 +50,14 @@ def register(name: str = NAME, launch: Callable[..., list[Any]] | None = None) -
     )
 
 
-def interpret(
-    kernel: Any,
-    inputs: Sequence[Any],
-    outputs: Sequence[jax.ShapeDtypeStruct],
-    grid: tuple[int, ...],
-    g: dict[str, Any],
-    how: Launch,
-    aliases: dict[int, int] | None = None,
-) -> list[Any]:
+_launch: Callable[..., list[Any]] = partial(launching.launch, interpret=True)
+
+
+def interpret(kernel: Any, inputs: Sequence[Any], *args: Any, **keywords: Any) -> list[Any]:
     """A launch in interpret mode, as a function that a lowered module shows by name."""
 
     def run(*inputs: Any) -> list[Any]:
-        return launching.launch(kernel, inputs, outputs, grid, g, how, aliases, interpret=True)
+        return _launch(kernel, inputs, *args, **keywords)
 
     run.__name__ = f"interpreted_{kernel.__name__}"
     return list(jax.jit(run)(*inputs))
@@ -94,14 +89,16 @@ def checked_launch(
     aliases: dict[int, int] | None = None,
 ) -> list[Any]:
     """As :func:`interpret`; an access outside of the arrays, or a race, raises."""
+    from jax.experimental import pallas
+
     log = _Log([*inputs, *outputs], len(inputs), aliases or {}, 32 * how.warps)
 
     def body(*arguments: Any) -> None:
         *memories, clock, constants = arguments
         one = jnp.zeros((1,), jnp.int32)
-        program = jax.experimental.pallas.program_id(0)
+        program = pallas.program_id(0)
         if len(grid) > 1:
-            program += grid[0] * jax.experimental.pallas.program_id(1)
+            program += grid[0] * pallas.program_id(1)
 
         def note(kind: str, array: int, at: Any, mask: Any, values: Any) -> None:
             mask = jnp.broadcast_to(True if mask is None else mask, at.shape)

@@ -39,7 +39,8 @@ class Engine:
         step_kernels, attention_kernels: import and return what holds the kernels, by name.
         launch: ``(kernel, inputs, outputs, grid, constants, how, aliases={})`` runs a kernel.
         precision: ``(Rule.precision, platform)`` as the engine's products take it.
-        wide_products: whether this device's tensor cores take 64 rows at a time.
+        wide_products: whether this device's tensor cores take 64 rows at a time, as from Hopper on;
+            it then rounds to TF32 in one instruction, too.
         by_tap: whether its kernels can keep the state's gradient by tap, see ``Launch.by_tap``.
         device: the name that winners are looked up by.
         fixed: a launch for every call instead of winners and heuristics, for tests.

@@ -23,6 +23,7 @@ from nca_kernels.testing.conformance import (
     check_nan_is_not_hidden,
     check_values_and_gradients,
 )
+from nca_kernels.testing.races import Accesses
 
 INTERPRETED = pallas_host.NAME
 CHECKED = "pallas_checked"  # every access is looked at
@@ -74,6 +75,13 @@ def test_values_and_gradients(case):
 @pytest.mark.parametrize("case", CHECKED_CASES, ids=str)
 def test_every_access_stays_inside_and_none_races(case):
     check_values_and_gradients(CHECKED, case, calls=1)
+
+
+def test_races_are_found(monkeypatch):
+    """As if the kernels had no barriers."""
+    monkeypatch.setattr(Accesses, "barrier", lambda self: None)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="another thread"):
+        check_values_and_gradients(CHECKED, BY_NAME["line"], calls=1)
 
 
 @pytest.mark.parametrize("name", MASKS)

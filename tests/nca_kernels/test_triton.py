@@ -11,6 +11,7 @@ pytest.importorskip("triton", reason="Triton is not installed (it is for Linux o
 
 import nca_kernels as nk
 from nca_kernels import dispatch
+from nca_kernels.backends.triton.engine import ENGINE
 from nca_kernels.backends.triton.launch import missing
 from nca_kernels.rule import ACTIVATIONS
 from nca_kernels.testing import (
@@ -28,6 +29,7 @@ from nca_kernels.testing.conformance import (
     check_nan_is_not_hidden,
     check_values_and_gradients,
 )
+from nca_kernels.testing.races import Accesses
 from nca_kernels.tiled.step import backward, forward
 from nca_kernels.tuning import Launch
 
@@ -94,6 +96,20 @@ def test_hidden_layers_of_several_blocks_of_rows():
     case = BY_NAME["two_hidden"]
     case = replace(case, grid=(40,), rule=replace(case.rule, fire_rate=1.0, alive=None))
     check_values_and_gradients(BACKEND, case, calls=1)
+
+
+def test_races_are_found(monkeypatch):
+    """As if the kernels had no barriers."""
+    monkeypatch.setattr(Accesses, "barrier", lambda self: None)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="another thread"):
+        check_values_and_gradients(BACKEND, BY_NAME["line"], calls=1)
+
+
+@pytest.mark.parametrize(("arch", "precision"), [("75", "ieee"), ("80", "tf32"), ("90", "tf32")])
+def test_tensorfloat32_where_there_is_one(arch, precision, monkeypatch):
+    monkeypatch.setenv("NCA_CUDA_ARCH", arch)
+    assert ENGINE.precision("tensorfloat32", "cuda") == precision
+    assert ENGINE.precision("bfloat16", "cuda") == "bfloat16"
 
 
 def test_gradients_of_many_programs():
