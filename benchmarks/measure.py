@@ -100,8 +100,9 @@ def jax_run(case: Case, backend: str, mode: str, steps: int) -> Callable[[], Any
     params, state, key, _ = case.arguments()
     loss = rollout_loss(case, backend, steps)
     fun = jax.grad(loss, has_aux=True) if mode == "training" else lambda *args: loss(*args)[1]
-    compiled = jax.jit(fun)
-    return lambda: jax.block_until_ready(compiled(params.layers, params.perception, state, key))
+    taps = params.perception  # closed over: of named filters they are constants
+    compiled = jax.jit(lambda layers, state, key: fun(layers, taps, state, key))
+    return lambda: jax.block_until_ready(compiled(params.layers, state, key))
 
 
 def bytes_kept(case: Case, backend: str) -> float:

@@ -178,8 +178,9 @@ def slices_run(case: Case, mode: str, steps: int) -> Callable[[], Any]:
         return jnp.mean(out**2), out
 
     fun = jax.grad(loss, has_aux=True) if mode == "training" else lambda *args: loss(*args)[1]
-    compiled = jax.jit(fun)
-    return lambda: jax.block_until_ready(compiled(params.layers, params.perception, state, key))
+    taps = params.perception  # closed over, as ours
+    compiled = jax.jit(lambda layers, state, key: fun(layers, taps, state, key))
+    return lambda: jax.block_until_ready(compiled(params.layers, state, key))
 
 
 def slices_step(case: Case) -> np.ndarray:

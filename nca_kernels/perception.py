@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import reduce
 from itertools import product
+from typing import Any
 
 import numpy as np
 
@@ -132,6 +133,23 @@ def taps(
         raise ValueError(f"channels must be a positive int, got {channels!r}")
     bank = filter_bank(filters, num_spatial_dims)
     return np.tile(bank, channels)[..., None, :].astype(np.float32)
+
+
+ConstantTaps = tuple[float, ...] | None  # [K * F]
+
+
+def constant_taps(taps: Any, channels: int) -> ConstantTaps:
+    """Depthwise taps ``[K * F]`` that a kernel can be compiled for, the same for all channels.
+
+    None for taps that JAX traces or may change, and for those with few zeros: it is them that a
+    kernel can leave out.
+    """
+    if not isinstance(taps, np.ndarray) or taps.shape[-2] != 1 or not np.isfinite(taps).all():
+        return None
+    by_channel = taps.astype(np.float32).reshape(-1, channels, taps.shape[-1] // channels)
+    bank = by_channel[:, 0]
+    same = (by_channel == bank[:, None]).all()
+    return tuple(map(float, bank.ravel())) if same and 4 * (bank == 0).sum() >= bank.size else None
 
 
 def _bank(item: str | np.ndarray, num_spatial_dims: int) -> np.ndarray:

@@ -33,9 +33,10 @@ class Launch:
         programs: how many programs share the tiles of a call.
         warps, stages: of a program, as Triton counts them.
         unroll: positions of the stencil in one turn of its loop.
-        resident: largest gradient of weights, in floats, that a program keeps in registers.
+        joined: widest perception, in columns, that goes through products as one block instead of
+            filter by filter.
         by_tap: largest contributions to the state, tap by tap, in floats, that a program keeps of
-            a tile, backward; if larger, it keeps gradients of perceptions.
+            a tile, backward; if larger, or if taps are constant, it keeps gradients of perceptions.
         held: largest weights, in floats, that a program keeps in shared memory, forward.
     """
 
@@ -46,7 +47,7 @@ class Launch:
     warps: int = 4
     stages: int = 2
     unroll: int = 3
-    resident: int = 0
+    joined: int = 0
     held: int = 0
     by_tap: int = 2**18
 
@@ -121,7 +122,7 @@ def candidates(heuristic: Launch, only: Collection[str] = FIELDS) -> list[Launch
     changes += [{"programs": p} for p in (132, 264, 528, 1056)]
     changes += [{"unroll": u} for u in (1, 3, 9)]
     changes += [{"block_h": h} for h in (32, 64, 128)]
-    changes += [{"resident": r} for r in (0, 2**13)]
+    changes += [{"joined": j} for j in (0, 256)]
     changes += [{"by_tap": b} for b in (0, 2**18)]
     changes += [{"held": h} for h in (0, 2**14)]
     changes += [{"tile": (heuristic.tile[0], max(y // 2, 1), x)}]

@@ -83,6 +83,22 @@ def run(
     return model.rollout(lattice, key, num_steps, donate=donate)  # type: ignore[call-arg]
 
 
+class Constant:
+    """An array that is part of a module's structure, so that JAX's transformations leave it be."""
+
+    def __init__(self, array: np.ndarray):
+        """Keep a copy of the array."""
+        self.array = array.copy()
+
+    def __eq__(self, other: object) -> bool:
+        """Tell whether shapes and values are equal."""
+        return isinstance(other, Constant) and np.array_equal(self.array, other.array)
+
+    def __hash__(self) -> int:
+        """Return a number that equal arrays share."""
+        return hash((self.array.shape, self.array.tobytes()))
+
+
 class NCA(Automaton):
     """A neural cellular automaton: filter taps, an MLP, and the rule that applies them.
 
@@ -121,8 +137,8 @@ class NCA(Automaton):
             backend: name of the `nca_kernels` backend, or "auto".
             rngs: source of the initial weights (stream `params`).
         """
-        taps = jnp.asarray(nk.taps(tuple(filters), channels, num_spatial_dims))
-        self.perception = nnx.Param(taps) if trainable_perception else nnx.Variable(taps)
+        taps = nk.taps(tuple(filters), channels, num_spatial_dims)
+        self.perception = nnx.Param(jnp.asarray(taps)) if trainable_perception else Constant(taps)
         widths = (taps.shape[-1] + inputs, *hidden, channels)
         last_init = nnx.initializers.zeros_init() if zero_init else nnx.initializers.lecun_normal()
         inits = [nnx.initializers.lecun_normal() for _ in hidden] + [last_init]
@@ -152,7 +168,9 @@ class NCA(Automaton):
             (layer.kernel[...], None if layer.bias is None else layer.bias[...])
             for layer in self.layers
         )
-        return nk.RuleParams(perception=self.perception[...], layers=layers)
+        taps = self.perception
+        array = taps.array if isinstance(taps, Constant) else taps[...]
+        return nk.RuleParams(perception=array, layers=layers)
 
     def cost(self) -> nk.Cost:
         """See `Automaton.cost`."""

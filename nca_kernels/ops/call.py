@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from nca_kernels.fire_mask import fire_operand
+from nca_kernels.perception import ConstantTaps
 from nca_kernels.primitive import differentiable_op
 from nca_kernels.rule import Operands, Rule
 
@@ -26,6 +27,7 @@ class StepCall:
     rule: Rule
     num_spatial_dims: int
     treedef: Any
+    constant_taps: ConstantTaps = None
 
     @property
     def shared(self) -> tuple[bool, ...]:
@@ -57,6 +59,7 @@ def bind(
     taps: Array | None = None,
     perception_bias: Array | None = None,
     layers: Any,
+    constant_taps: ConstantTaps = None,
 ) -> Array:
     """Brings the arrays into the primitives' form, one group of ``B`` samples, and binds."""
     batch_shape = state.shape[: state.ndim - num_spatial_dims - 1]
@@ -76,5 +79,6 @@ def bind(
         lambda w: jnp.asarray(w)[None], (taps, perception_bias, tuple(map(tuple, layers)))
     )
     operands = Operands(grouped(state), fire, grouped(perception), grouped(inputs), *weights)
-    call = StepCall(op, rule, num_spatial_dims, jax.tree.structure(operands))
+    treedef = jax.tree.structure(operands)
+    call = StepCall(op, rule, num_spatial_dims, treedef, constant_taps)
     return BIND[op](call, backend, operands).reshape(state.shape)

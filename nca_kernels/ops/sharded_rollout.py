@@ -36,7 +36,7 @@ from nca_kernels.ops.rollout import (
     where_sample,
 )
 from nca_kernels.ops.step import nca_step, requested
-from nca_kernels.perception import same_margins
+from nca_kernels.perception import ConstantTaps, constant_taps, same_margins
 from nca_kernels.rule import Rule, RuleParams, check_rollout, check_step
 
 
@@ -97,6 +97,7 @@ def sharded_rollout(
     layout = _layout(rule, params, np.shape(state), mesh, partition_spec, steps_per_exchange)
     run = partial(_run, rule, num_steps, checkpoint, keep, return_states, requested(backend))
     return run(
+        constant_taps(params.perception, np.shape(state)[-1]),
         after_step,
         bool(overlap),
         layout,
@@ -210,7 +211,7 @@ def _layout(
     return tuple(axes), num_batch_dims, steps_per_exchange
 
 
-@partial(jax.jit, static_argnums=tuple(range(10)))
+@partial(jax.jit, static_argnums=tuple(range(11)))
 def _run(
     rule: Rule,
     num_steps: int,
@@ -218,6 +219,7 @@ def _run(
     keep: str,
     return_states: bool,
     backend: str,
+    constant: ConstantTaps,
     after_step: AfterStep | None,
     overlap: bool,
     layout: tuple[tuple[_Axis, ...], int, int],
@@ -248,8 +250,8 @@ def _run(
             (states, sampled), (t, key) = carry, at
             states = [
                 step_of_part(
-                    rule, params, state, key, inputs, backend, after_step, shape, part.places,
-                    num_batch_dims,
+                    rule, params, state, key, inputs, backend, constant, after_step, shape,
+                    part.places, num_batch_dims,
                 )
                 for part, state, inputs in zip(parts, states, seen, strict=True)
             ]  # fmt: skip
@@ -313,6 +315,7 @@ def step_of_part(
     key: Any,
     inputs: Array | None,
     backend: str,
+    constant: ConstantTaps,
     after_step: AfterStep | None,
     shape: tuple[int, ...],
     places: Sequence[Array],
@@ -325,7 +328,7 @@ def step_of_part(
     """
     if rule.fire_rate < 1.0:
         key = drawn_at(key, rule.fire_rate, shape, places)
-    new = nca_step(rule, params, state, key, inputs, backend)
+    new = nca_step(rule, params, state, key, inputs, backend, constant)
     if after_step is not None:
         new = after_step(state, new, broadcast_places(places[num_batch_dims:]))
     return new

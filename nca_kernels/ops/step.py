@@ -10,6 +10,7 @@ from jax import Array
 
 from nca_kernels.dispatch import plain, requested
 from nca_kernels.ops.call import bind
+from nca_kernels.perception import ConstantTaps, constant_taps
 from nca_kernels.rule import Rule, RuleParams, check_step
 
 
@@ -36,7 +37,9 @@ def step(
 
     Args:
         rule: what is fixed; static under ``jax.jit``.
-        params: what is learned; differentiable.
+        params: what is learned; differentiable. Of taps that are a NumPy array, as ``nk.taps``
+            gives them, Triton's kernels leave out the zeros; pass them so where they are not
+            trained, from outside of what JAX transforms.
         state: ``[*batch, *spatial, C]`` float32 or bfloat16, with as many spatial dims (1 to 3)
             as the taps have kernel axes; differentiable. Arithmetic is float32 inside.
         key: a JAX random key. One mask is drawn over all of ``[*batch, *spatial]``; for one key
@@ -58,12 +61,19 @@ def step(
     Source: Mordvintsev et al., "Growing Neural Cellular Automata", Distill, 2020.
     """
     check_step(rule, params, state, key, inputs)
-    return nca_step(rule, params, state, key, inputs, requested(backend))
+    constant = constant_taps(params.perception, state.shape[-1])
+    return nca_step(rule, params, state, key, inputs, requested(backend), constant)
 
 
-@partial(jax.jit, static_argnums=(0, 5))
+@partial(jax.jit, static_argnums=(0, 5, 6))
 def nca_step(
-    rule: Rule, params: RuleParams, state: Array, key: Any, inputs: Array | None, backend: str
+    rule: Rule,
+    params: RuleParams,
+    state: Array,
+    key: Any,
+    inputs: Array | None,
+    backend: str,
+    constant: ConstantTaps,
 ) -> Array:
     ordinary = plain(backend, "step")
     if ordinary is not None:
@@ -79,4 +89,5 @@ def nca_step(
         taps=params.perception,
         perception_bias=params.perception_bias,
         layers=params.layers,
+        constant_taps=constant,
     )

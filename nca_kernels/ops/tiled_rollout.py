@@ -21,6 +21,7 @@ from jax import Array, lax
 from nca_kernels.ops.rollout import AfterStep, numbers_and_keys, scan_steps
 from nca_kernels.ops.sharded_rollout import reach, step_of_part
 from nca_kernels.ops.step import requested
+from nca_kernels.perception import ConstantTaps, constant_taps
 from nca_kernels.rule import Rule, RuleParams, check_rollout, check_step
 
 
@@ -76,6 +77,7 @@ def tiled_rollout(
     check_rollout(num_steps, "all", "exact", None, False, batch_shape)
     grid, reaches = state.shape[len(batch_shape) : -1], reach(rule, params)
     backend, steps = requested(backend), numbers_and_keys(key, num_steps)
+    constant = constant_taps(params.perception, state.shape[-1])
     may_write, spare = donate and state.flags.writeable, None
     for first in range(0, num_steps, steps_per_pass):
         some = jax.tree.map(lambda s: s[first : first + steps_per_pass], steps)  # noqa: B023
@@ -84,7 +86,7 @@ def tiled_rollout(
             _Axis(size, min(tile, size), count * reached, rule.padding == "circular")
             for size, reached in zip(grid, reaches, strict=True)
         )
-        run = partial(_steps, rule, backend, after_step, batch_shape, axes, params, some)
+        run = partial(_steps, rule, backend, constant, after_step, batch_shape, axes, params, some)
         new = np.empty(state.shape, state.dtype) if spare is None else spare
         for cells in _pass(run, axes, state, new, inputs):
             if progress is not None:
@@ -166,10 +168,11 @@ def _put(new: np.ndarray, axes: Sequence[_Axis], starts: Sequence[int], tile: Ar
     new[(..., *places, slice(None))] = np.asarray(tile)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
 def _steps(
     rule: Rule,
     backend: str,
+    constant: ConstantTaps,
     after_step: AfterStep | None,
     batch_shape: tuple[int, ...],
     axes: tuple[_Axis, ...],
@@ -187,8 +190,9 @@ def _steps(
 
     def one_step(state: Array, at: Any) -> tuple[Array, None]:
         part = step_of_part(
-            rule, params, state, at[1], inputs, backend, after_step, shape, places, len(batch_shape)
-        )
+            rule, params, state, at[1], inputs, backend, constant, after_step, shape, places,
+            len(batch_shape),
+        )  # fmt: skip
         return part, None
 
     window, _ = scan_steps(one_step, window, steps)

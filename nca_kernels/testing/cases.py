@@ -32,7 +32,8 @@ class Case:
         grid: the spatial shape, 1 to 3 sizes.
         batch: the batch shape, may be empty or hold a 0.
         kernel: sizes of the taps; 3 on each axis if empty.
-        filters: filters per channel (depthwise random taps), or names of banks.
+        filters: filters per channel (depthwise random taps), or names of banks, whose taps are
+            constant: a NumPy array, and not differentiated.
         dense: outputs of dense random taps instead.
         hidden: widths of the hidden layers, may be empty.
         inputs: input channels; per cell, or per sample if ``inputs_per_sample``.
@@ -96,6 +97,8 @@ class Case:
         shape = self.batch if self.inputs_per_sample else (*self.batch, *self.grid)
         inputs = normal(*shape, self.inputs) if self.inputs else None
         params, inputs = jax.tree.map(jnp.asarray, (RuleParams(taps, bias, layers), inputs))
+        if isinstance(self.filters, tuple):
+            params = replace(params, perception=taps)
         cells = jnp.asarray(state.astype(jnp.dtype(self.dtype)))
         return Arguments(params, cells, jax.random.key(seed + 7), inputs)
 
@@ -174,6 +177,14 @@ CONFORMANCE = (
     Case("volume", (4, 5, 3), _rule()),
     Case("volume_circular", (3, 1, 4), _rule(padding="circular"), kernel=(3, 3, 2)),
     Case("volume_dense", (4, 3, 3), _rule(padding="reflect", alive=None), dense=6),
+    Case("constant_taps_line", (11,), _rule(), filters=("identity", "gradient")),
+    Case(
+        "constant_taps_unused",
+        (6, 7),
+        _rule(padding="reflect", perception_activation="tanh"),
+        filters=("von_neumann",),
+    ),
+    Case("constant_taps_volume", (4, 5, 3), _rule(), filters=("identity", "sobel")),
     Case("growing", (12, 10), filters=("identity", "sobel"), channels=16, hidden=(128,)),
 )
 

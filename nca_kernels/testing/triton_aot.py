@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import nca_kernels as nk
 from nca_kernels import dispatch
@@ -138,18 +139,15 @@ def _lower_gradient(case: Case | AttentionCase, backend: str) -> None:
         jax.jit(jax.value_and_grad(updated, wanted)).lower(*args)
         return
 
-    def loss(params: Any, state: Any, inputs: Any) -> Any:
-        out = nk.step(case.rule, params, state, key, inputs, backend=backend)
+    constant = isinstance(params.perception, np.ndarray)
+
+    def loss(weights: Any, state: Any, inputs: Any) -> Any:
+        all_params = replace(params, layers=weights) if constant else weights
+        out = nk.step(case.rule, all_params, state, key, inputs, backend=backend)
         return jnp.sum(out.astype(jnp.float32))
 
-    def with_named_filters(layers: Any, *rest: Any) -> Any:  # which are not trained
-        return loss(nk.RuleParams(params.perception, params.perception_bias, layers), *rest)
-
-    named = isinstance(case.filters, tuple)
-    fun = jax.value_and_grad(
-        with_named_filters if named else loss, (0, 1, 2)[: 2 + bool(case.inputs)]
-    )
-    jax.jit(fun).lower(params.layers if named else params, state, inputs)
+    fun = jax.value_and_grad(loss, (0, 1, 2)[: 2 + bool(case.inputs)])
+    jax.jit(fun).lower(params.layers if constant else params, state, inputs)
 
 
 def compile_job(job: Job, target: str) -> dict[str, Any]:

@@ -74,11 +74,11 @@ def small_tiles(call: Any) -> Launch:
     """Tiles so small that small grids have several, and rows so few that tiles have several."""
     tile = {1: (1, 1, 32), 2: (1, 4, 16), 3: (4, 4, 16)}[call.num_spatial_dims]
     rows = {1: 16, 2: 32, 3: 256}[call.num_spatial_dims]
-    # Each in 2-D or else, so that both ways run: weights kept in shared memory and their gradients
-    # in memory, the state's gradient by tap in all but 3-D.
-    held, resident = (2**14, 0) if call.num_spatial_dims == 2 else (0, 2**14)
-    by_tap = 0 if call.num_spatial_dims == 3 else 2**18
-    return Launch(tile, rows, 32, programs=3, resident=resident, held=held, by_tap=by_tap)
+    # So that both ways run: weights held in 2-D alone, filters side by side and the state's
+    # gradient by tap in all but 3-D.
+    held = 2**14 if call.num_spatial_dims == 2 else 0
+    joined, by_tap = (0, 0) if call.num_spatial_dims == 3 else (256, 2**18)
+    return Launch(tile, rows, 32, programs=3, held=held, joined=joined, by_tap=by_tap)
 
 
 def launch(

@@ -41,7 +41,7 @@ class Engine:
         precision: ``(Rule.precision, platform)`` as the engine's products take it.
         wide_products: whether this device's tensor cores take 64 rows at a time, as from Hopper on;
             it then rounds to TF32 in one instruction, too.
-        by_tap: whether its kernels can keep the state's gradient by tap, see ``Launch.by_tap``.
+        lacks: fields of ``Launch`` that its kernels do not have, and which are 0 for them.
         device: the name that winners are looked up by.
         fixed: a launch for every call instead of winners and heuristics, for tests.
     """
@@ -52,7 +52,7 @@ class Engine:
     launch: Callable[..., list[Array]]
     precision: Callable[[str, str], str] = product_precision
     wide_products: Callable[[], bool] = lambda: False
-    by_tap: bool = True
+    lacks: tuple[str, ...] = ()
     device: Callable[[], str] = lambda: jax.devices()[0].device_kind
     fixed: Callable[[Any], Launch] | None = None
 
@@ -68,7 +68,8 @@ def step_launch(
 
     problem = problem_name(call, operands)
     how = _chosen(engine, kernel, problem, call, platform, operands, guess)
-    return how if engine.by_tap else replace(how, by_tap=0)
+    lacking: dict[str, Any] = dict.fromkeys(engine.lacks, 0)
+    return replace(how, **lacking)
 
 
 def attention_launch(
@@ -120,11 +121,11 @@ def problem_name(call: Any, operands: Operands) -> str:
 
 
 # Rows, hidden units at a time, warps and unrolled positions by (backward, precise) and the width
-# of a row's perception and update: of those without spills, what takes the fewest instructions, as
+# of a row's perception and update: of those with few spills, what takes the fewest instructions, as
 # `make aot` counts them.
 WIDTHS = (64, 80, 128, 256)
 SIZES = {
-    (False, False): ((64, 128, 4, 3), (64, 128, 4, 3), (32, 64, 4, 1), (64, 64, 4, 1)),
+    (False, False): ((64, 128, 4, 3), (64, 128, 4, 3), (32, 64, 4, 1), (64, 128, 8, 1)),
     (False, True): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 1), (32, 64, 8, 1)),
     (True, False): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 1), (32, 32, 8, 1)),
     (True, True): ((64, 16, 4, 3), (64, 16, 4, 3), (64, 16, 4, 1), (16, 16, 4, 1)),
@@ -132,10 +133,11 @@ SIZES = {
 SIZES_OF_WIDE_PRODUCTS = {
     (False, False): ((64, 128, 4, 3), (64, 128, 4, 3), (64, 128, 4, 1), (64, 64, 4, 1)),
     (False, True): SIZES[False, True],
-    (True, False): ((64, 64, 4, 3), (64, 32, 4, 3), (64, 32, 4, 1), (32, 64, 8, 1)),
-    (True, True): ((64, 32, 4, 3), (64, 32, 4, 3), (64, 16, 4, 1), (16, 64, 8, 1)),
+    (True, False): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 1), (32, 64, 8, 1)),
+    (True, True): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 16, 4, 1), (16, 64, 8, 1)),
 }
 MANY = 2**20  # cells of a call: each program has several tiles even of twice the size
+JOINED = 64  # columns: more fill registers, and are a third zeros
 HELD = 2**15  # floats, 128 KB: they fit a multiprocessor of Hopper beside a program's other blocks
 
 
@@ -169,6 +171,7 @@ def heuristic(
         stages=1,
         unroll=unroll,
         # Products of 64 rows read weights from shared memory anyway; of fewer, from registers.
+        joined=JOINED if wide_products else 0,
         held=HELD if wide_products and not (backward or precise) else 0,
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from nca_kernels.fire_mask import threshold
-from nca_kernels.perception import same_margins
+from nca_kernels.perception import ConstantTaps, same_margins
 from nca_kernels.rule import Operands
 from nca_kernels.tuning import Launch
 
@@ -39,7 +39,7 @@ def step_constants(
     channels = operands.state.shape[-1]
     values = _grid_constants(grid_of(operands), batch, operands, launch)
     values |= _rule_constants(call.rule, channels, values, operands)
-    values |= _layer_constants(operands, launch, values)
+    values |= _layer_constants(operands, launch, values, call.constant_taps)
     values |= _gradient_constants(wanted)
     values |= _scratch_constants(values, launch)
     values["precision"] = precision
@@ -48,8 +48,7 @@ def step_constants(
     values["flat"] = max(RUN, min(256, 2**14 // values["block_c"]))
     values["add_rows"], values["add_columns"] = 32, 64
     one_block = values["layers"] == 2 and values["padded_widths"][0] == values["block_h"]
-    weights = values["block_h"] * (values["filters"] * values["block_p"] + values["block_c"])
-    values["resident"] = bool(one_block and values["weight_grad"] and weights <= launch.resident)
+    weights = values["block_h"] * (values["parts"] * values["part"] + values["block_c"])
     values["held"] = bool(
         one_block and wanted is None and not any(values["source_sizes"]) and weights <= launch.held
     )
@@ -120,7 +119,18 @@ def _rule_constants(
     }
 
 
-def _layer_constants(operands: Operands, launch: Launch, values: dict[str, Any]) -> dict[str, Any]:
+def _tap_constants(taps: ConstantTaps, kernel: int) -> dict[str, Any]:
+    """Constant taps [K, F], and at which positions there is any."""
+    used = np.any(np.reshape(taps, (kernel, -1)), axis=1) if taps else np.ones(kernel, bool)
+    return {"constant": bool(taps), "taps": taps or (0.0,), "used": tuple(map(bool, used))}
+
+
+def _layer_constants(
+    operands: Operands,
+    launch: Launch,
+    values: dict[str, Any],
+    constant_taps: ConstantTaps,
+) -> dict[str, Any]:
     """Parts, sources and layers, and where each lies in the packed weights; see weights.py."""
     taps, channels = operands.taps, values["channels"]
     dense = taps is not None and taps.shape[-2] != 1
@@ -136,20 +146,33 @@ def _layer_constants(operands: Operands, launch: Launch, values: dict[str, Any])
     taps_size = values["kernel"] * values["block_c"] * (block_p if dense else filters)
     perception_bias_at = taps_size if filters else 0
     at = perception_bias_at + filters * block_p
-    weight_at, bias_at, source_at, fan_in = [], [], (0, 0), filters * block_p
+    side_by_side = block(max(filters, 1) * block_p)
+    joined = filters > 1 and side_by_side <= launch.joined
+    parts, part = (1, side_by_side) if joined else (filters, block_p)
+    ones = joined and part > filters * block_p  # its weights are the bias, see weights.py
+    weight_at, bias_at, source_at, fan_in = [], [], (0, 0), parts * part
     for i, width in enumerate(widths):
         weight_at.append(at)
         at += fan_in * width
         if i == 0:
             source_at = (at, at + sources[0] * width)
             at += sum(sources) * width
-        bias_at.append(at)
-        at += width
+        if i == 0 and ones:
+            bias_at.append(weight_at[0] + filters * block_p * width)
+        else:
+            bias_at.append(at)
+            at += width
         fan_in = width
     return {
         "dense": dense,
+        **_tap_constants(constant_taps, values["kernel"]),
         "filters": filters,
         "block_p": block_p,
+        "joined": joined,
+        "parts": parts,
+        "part": part,
+        "ones": ones,
+        "doublings": (part // block_p).bit_length() - 1,
         "block_h": block_h,
         "block_s": block_s,
         "layers": len(widths),
@@ -204,7 +227,8 @@ def _scratch_constants(values: dict[str, Any], launch: Launch) -> dict[str, Any]
     backward = values["weight_grad"] or values["state_grad"] or any(values["source_grad"])
     by_filter = values["filters"] * values["block_p"]
     by_tap = values["kernel"] * values["block_c"] if by_filter else 0
-    taps_fit = values["tile"] * by_tap <= launch.by_tap
+    # Of constant taps, of which many are zero, little is gathered of each filter.
+    taps_fit = not values["constant"] and values["tile"] * by_tap <= launch.by_tap
     kept = by_tap if taps_fit else by_filter
     active_at = (1 + values["tile"]) * max(by_filter, kept)  # Pallas' kernels keep by filter
     lanes_at = active_at + values["around"] if backward else 0

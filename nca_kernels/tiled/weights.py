@@ -2,12 +2,13 @@
 
 In this order: taps ``[K, F, BC]`` (depthwise) or ``[K, BC, BP]`` (dense), perception bias
 ``[F, BP]``, then for each layer its matrix ``[inputs, outputs]`` and its bias. The inputs of the
-first layer are the stencil's filters, one block each, then the given perception and the inputs.
+first layer are the stencil's filters, one block each, then the given perception and the inputs. Of
+a perception that goes through products as one block with ones, the first bias comes right after
+the rows of the filters, then what rounding took off it, then zeros.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -28,10 +29,22 @@ def pack(operands: Operands, g: Sizes) -> Array:
         lambda w: jnp.broadcast_to(w, (groups, *w.shape[1:])).astype(jnp.float32), operands[4:]
     )
     if g["precision"] == "tf32":  # to the nearest: products would cut off what they have more
-        round_off = partial(jax.lax.reduce_precision, exponent_bits=8, mantissa_bits=10)
-        taps = round_off(taps) if g["dense"] else taps
-        layers = tuple((round_off(weight), bias) for weight, bias in layers)
-    return _pack((taps, perception_bias, layers), g)
+        taps = _rounded(taps, g) if g["dense"] else taps
+        layers = tuple((_rounded(weight, g), bias) for weight, bias in layers)
+    packed = _pack((taps, perception_bias, layers), g)
+    if not g["ones"] or layers[0][1] is None or g["precision"] not in MANTISSA:
+        return packed
+    bias, at = _pad(layers[0][1], -1, g["padded_widths"][0]), g["bias_at"][0]
+    whole = _rounded(bias, g)
+    both = jnp.concatenate([whole, bias - whole], axis=1)
+    return jax.lax.dynamic_update_slice(packed, both, (0, at))
+
+
+MANTISSA = {"tf32": 10, "bfloat16": 7}  # bits that operands of products keep
+
+
+def _rounded(array: Array, g: Sizes) -> Array:
+    return jax.lax.reduce_precision(array, exponent_bits=8, mantissa_bits=MANTISSA[g["precision"]])
 
 
 def unpack(packed: Array, operands: Operands, g: Sizes) -> Weights:
@@ -59,20 +72,26 @@ def _pack(weights: Any, g: Sizes) -> Array:
     for i, (weight, bias) in enumerate(layers):
         width = g["padded_widths"][i]
         weight = _pad(weight, -1, width)
-        if i == 0:
-            weight = _first_layer_rows(weight, g)
-        else:
-            weight = _pad(weight, -2, g["padded_widths"][i - 1])
         zeros = jnp.zeros((groups, width), jnp.float32)
-        sections += [weight, zeros if bias is None else _pad(bias, -1, width)]
+        bias = zeros if bias is None else _pad(bias, -1, width)
+        if i == 0 and g["ones"]:
+            sections.append(_first_layer_rows(weight, bias, g))
+        elif i == 0:
+            sections += [_first_layer_rows(weight, None, g), bias]
+        else:
+            sections += [_pad(weight, -2, g["padded_widths"][i - 1]), bias]
     return jnp.concatenate([s.reshape(groups, -1) for s in sections], axis=1)
 
 
-def _first_layer_rows(weight: Array, g: Sizes) -> Array:
-    """Rows by filter, then those of the sources, each padded to whole blocks."""
+def _first_layer_rows(weight: Array, bias: Array | None, g: Sizes) -> Array:
+    """Rows by filter, the bias's if it is among them, then the sources', in whole blocks each."""
     given, inputs = g["source_sizes"]
     size = weight.shape[1] - given - inputs
     rows = [_by_filter(weight[:, :size], 1, g)] if size else []
+    if bias is not None:
+        rows.append(bias[:, None])
+    if size:
+        rows = [_pad(jnp.concatenate(rows, axis=1), 1, g["parts"] * g["part"])]
     at = size
     for source, padded in zip((given, inputs), g["padded_sources"], strict=True):
         if source:

@@ -18,6 +18,20 @@ def apply(bank, field):
     return np.asarray(out)[(slice(1, -1),) * field.ndim]
 
 
+def test_which_taps_are_constant():
+    taps = nk.taps(("identity", "sobel"), channels=5)
+    bank = nk.filter_bank(("identity", "sobel")).astype(np.float32)
+    assert perception.constant_taps(taps, 5) == tuple(bank.ravel().tolist())
+    assert perception.constant_taps(jnp.asarray(taps), 5) is None, "JAX's may be trained"
+    assert perception.constant_taps(nk.taps(("mean",), 5), 5) is None, "nothing to leave out"
+    assert perception.constant_taps(np.zeros((3, 3, 5, 7), np.float32), 5) is None, "dense"
+    other, infinite = taps.copy(), taps.copy()
+    other[1, 1, 0, 3] += 1
+    infinite[..., 0::3] = np.inf
+    assert perception.constant_taps(other, 5) is None, "channels differ"
+    assert perception.constant_taps(infinite, 5) is None
+
+
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_on_a_linear_field(n):
     slope = np.array([0.5, -2.0, 3.0])[:n]

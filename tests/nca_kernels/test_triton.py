@@ -5,7 +5,10 @@ from functools import partial
 from importlib.metadata import version
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 
 pytest.importorskip("triton", reason="Triton is not installed (it is for Linux only)")
 
@@ -110,6 +113,59 @@ def test_tensorfloat32_where_there_is_one(arch, precision, monkeypatch):
     monkeypatch.setenv("NCA_CUDA_ARCH", arch)
     assert ENGINE.precision("tensorfloat32", "cuda") == precision
     assert ENGINE.precision("bfloat16", "cuda") == "bfloat16"
+
+
+@pytest.mark.parametrize(("precision", "error"), [("tensorfloat32", 1e-6), ("bfloat16", 1e-5)])
+def test_a_bias_is_not_rounded(precision, error):
+    """Side by side with the filters, it goes through the products: in two numbers."""
+    case = BY_NAME["no_hidden"]
+    rule = replace(case.rule, precision=precision, alive=None, fire_rate=1.0)
+    params, state, key, _ = case.arguments()
+    ((weight, bias),) = params.layers
+    params = replace(params, layers=((0 * weight, bias),))
+    new = nk.step(rule, params, 0 * state, key, backend=BACKEND)
+    assert_close(new, jnp.broadcast_to(bias, new.shape), error, "state")
+
+
+def test_constant_taps_are_compiled_in(monkeypatch):
+    """Wherever they come from a NumPy array, and not where they may be trained."""
+    case = BY_NAME["constant_taps_line"]
+    params, state, key, _ = case.arguments()
+    seen = []
+
+    def launch(kernel, inputs, outputs, grid, g, how, aliases=None):
+        seen.append(g["constant"])
+        return triton_host.launch(kernel, inputs, outputs, grid, g, how, aliases)
+
+    _register("triton_seen", "records constants", replace(_engine(), launch=launch))
+
+    def constant(run):
+        seen.clear()
+        jax.clear_caches()
+        run()
+        assert seen, "no kernel was launched"
+        return all(seen)
+
+    def step(layers):
+        now = replace(params, layers=layers)
+        return nk.step(case.rule, now, state, key, backend="triton_seen")
+
+    def total(params):
+        return nk.step(case.rule, params, state, key, backend="triton_seen").sum()
+
+    rest = {"backend": "triton_seen"}
+    split = {"mesh": Mesh(jax.devices()[:1], "x"), "partition_spec": PartitionSpec(None, "x")}
+    assert constant(lambda: step(params.layers))
+    assert constant(lambda: jax.jit(step)(params.layers))
+    assert constant(lambda: jax.grad(lambda layers: step(layers).sum())(params.layers))
+    assert constant(lambda: nk.rollout(case.rule, params, state, key, 2, **rest))
+    assert constant(lambda: nk.sharded_rollout(case.rule, params, state, key, 2, **split, **rest))
+    assert constant(
+        lambda: nk.tiled_rollout(case.rule, params, np.asarray(state), key, 2, tile=4, **rest)
+    )
+    assert not constant(lambda: jax.grad(total)(params))
+    assert not constant(lambda: jax.jit(total)(params))
+    assert not constant(lambda: total(replace(params, perception=jnp.asarray(params.perception))))
 
 
 def test_gradients_of_many_programs():

@@ -15,8 +15,10 @@ ROOT = Path(__file__).parents[2]
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 TENSOR = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 SPILL_FREE = ("sm_80", "sm_90")
-SPILLED = 8  # two registers of a few threads: which of the versions of Triton has them varies
-ISSUED = {"step_forward": 50, "step_backward": 155}  # warp instructions a cell, growing on sm_90
+# Two registers, and of the widest rule what rows need after their products: 26 of 2,600
+# instructions, where launches without any spill take a fifth more.
+SPILLED = {"growing": 8, "self_autoencoding": 8, "diffusing": 64}
+ISSUED = {"step_forward": 45, "step_backward": 125}  # warp instructions a cell, growing on sm_90
 AWKWARD = (
     "line",
     "three_hidden",
@@ -61,7 +63,7 @@ def test_kernels_compile_for_every_target(tmp_path, case):
         name = f"{row['case']} {row['kernel']} {row['target']}"
         assert row["shared_bytes"] <= SHARED_BYTES[row["target"]], name
         if row["target"] in SPILL_FREE:
-            assert row["spill_bytes"] <= SPILLED, name
+            assert row["spill_bytes"] <= SPILLED[case], name
         if row["kernel"] == "step_forward" and case == "growing":
             assert row["tensor_instructions"].get(TENSOR[row["target"]]), name
         if row["target"] == "sm_90" and case == "growing" and row["kernel"] in ISSUED:

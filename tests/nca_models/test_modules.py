@@ -34,6 +34,20 @@ def test_taps_are_identity_and_normalised_sobel():
     np.testing.assert_allclose(np.abs(taps).sum((0, 1)), 1, rtol=1e-6)
 
 
+def test_constant_taps_are_known_when_it_is_compiled():
+    nca = automaton()
+    assert not any("perception" in path for path, _ in nnx.to_flat_state(nnx.state(nca)))
+    assert nnx.graphdef(nca) == nnx.graphdef(automaton())
+    assert nnx.graphdef(nca) != nnx.graphdef(automaton(filters=("identity", "gradient")))
+
+    @nnx.jit
+    def constant(nca):
+        return isinstance(nca.rule_params().perception, np.ndarray)
+
+    assert constant(nca)
+    assert not constant(automaton(trainable_perception=True))
+
+
 def test_an_untrained_automaton_leaves_living_cells_alone():
     nca, state = automaton(zero_init=True), some_state(1)
     np.testing.assert_array_equal(nca(state, KEY), state)

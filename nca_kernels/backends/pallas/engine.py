@@ -19,7 +19,7 @@ ENGINE = Engine(
     step_kernels=lambda: import_module("nca_kernels.backends.pallas.step_kernels"),
     attention_kernels=lambda: import_module("nca_kernels.backends.pallas.attention_kernels"),
     launch=launch,
-    by_tap=False,
+    lacks=("by_tap", "joined"),
 )
 
 

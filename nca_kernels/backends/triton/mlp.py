@@ -1,7 +1,9 @@
 """Pieces of kernels that deal with the MLP: activations, products, layers forward and backward.
 
-The first layer sees parts: the filters of the stencil, held in registers, and sources read from
-memory a block at a time (a given perception, inputs). ``g`` is the :class:`Constants` of the call.
+The first layer sees parts and sources. Parts are the filters of the stencil, held in registers: one
+each, or side by side in a single block with a column of ones, whose weights are the bias. Sources
+are read from memory a block at a time: a given perception, inputs. ``g`` is the
+:class:`Constants` of the call.
 """
 
 import triton
@@ -160,18 +162,26 @@ def hidden(z, g: tl.constexpr):
 
 
 @triton.jit
+def first_bias(weights_ptr, n, N: tl.constexpr, g: tl.constexpr):
+    """What the first layer's sum begins with: its bias, unless a part of ones brings that."""
+    acc = tl.zeros((g.rows, N), tl.float32)
+    if not g.ones:
+        acc += tl.load(weights_ptr + g.bias_at[0] + n + tl.arange(0, N))[None, :]
+    return acc
+
+
+@triton.jit
 def first_layer(parts, sources, row, exists, weights_ptr, n, N: tl.constexpr, g: tl.constexpr):
     """Outputs n .. n + N of the first layer before its activation: [R, N].
 
-    ``parts``: the stencil's filters, activated, [R, BP] each. ``sources``: pointers to the given
+    ``parts``: of the stencil, activated, [R, part] each. ``sources``: pointers to the given
     perception and to the inputs; ``row``: for each the row of every cell [R].
     """
     stride: tl.constexpr = g.padded_widths[0]
-    bias = tl.load(weights_ptr + g.bias_at[0] + n + tl.arange(0, N))
-    acc = tl.broadcast_to(bias[None, :], (g.rows, N))
-    for f in tl.static_range(g.filters):
-        w = load_block(weights_ptr + g.weight_at[0], f * g.block_p, n, stride, g.block_p, N)
-        acc = dot(parts[f], w, acc, g)
+    acc = first_bias(weights_ptr, n, N, g)
+    for i in tl.static_range(g.parts):
+        w = load_block(weights_ptr + g.weight_at[0], i * g.part, n, stride, g.part, N)
+        acc = dot(parts[i], w, acc, g)
     for s in tl.static_range(2):
         for k in range(0, g.source_sizes[s], g.block_s):
             x = source_rows(sources[s], row[s], exists, k, g.source_sizes[s], g)
@@ -223,14 +233,13 @@ def keep_hidden(parts, sources, row, exists, scratch_ptr, weights_ptr, g: tl.con
 def held_weights(weights_ptr, g: tl.constexpr):
     """What a program loads once, and its products keep in shared memory: those of two layers.
 
-    Of the first layer for each filter [BP, BH], of the last [BH, BC]; or nothing.
+    Of the first layer for each part [part, BH], of the last [BH, BC]; or nothing.
     """
     held = ()
     if g.held:
         N: tl.constexpr = g.padded_widths[0]
-        for f in tl.static_range(g.filters):
-            w = load_block(weights_ptr + g.weight_at[0], f * g.block_p, 0, N, g.block_p, N)
-            held = held + (w,)
+        for i in tl.static_range(g.parts):
+            held = held + (load_block(weights_ptr + g.weight_at[0], i * g.part, 0, N, g.part, N),)
         held = held + (load_block(weights_ptr + g.weight_at[1], 0, 0, g.block_c, N, g.block_c),)
     return held
 
@@ -238,12 +247,12 @@ def held_weights(weights_ptr, g: tl.constexpr):
 @triton.jit
 def _held_mlp(parts, weights_ptr, held, g: tl.constexpr):
     N: tl.constexpr = g.padded_widths[0]
-    z = tl.broadcast_to(load_block(weights_ptr + g.bias_at[0], 0, 0, N, 1, N), (g.rows, N))
-    for f in tl.static_range(g.filters):
-        z = dot(parts[f], held[f], z, g)
+    z = first_bias(weights_ptr, 0, N, g)
+    for i in tl.static_range(g.parts):
+        z = dot(parts[i], held[i], z, g)
     bias = load_block(weights_ptr + g.bias_at[1], 0, 0, g.block_c, 1, g.block_c)
     u = tl.broadcast_to(bias, (g.rows, g.block_c))
-    return dot_result(hidden(z, g), held[g.filters], u, g)
+    return dot_result(hidden(z, g), held[g.parts], u, g)
 
 
 @triton.jit
@@ -266,45 +275,6 @@ def mlp(parts, sources, row, exists, scratch_ptr, weights_ptr, held, g: tl.const
 
 
 # ---- backward ----
-
-
-@triton.jit
-def no_sums(g: tl.constexpr):
-    """Zeros for the gradients that a program holds in registers until its end.
-
-    Only of one hidden layer that fits one block: of the first layer for each filter [BH, BP], of
-    the last [BH, BC], of the biases. Other gradients are added up in memory, program by program.
-    """
-    sums = ()
-    if g.resident:
-        for _ in tl.static_range(g.filters):
-            sums = sums + (tl.zeros((g.block_h, g.block_p), tl.float32),)
-        last = tl.zeros((g.block_h, g.block_c), tl.float32)
-        biases = (tl.zeros((g.block_h,), tl.float32), tl.zeros((g.block_c,), tl.float32))
-        sums = sums + (last,) + biases
-    return sums
-
-
-@triton.jit
-def store_sums(sums, grads_ptr, g: tl.constexpr):
-    if g.resident:
-        for f in tl.static_range(g.filters):
-            at = grads_ptr + g.weight_at[0]
-            add_block(at, f * g.block_p, 0, g.block_h, tl.trans(sums[f]))
-        add_block(grads_ptr + g.weight_at[1], 0, 0, g.block_c, sums[g.filters])
-        add_vector(grads_ptr + g.bias_at[0], 0, sums[g.filters + 1])
-        add_vector(grads_ptr + g.bias_at[1], 0, sums[g.filters + 2])
-
-
-@triton.jit
-def _resident_sums(sums, parts, h, dz, du, g: tl.constexpr):
-    new = ()
-    for f in tl.static_range(g.filters):
-        new = new + (dot(tl.trans(dz), parts[f], sums[f], g),)
-    last = dot(tl.trans(h), rounded(du, g), sums[g.filters], g)
-    first_bias = sums[g.filters + 1] + _row_sum(dz, g)
-    last_bias = sums[g.filters + 2] + tl.sum(du, axis=0)
-    return new + (last, first_bias, last_bias)
 
 
 @triton.jit
@@ -332,13 +302,13 @@ def first_layer_backward(
     stride: tl.constexpr = g.padded_widths[0]
     N: tl.constexpr = dz.shape[1]
     new = ()
-    for f in tl.static_range(g.filters):
-        w = load_block(weights_ptr + g.weight_at[0], f * g.block_p, n, stride, g.block_p, N)
-        new = new + (dot_result(dz, tl.trans(w), d_parts[f], g),)
-        if g.weight_grad and not g.resident:
-            # One left side for all filters, and of 64 rows, as Hopper's products want it.
-            dw = tl.trans(_outer(dz, parts[f], g))
-            add_block(grads_ptr + g.weight_at[0], f * g.block_p, n, stride, dw)
+    for i in tl.static_range(g.parts):
+        w = load_block(weights_ptr + g.weight_at[0], i * g.part, n, stride, g.part, N)
+        new = new + (dot_result(dz, tl.trans(w), d_parts[i], g),)
+        if g.weight_grad:
+            # On the left whichever is wide, as Hopper's products want it.
+            dw = _outer(parts[i], dz, g) if g.joined else tl.trans(_outer(dz, parts[i], g))
+            add_block(grads_ptr + g.weight_at[0], i * g.part, n, stride, dw)
     for s in tl.static_range(2):
         for k in range(0, g.source_sizes[s], g.block_s):
             if g.weight_grad:
@@ -348,7 +318,7 @@ def first_layer_backward(
                 ws = load_block(weights_ptr + g.source_at[s], k, n, stride, g.block_s, N)
                 dx = dot_result(dz, tl.trans(ws), tl.zeros((g.rows, g.block_s), tl.float32), g)
                 _add_source_rows(d_sources[s], row[2], exists, k, dx, g.source_sizes[s])
-    if g.weight_grad and not g.resident:
+    if g.weight_grad and not g.ones:
         add_vector(grads_ptr + g.bias_at[0], n, _row_sum(dz, g))
     return new
 
@@ -363,18 +333,18 @@ def _add_source_rows(ptr, row, exists, k, value, size: tl.constexpr):
 
 @triton.jit
 def mlp_backward(
-    du, parts, sources, row, exists, scratch_ptr, weights_ptr, grads_ptr, d_sources, sums,
+    du, parts, sources, row, exists, scratch_ptr, weights_ptr, grads_ptr, d_sources,
     g: tl.constexpr,
 ):  # fmt: skip
-    """From the gradient of the update, du [R, BC], to those of the parts; adds up the weights'.
+    """From the gradient of the update, du [R, BC], to those of the parts, a tuple of [R, part].
 
-    ``row``: rows of the two sources, and of their gradients, which are per cell.
-    Returns (gradients of the parts, a tuple of [R, BP]; sums).
+    ``row``: rows of the two sources, and of their gradients, which are per cell. Adds up the
+    gradients of the weights.
     """
     last: tl.constexpr = g.layers - 1
     d_parts = ()
-    for _ in tl.static_range(g.filters):
-        d_parts = d_parts + (tl.zeros((g.rows, g.block_p), tl.float32),)
+    for _ in tl.static_range(g.parts):
+        d_parts = d_parts + (tl.zeros((g.rows, g.part), tl.float32),)
     if last == 0:
         d_parts = first_layer_backward(
             rounded(du, g), 0, parts, d_parts, sources, row, exists, weights_ptr, grads_ptr,
@@ -382,7 +352,7 @@ def mlp_backward(
         )  # fmt: skip
     else:
         keep_hidden(parts, sources, row, exists, scratch_ptr, weights_ptr, g)
-        if g.weight_grad and not g.resident:
+        if g.weight_grad:
             add_vector(grads_ptr + g.bias_at[last], 0, tl.sum(du, axis=0))
         for n in range(0, g.padded_widths[last - 1], g.block_h):
             z = hidden_layer(last - 1, parts, sources, row, exists, scratch_ptr, weights_ptr, n, g)
@@ -391,9 +361,7 @@ def mlp_backward(
             d_out = rounded(du, g)
             dh = dot(d_out, tl.trans(w), tl.zeros((g.rows, g.block_h), tl.float32), g)
             dz = activate_backward(z, dh, g.activation)
-            if g.resident:
-                sums = _resident_sums(sums, parts, h, dz, du, g)
-            elif g.weight_grad:
+            if g.weight_grad:
                 add_block(grads_ptr + g.weight_at[last], n, 0, g.block_c, _outer(h, d_out, g))
             if last == 1:
                 d_parts = first_layer_backward(
@@ -408,7 +376,7 @@ def mlp_backward(
                 last - 1 - i, parts, d_parts, sources, row, exists, scratch_ptr, weights_ptr,
                 grads_ptr, d_sources, g,
             )  # fmt: skip
-    return d_parts, sums
+    return d_parts
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """Pieces of kernels that deal with the perception: the stencil, its transpose, its taps.
 
 Depthwise taps are kept as ``[K, F, BC]``, dense ones as ``[K, BC, BP]``, both padded with zeros.
-A perception is a tuple of parts ``[R, BP]``: one a filter if depthwise, a single one if dense.
+Constant taps ``[K, F]`` are part of the program, which leaves out what is zero. A perception is a
+tuple of filters ``[R, BP]``: as many as there are if depthwise, a single one if dense.
 """
 
 import triton
@@ -10,6 +11,7 @@ import triton.language as tl
 from nca_kernels.backends.triton.cells import border, cell_number, channel_offsets
 from nca_kernels.backends.triton.mlp import (
     activate,
+    activate_backward,
     add_block,
     add_vector,
     dot,
@@ -55,30 +57,88 @@ def tap_block(weights_ptr, k, g: tl.constexpr):
 @triton.jit
 def perceive(state_ptr, weights_ptr, sample, z, y, x, exists, g: tl.constexpr):
     """The perception of R cells before its activation; each neighbour is loaded once."""
-    parts = ()
+    filters = ()
     for f in tl.static_range(g.filters):
         bias = tl.load(weights_ptr + g.perception_bias_at + f * g.block_p + tl.arange(0, g.block_p))
-        parts = parts + (tl.broadcast_to(bias[None, :], (g.rows, g.block_p)),)
-    if g.filters > 0:
+        filters = filters + (tl.broadcast_to(bias[None, :], (g.rows, g.block_p)),)
+    if g.constant:
+        for k in tl.static_range(g.kernel):
+            if g.used[k]:
+                value = neighbours(state_ptr, k, sample, z, y, x, exists, g)
+                filters = _add_seen(filters, value, k, weights_ptr, g)
+    elif g.filters > 0:
         for k in tl.range(0, g.kernel, loop_unroll_factor=g.unroll):
             value = neighbours(state_ptr, k, sample, z, y, x, exists, g)
-            new = ()
-            for f in tl.static_range(g.filters):
-                if g.dense:
-                    taps = tap_block(weights_ptr, k, g)
-                    new = new + (dot(rounded(value, g), taps, parts[f], g),)
-                else:
-                    new = new + (parts[f] + value * tap_row(weights_ptr, k, f, g),)
-            parts = new
+            filters = _add_seen(filters, value, k, weights_ptr, g)
+    return filters
+
+
+@triton.jit
+def _add_seen(filters, value, k, weights_ptr, g: tl.constexpr):
+    """Adds what each filter makes of the neighbours at position ``k``, [R, BC]."""
+    new = ()
+    for f in tl.static_range(g.filters):
+        if g.constant:
+            if g.taps[k * g.filters + f] != 0.0:
+                new = new + (filters[f] + value * g.taps[k * g.filters + f],)
+            else:
+                new = new + (filters[f],)
+        elif g.dense:
+            taps = tap_block(weights_ptr, k, g)
+            new = new + (dot(rounded(value, g), taps, filters[f], g),)
+        else:
+            new = new + (filters[f] + value * tap_row(weights_ptr, k, f, g),)
+    return new
+
+
+@triton.jit
+def _beside(a, b):
+    """Two blocks [R, N] side by side: [R, 2N]."""
+    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * a.shape[1]))
+
+
+@triton.jit
+def _halves(x):
+    """The left and the right half of [R, 2N]: [R, N] each."""
+    x = tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2))
+    return tl.split(tl.permute(x, (0, 2, 1)))
+
+
+@triton.jit
+def activated(filters, g: tl.constexpr):
+    """The perception as products want it: a part for each filter, or one of all side by side.
+
+    The latter ends with two columns of ones, if there is room, and of zeros.
+    """
+    parts = ()
+    for f in tl.static_range(g.filters):
+        parts = parts + (rounded(activate(filters[f], g.perception_activation), g),)
+    if g.joined:
+        column = tl.zeros((g.rows, g.block_p), tl.int32) + tl.arange(0, g.block_p)[None, :]
+        for f in tl.static_range(g.filters, g.part // g.block_p):
+            ones = column < (2 if f == g.filters else 0)
+            parts = parts + (ones.to(tl.float32),)
+        for level in tl.static_range(g.doublings):
+            pairs = ()
+            for i in tl.static_range(g.part // g.block_p >> (level + 1)):
+                pairs = pairs + (_beside(parts[2 * i], parts[2 * i + 1]),)
+            parts = pairs
     return parts
 
 
 @triton.jit
-def activated(parts, g: tl.constexpr):
-    """The perception as products want it."""
+def activated_backward(filters, d_parts, g: tl.constexpr):
+    """From the gradients of the parts to those of the perception before its activation."""
+    if g.joined:
+        for level in tl.static_range(g.doublings):
+            halves = ()
+            for i in tl.static_range(1 << level):
+                left, right = _halves(d_parts[i])
+                halves = halves + (left, right)
+            d_parts = halves
     new = ()
     for f in tl.static_range(g.filters):
-        new = new + (rounded(activate(parts[f], g.perception_activation), g),)
+        new = new + (activate_backward(filters[f], d_parts[f], g.perception_activation),)
     return new
 
 
@@ -117,7 +177,8 @@ def keep_contributions(d_parts, first, scratch_ptr, weights_ptr, g: tl.constexpr
     if g.by_tap:
         channel = tl.arange(0, g.block_c)[None, :]
         for k in tl.static_range(g.kernel):  # a loop breaks Triton 3.6 for sm_100
-            value = tap_transposed(d_parts, k, weights_ptr, g)
+            zeros = tl.zeros((g.rows, g.block_c), tl.float32)
+            value = add_tap_transposed(zeros, d_parts, k, weights_ptr, g)
             tl.store(at + k * g.block_c + channel, value, mask=row <= g.tile)
     else:
         for f in tl.static_range(g.filters):
@@ -126,11 +187,13 @@ def keep_contributions(d_parts, first, scratch_ptr, weights_ptr, g: tl.constexpr
 
 
 @triton.jit
-def tap_transposed(d_parts, k, weights_ptr, g: tl.constexpr):
-    """What perceptions mean to the state at position ``k`` of the kernel: [R, BC]."""
-    value = tl.zeros((g.rows, g.block_c), tl.float32)
+def add_tap_transposed(value, d_parts, k, weights_ptr, g: tl.constexpr):
+    """Adds what perceptions mean to the state at position ``k`` of the kernel, [R, BC]."""
     for f in tl.static_range(g.filters):
-        if g.dense:
+        if g.constant:
+            if g.taps[k * g.filters + f] != 0.0:
+                value += d_parts[f] * g.taps[k * g.filters + f]
+        elif g.dense:
             taps = tap_block(weights_ptr, k, g)
             value = dot(rounded(d_parts[f], g), tl.trans(taps), value, g)
         else:
@@ -146,9 +209,9 @@ def around(z, y, x, g: tl.constexpr):
 
 @triton.jit
 def keep_rows(active, numbers, lz, ly, lx, scratch_ptr, g: tl.constexpr):
-    """Each lane's row in what :func:`keep_contributions` keeps, to this program's scratch."""
+    """Where each lane's row is in what :func:`keep_contributions` keeps, to the same scratch."""
     at = around(lz + g.kernel_z - 1, ly + g.kernel_y - 1, lx + g.kernel_x - 1, g)
-    row = tl.where(active, 1 + numbers, 0).to(tl.float32, bitcast=True)
+    row = tl.where(active, (1 + numbers) * g.kept, 0).to(tl.float32, bitcast=True)
     tl.store(scratch_ptr + g.active_at + at, row)
 
 
@@ -161,21 +224,34 @@ def tile_transpose(rz, ry, rx, exists, scratch_ptr, weights_ptr, g: tl.constexpr
     """
     acc = tl.zeros((g.rows, g.block_c), tl.float32)
     here = around(rz, ry, rx, g)
-    for k in tl.range(0, g.kernel, loop_unroll_factor=g.unroll):
-        kz, ky, kx = k // (g.kernel_y * g.kernel_x), k // g.kernel_x % g.kernel_y, k % g.kernel_x
-        # A step of its own, so that all positions share an address.
-        step = around(g.kernel_z - 1 - kz, g.kernel_y - 1 - ky, g.kernel_x - 1 - kx, g)
-        row = tl.load(scratch_ptr + g.active_at + step + here, mask=exists, other=0.0)
-        at = row.to(tl.int32, bitcast=True)[:, None] * g.kept
-        if g.by_tap:
-            channel = tl.arange(0, g.block_c)[None, :]
-            acc += tl.load(scratch_ptr + k * g.block_c + (at + channel))
-        else:
-            column = tl.arange(0, g.block_p)[None, :]
-            d_parts = ()
-            for f in tl.static_range(g.filters):
-                d_parts = d_parts + (tl.load(scratch_ptr + f * g.block_p + (at + column)),)
-            acc += tap_transposed(d_parts, k, weights_ptr, g)
+    if g.constant:
+        for k in tl.static_range(g.kernel):
+            if g.used[k]:
+                acc = _add_reaching(acc, here, k, exists, scratch_ptr, weights_ptr, g)
+    else:
+        for k in tl.range(0, g.kernel, loop_unroll_factor=g.unroll):
+            acc = _add_reaching(acc, here, k, exists, scratch_ptr, weights_ptr, g)
+    return acc
+
+
+@triton.jit
+def _add_reaching(acc, here, k, exists, scratch_ptr, weights_ptr, g: tl.constexpr):
+    """Adds what reaches the places by tap ``k``, [R, BC]."""
+    kz, ky, kx = k // (g.kernel_y * g.kernel_x), k // g.kernel_x % g.kernel_y, k % g.kernel_x
+    # A step of its own, so that all positions share an address.
+    step = around(g.kernel_z - 1 - kz, g.kernel_y - 1 - ky, g.kernel_x - 1 - kx, g)
+    row = tl.load(scratch_ptr + g.active_at + step + here, mask=exists, other=0.0)
+    # A multiple of g.kept, which is one of 16: loads of several numbers at once.
+    row = tl.multiple_of(row.to(tl.int32, bitcast=True), 16)[:, None]
+    if g.by_tap:
+        channel = tl.arange(0, g.block_c)[None, :]
+        acc += tl.load((scratch_ptr + k * g.block_c + channel) + row)
+    else:
+        column = tl.arange(0, g.block_p)[None, :]
+        d_parts = ()
+        for f in tl.static_range(g.filters):  # what constant taps make nothing of is not loaded
+            d_parts = d_parts + (tl.load((scratch_ptr + f * g.block_p + column) + row),)
+        acc = add_tap_transposed(acc, d_parts, k, weights_ptr, g)
     return acc
 
 

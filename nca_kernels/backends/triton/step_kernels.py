@@ -29,15 +29,13 @@ from nca_kernels.backends.triton.cells import (
     tile_origin,
 )
 from nca_kernels.backends.triton.mlp import (
-    activate_backward,
     held_weights,
     mlp,
     mlp_backward,
-    no_sums,
-    store_sums,
 )
 from nca_kernels.backends.triton.stencil import (
     activated,
+    activated_backward,
     add_taps_gradient,
     keep_contributions,
     keep_rows,
@@ -207,7 +205,6 @@ def step_backward(
     _clear(d_weights_ptr, g.weights)
     _clear(scratch_ptr, g.kept)  # the row of zeros
     _clear(scratch_ptr + g.active_at, g.around)
-    sums = no_sums(g)
     # What a tile's work has in common with the next one's would only fill registers.
     for tile in tl.range(program, g.tiles, g.programs, disable_licm=True):
         sample, z0, y0, x0 = tile_origin(tile, g)
@@ -235,15 +232,12 @@ def step_backward(
             before = perceive(state_ptr, weights_ptr, sample, z, y, x, exists, g)
             row = (here, here if g.inputs_per_cell else rz * 0 + sample, here)
             du = g.step_size * _cotangent(cotangent_ptr, here, exists, g)
-            d_parts, sums = mlp_backward(
+            d_parts = mlp_backward(
                 du, activated(before, g), (given_ptr, inputs_ptr), row, exists, scratch_ptr,
-                weights_ptr, d_weights_ptr, (d_given_ptr, d_inputs_ptr), sums, g,
+                weights_ptr, d_weights_ptr, (d_given_ptr, d_inputs_ptr), g,
             )  # fmt: skip
             if g.filters > 0:
-                d_before = ()
-                for f in tl.static_range(g.filters):
-                    d = activate_backward(before[f], d_parts[f], g.perception_activation)
-                    d_before = d_before + (d,)
+                d_before = activated_backward(before, d_parts, g)
                 if g.weight_grad:
                     add_taps_gradient(
                         d_before, state_ptr, d_weights_ptr, sample, z, y, x, exists, g
@@ -259,8 +253,6 @@ def step_backward(
                 overlap_ptr + first_place * g.places * g.channels, weights_ptr, scratch_ptr,
                 count, sample, z0, y0, x0, g,
             )  # fmt: skip
-    if g.weight_grad:
-        store_sums(sums, d_weights_ptr, g)
 
 
 @triton.jit
