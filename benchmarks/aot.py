@@ -31,10 +31,11 @@ CASES: dict[str, Case | AttentionCase] = {c.name: c for c in (*CONFORMANCE, *BEN
 CASES |= {f"update_{c.name}": replace(c, name=f"update_{c.name}") for c in CONFORMANCE}
 CASES |= {f"attention_{c.name}": c for c in ATTENTION}
 CASES |= {c.name: c for c in BENCHMARKS}
-CASES["growing_large"] = replace(
-    CASES["growing"], name="growing_large", grid=(1024, 1024), batch=(1,)
-)
-DEFAULT = (*(c.name for c in BENCHMARKS), "growing_large", "attention_three_heads")
+_growing = next(c for c in BENCHMARKS if c.name == "growing")
+_large = replace(_growing, name="growing_large", grid=(1024, 1024), batch=(1,))
+LARGE = {c.name: c for c in (_large, replace(_large, name="growing_trained", filters=3))}
+CASES |= LARGE
+DEFAULT = (*(c.name for c in BENCHMARKS), *LARGE, "attention_three_heads")
 
 
 def at_precision(case: Case | AttentionCase, precision: str) -> Case | AttentionCase | None:

@@ -136,20 +136,22 @@ def taps(
 
 
 ConstantTaps = tuple[float, ...] | None  # [K * F]
+MOST_CONSTANTS = 128  # taps that are not zero: each is code of its own
 
 
 def constant_taps(taps: Any, channels: int) -> ConstantTaps:
     """Depthwise taps ``[K * F]`` that a kernel can be compiled for, the same for all channels.
 
-    None for taps that JAX traces or may change, and for those with few zeros: it is them that a
-    kernel can leave out.
+    None for taps that JAX traces or may change, for those with few zeros, as it is them that a
+    kernel can leave out, and for more than ``MOST_CONSTANTS`` others.
     """
     if not isinstance(taps, np.ndarray) or taps.shape[-2] != 1 or not np.isfinite(taps).all():
         return None
     by_channel = taps.astype(np.float32).reshape(-1, channels, taps.shape[-1] // channels)
     bank = by_channel[:, 0]
-    same = (by_channel == bank[:, None]).all()
-    return tuple(map(float, bank.ravel())) if same and 4 * (bank == 0).sum() >= bank.size else None
+    used = np.count_nonzero(bank)
+    few = 4 * used <= 3 * bank.size and used <= MOST_CONSTANTS
+    return tuple(map(float, bank.ravel())) if few and (by_channel == bank[:, None]).all() else None
 
 
 def _bank(item: str | np.ndarray, num_spatial_dims: int) -> np.ndarray:

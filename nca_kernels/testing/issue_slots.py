@@ -20,29 +20,43 @@ BRANCH = re.compile(r"\b(?:BRA|CALL\.REL)\b.*`\((\.L_x_\d+)\)")
 ALWAYS = re.compile(r"((BRA|CALL\.REL)(\.\w+)* `\(\.L_x|EXIT)")  # without a predicate
 TENSOR = r"\b(HGMMA|HMMA|UTCHMMA)"
 LOAD = r"\bLDG\b"
+LEAVE = r"\b(BRA|EXIT)\b"
 Loop = frozenset[int]  # its instructions
 
 
 def warp_instructions_a_cell(
-    code: str, g: dict[str, Any], how: Launch, fire_rate: float = 0.5
+    kernel: str, code: str, g: dict[str, Any], how: Launch, fire_rate: float = 0.5
 ) -> float | None:
-    """Instructions that warps issue for a cell of a grid whose cells are all alive.
+    """Instructions that warps issue for a cell of a grid whose cells are all alive and stay so.
 
     Args:
-        code: of ``step_forward`` or ``step_backward``, as nvdisasm prints it.
+        kernel: its name: ``step_forward``, ``clear_dead``, ``step_backward``, ``add_overlaps``.
+        code: the kernel's, as nvdisasm prints it.
         g: the constants that it was compiled with.
         how: its launch.
         fire_rate: of the cells, 0 to 1.
     Returns:
-        None where loops cannot be told apart: of dense taps, and without tensor cores.
+        None where loops cannot be told apart: of dense taps, without tensor cores, of overlaps
+        with borders other than zeros. Of other kernels, too.
     """
     instructions, after = _parse(code)
-    if g["dense"] or not any(re.search(TENSOR, i) for i in instructions):
-        return None
     loops = _loops(after)
-    turns = {loop: _turns(loop, instructions, loops, g, how, fire_rate) for loop in loops}
+    if kernel == "clear_dead":  # straight on, but that it may leave where no cell dies
+        leaves = next(i for i, text in enumerate(instructions) if re.search(LEAVE, text))
+        return (leaves + 1) * how.warps / g["flat"]
+    if kernel == "add_overlaps" and g["padding"] == "zeros":
+        turns: dict[Loop, float] = dict.fromkeys(loops, math.ceil(g["edges"] / how.rows))
+    elif (
+        kernel in ("step_forward", "step_backward")
+        and not g["dense"]
+        and any(re.search(TENSOR, i) for i in instructions)
+    ):
+        turns = {loop: _turns(loop, instructions, loops, g, how, fire_rate) for loop in loops}
+    else:
+        return None
+    loops = [loop for loop in loops if len(loop) > 1]  # what fills up a kernel's code
     every = range(len(instructions))
-    issued = sum(math.prod(n for loop, n in turns.items() if at in loop) for at in every)
+    issued = sum(math.prod(turns[loop] for loop in loops if at in loop) for at in every)
     return issued * how.warps / g["tile"]
 
 

@@ -194,9 +194,7 @@ def _nvidia_usage(asm: Any, job: Job) -> dict[str, Any]:
 
 
 def _issued(code: str, job: Job) -> dict[str, float]:
-    if job.name not in ("step_forward", "step_backward"):
-        return {}
-    issued = warp_instructions_a_cell(code, job.constants.values(), job.how)
+    issued = warp_instructions_a_cell(job.name, code, job.constants.values(), job.how)
     return {} if issued is None else {"warp_instructions_a_cell": round(issued, 1)}
 
 

@@ -69,7 +69,7 @@ def _grid_constants(
     kernel = () if taps is None else taps.shape[1:-2]
     kernel = (1,) * (3 - len(kernel)) + tuple(kernel)
     values: dict[str, Any] = {}
-    for axis, size, tile, reach, (before, _) in zip(
+    for axis, size, tile, reach, (before, after) in zip(
         ("z", "y", "x"), grid, launch.tile, kernel, same_margins(kernel), strict=True
     ):
         values |= {
@@ -81,10 +81,15 @@ def _grid_constants(
             f"halo_{axis}": 2 if size > 1 else 0,  # what a tile's life depends on
             f"window_{axis}": 3 if size > 1 else 1,
             f"around_{axis}": tile + 2 * (reach - 1),  # the cells that may contribute to those
+            f"shares_{axis}": 1 + (reach - 1 + tile - 1) // tile,  # of tiles that reach a cell
+            f"edge_{axis}": min(reach - 1, tile),  # cells that other tiles contribute to,
+            f"low_{axis}": after if reach <= tile else tile,  # of them at the beginning
         }
     for name in ("tiles", "places", "around", "kernel"):
         values[name] = math.prod(values[f"{name}_{axis}"] for axis in "zyx")
     values["tiles"] *= batch
+    inner = math.prod(values[f"tile_{axis}"] - values[f"edge_{axis}"] for axis in "zyx")
+    values["edges"] = math.prod(launch.tile) - inner
     values["tile"] = math.prod(launch.tile)
     values["runs"] = values["tile"] // RUN
     values["runs_x"] = values["tile_x"] // RUN
@@ -184,6 +189,7 @@ def _layer_constants(
         if operands.inputs is None or operands.inputs.ndim == operands.state.ndim
         else operands.inputs.shape[1],
         "taps_at": 0,
+        "perception_bias": operands.perception_bias is not None,
         "perception_bias_at": perception_bias_at,
         "weight_at": tuple(weight_at),
         "source_at": source_at,

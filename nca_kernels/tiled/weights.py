@@ -20,6 +20,7 @@ from nca_kernels.tiled.geometry import weight_groups
 
 Sizes = dict[str, Any]  # of nca_kernels.tiled.geometry.step_constants
 Weights = tuple[Array | None, Array | None, tuple]  # taps, perception bias, layers
+MANTISSA = {"tf32": 10, "bfloat16": 7}  # bits that operands of products keep
 
 
 def pack(operands: Operands, g: Sizes) -> Array:
@@ -36,11 +37,9 @@ def pack(operands: Operands, g: Sizes) -> Array:
         return packed
     bias, at = _pad(layers[0][1], -1, g["padded_widths"][0]), g["bias_at"][0]
     whole = _rounded(bias, g)
-    both = jnp.concatenate([whole, bias - whole], axis=1)
+    rest = jnp.where(jnp.isfinite(whole), bias - whole, 0.0)
+    both = jnp.concatenate([whole, rest], axis=1)
     return jax.lax.dynamic_update_slice(packed, both, (0, at))
-
-
-MANTISSA = {"tf32": 10, "bfloat16": 7}  # bits that operands of products keep
 
 
 def _rounded(array: Array, g: Sizes) -> Array:

@@ -30,6 +30,7 @@ def test_which_taps_are_constant():
     infinite[..., 0::3] = np.inf
     assert perception.constant_taps(other, 5) is None, "channels differ"
     assert perception.constant_taps(infinite, 5) is None
+    assert perception.constant_taps(nk.taps(("moore",) * 20, 1), 1) is None, "too much code"
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])

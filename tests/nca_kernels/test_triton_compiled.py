@@ -18,7 +18,8 @@ SPILL_FREE = ("sm_80", "sm_90")
 # Two registers, and of the widest rule what rows need after their products: 26 of 2,600
 # instructions, where launches without any spill take a fifth more.
 SPILLED = {"growing": 8, "self_autoencoding": 8, "diffusing": 64}
-ISSUED = {"step_forward": 45, "step_backward": 125}  # warp instructions a cell, growing on sm_90
+# Warp instructions a cell, growing on sm_90.
+ISSUED = {"step_forward": 45, "clear_dead": 4, "step_backward": 125, "add_overlaps": 8}
 AWKWARD = (
     "line",
     "three_hidden",
@@ -67,7 +68,8 @@ def test_kernels_compile_for_every_target(tmp_path, case):
         if row["kernel"] == "step_forward" and case == "growing":
             assert row["tensor_instructions"].get(TENSOR[row["target"]]), name
         if row["target"] == "sm_90" and case == "growing" and row["kernel"] in ISSUED:
-            assert 10 < row["warp_instructions_a_cell"] < ISSUED[row["kernel"]], name
+            most = ISSUED[row["kernel"]]
+            assert most / 4 < row["warp_instructions_a_cell"] < most, name
         if row["kernel"] == "clear_dead":  # one before flags are written in place, one of layouts
             assert row["barriers"] > 1, name
 

@@ -8,7 +8,12 @@ tuple of filters ``[R, BP]``: as many as there are if depthwise, a single one if
 import triton
 import triton.language as tl
 
-from nca_kernels.backends.triton.cells import border, cell_number, channel_offsets
+from nca_kernels.backends.triton.cells import (
+    border,
+    cell_number,
+    channel_offsets,
+    lane_position,
+)
 from nca_kernels.backends.triton.mlp import (
     activate,
     activate_backward,
@@ -59,8 +64,11 @@ def perceive(state_ptr, weights_ptr, sample, z, y, x, exists, g: tl.constexpr):
     """The perception of R cells before its activation; each neighbour is loaded once."""
     filters = ()
     for f in tl.static_range(g.filters):
-        bias = tl.load(weights_ptr + g.perception_bias_at + f * g.block_p + tl.arange(0, g.block_p))
-        filters = filters + (tl.broadcast_to(bias[None, :], (g.rows, g.block_p)),)
+        start = tl.zeros((g.rows, g.block_p), tl.float32)
+        if g.perception_bias:
+            at = g.perception_bias_at + f * g.block_p + tl.arange(0, g.block_p)
+            start += tl.load(weights_ptr + at)[None, :]
+        filters = filters + (start,)
     if g.constant:
         for k in tl.static_range(g.kernel):
             if g.used[k]:
@@ -257,31 +265,111 @@ def _add_reaching(acc, here, k, exists, scratch_ptr, weights_ptr, g: tl.constexp
 
 @triton.jit
 def overlap(s, j, size: tl.constexpr, tile: tl.constexpr, kernel: tl.constexpr,
-            before: tl.constexpr, g: tl.constexpr):  # fmt: skip
+            before: tl.constexpr, few: tl.constexpr, g: tl.constexpr):  # fmt: skip
     """Which tile's surroundings, number ``s`` on one axis, hold something for cell ``j``.
 
     Positions outside the grid that show cell ``j`` count as it does; each position lies in the
-    surroundings of up to ``candidates`` tiles. Returns (tile, place in it, does it exist, is it
-    the cell's own tile).
+    surroundings of up to ``few`` tiles. Returns (tile, place in it, does it exist, is it the
+    cell's own tile).
     """
-    candidates: tl.constexpr = 1 + (kernel - 1 + tile - 1) // tile
-    image = s // candidates  # 0: the cell itself, 1 .. before: left of the grid, then right of it
+    image = s // few  # 0: the cell itself, 1 .. before: left of the grid, then right of it
     position = tl.where(image == 0, j, tl.where(image <= before, -image, size - 1 + image - before))
     shown, there = border(position, size, g.padding)
-    nth = (position + before) // tile
-    place = position + before - (nth - s % candidates) * tile
-    nth = nth - s % candidates
+    nth = (position + before) // tile - s % few
+    place = position + before - nth * tile
     exists = there & (shown == j) & (nth >= 0) & (nth * tile < size) & (place < tile + kernel - 1)
     own = (position == j) & (nth == j // tile)
     return nth, place, exists, own
 
 
 @triton.jit
-def overlaps(first, size: tl.constexpr, tile: tl.constexpr, kernel: tl.constexpr, g: tl.constexpr):
-    """How many ``s`` of :func:`overlap` cells from ``first`` on need: images only near borders."""
-    candidates: tl.constexpr = 1 + (kernel - 1 + tile - 1) // tile
-    count = first * 0 + candidates
-    if g.padding != "zeros" and kernel > 1:
-        at_border = (first < kernel) | (first + tile > size - kernel)
-        count = tl.where(at_border, candidates * kernel, candidates)
-    return count
+def edge_cells(z0, y0, x0, g: tl.constexpr):
+    """How many of a tile's cells others may contribute to, and whether these are all of them.
+
+    Near borders that show cells to cells, all; else those that other tiles reach.
+    """
+    count, everywhere = z0 * 0 + g.edges, z0 < 0
+    if g.padding != "zeros":
+        near_z = _near_border(z0, g.depth, g.tile_z, g.kernel_z)
+        near_y = _near_border(y0, g.height, g.tile_y, g.kernel_y)
+        near_x = _near_border(x0, g.width, g.tile_x, g.kernel_x)
+        everywhere = near_z | near_y | near_x
+        count = tl.where(everywhere, g.tile, count)
+    return count, everywhere
+
+
+@triton.jit
+def _near_border(first, size: tl.constexpr, tile: tl.constexpr, kernel: tl.constexpr):
+    """Whether positions outside of an axis may show one of a tile's cells."""
+    return (first < kernel) & (kernel > 1) | (first + tile > size - kernel) & (kernel > 1)
+
+
+@triton.jit
+def edge_position(number, everywhere, g: tl.constexpr):
+    """Where number n of a tile's cells is: those at an edge in z come first, then in y, then in x.
+
+    Unless all are asked for, which come in their order.
+    """
+    size_z: tl.constexpr = g.edge_z * g.tile_y * g.tile_x
+    size_y: tl.constexpr = (g.tile_z - g.edge_z) * g.edge_y * g.tile_x
+    # Of each part: cells of an axis in the order of _from_edges.
+    z, y, x = number // (g.tile_y * g.tile_x), number // g.tile_x % g.tile_y, number % g.tile_x
+    n = number - size_z
+    if size_y > 0:
+        in_y = n >= 0
+        z = tl.where(in_y, g.edge_z + n // (g.edge_y * g.tile_x), z)
+        y = tl.where(in_y, n // g.tile_x % g.edge_y, y)
+        x = tl.where(in_y, n % g.tile_x, x)
+    n -= size_y
+    if g.edge_x > 0 and g.edge_y < g.tile_y:
+        in_x = n >= 0
+        inner: tl.constexpr = g.tile_y - g.edge_y
+        z = tl.where(in_x, g.edge_z + n // (inner * g.edge_x), z)
+        y = tl.where(in_x, g.edge_y + n // g.edge_x % inner, y)
+        x = tl.where(in_x, n % g.edge_x, x)
+    z = _from_edges(z, g.tile_z, g.low_z, g.edge_z)
+    y = _from_edges(y, g.tile_y, g.low_y, g.edge_y)
+    x = _from_edges(x, g.tile_x, g.low_x, g.edge_x)
+    if g.padding != "zeros":
+        lz, ly, lx = lane_position(number, g)
+        z, y, x = (
+            tl.where(everywhere, lz, z),
+            tl.where(everywhere, ly, y),
+            tl.where(everywhere, lx, x),
+        )
+    return z, y, x
+
+
+@triton.jit
+def _from_edges(i, size: tl.constexpr, low: tl.constexpr, edge: tl.constexpr):
+    """Cells of an axis: the ``edge`` first, ``low`` of them at the beginning, then the others."""
+    end = tl.where(i < low, i, size - edge + i)
+    return tl.where(i < edge, end, low + i - edge)
+
+
+@triton.jit
+def shares(first, size: tl.constexpr, tile: tl.constexpr, kernel: tl.constexpr, few: tl.constexpr):
+    """How many turns of :func:`share` cells from ``first`` on need on an axis.
+
+    Positions outside the grid, images of cells, matter only to cells near its borders.
+    """
+    return tl.where(_near_border(first, size, tile, kernel), few * kernel, few)
+
+
+@triton.jit
+def share(sz, sy, sx, sample, z, y, x, inside, touched_ptr, g: tl.constexpr):
+    """Where tiles, number ``s`` on each axis, hold something for cells: (at [R, BC], is there).
+
+    Only what is not the cells' own tile.
+    """
+    tz, pz, ok_z, own_z = overlap(sz, z, g.depth, g.tile_z, g.kernel_z, g.before_z, g.shares_z, g)
+    ty, py, ok_y, own_y = overlap(sy, y, g.height, g.tile_y, g.kernel_y, g.before_y, g.shares_y, g)
+    tx, px, ok_x, own_x = overlap(sx, x, g.width, g.tile_x, g.kernel_x, g.before_x, g.shares_x, g)
+    there = inside & ok_z & ok_y & ok_x & ~(own_z & own_y & own_x)
+    tile = ((sample * g.tiles_z + tz) * g.tiles_y + ty) * g.tiles_x + tx
+    there = there & (tl.load(touched_ptr + tile, mask=there, other=0) > 0)
+    if g.wide:
+        tile = tile.to(tl.int64)
+    channel, _ = channel_offsets(g)
+    place = tile * g.places + (pz * g.places_y + py) * g.places_x + px
+    return place[:, None] * g.channels + channel, there

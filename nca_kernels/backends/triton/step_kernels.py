@@ -37,11 +37,13 @@ from nca_kernels.backends.triton.stencil import (
     activated,
     activated_backward,
     add_taps_gradient,
+    edge_cells,
+    edge_position,
     keep_contributions,
     keep_rows,
-    overlap,
-    overlaps,
     perceive,
+    share,
+    shares,
     tile_transpose,
 )
 
@@ -160,19 +162,27 @@ def clear_dead(
     lives = tl.load(before_ptr + group * g.cells + cell, mask=inside, other=0) != 0
     largest = tl.full((g.flat,), float("-inf"), tl.float32)
     for k in tl.static_range(g.pool):
-        nz, there_z = border(z + k // (g.window_y * g.window_x) - g.window_z // 2, g.depth, pool)
-        ny, there_y = border(y + k // g.window_x % g.window_y - g.window_y // 2, g.height, pool)
-        nx, there_x = border(x + k % g.window_x - g.window_x // 2, g.width, pool)
-        at = group * g.cells + cell_number(sample, nz, ny, nx, g)
+        dz = k // (g.window_y * g.window_x) - g.window_z // 2
+        dy = k // g.window_x % g.window_y - g.window_y // 2
+        dx = k % g.window_x - g.window_x // 2
+        nz, there_z = border(z + dz, g.depth, pool)
+        ny, there_y = border(y + dy, g.height, pool)
+        nx, there_x = border(x + dx, g.width, pool)
         there = lives & there_z & there_y & there_x
-        largest = tl.maximum(largest, tl.load(plane_ptr + at, mask=there, other=float("-inf")))
+        at, step = cell_number(sample, nz, ny, nx, g), 0
+        if pool == "zeros":  # a step of its own, so that all share an address
+            at, step = cell, (dz * g.height + dy) * g.width + dx
+        alpha = tl.load(plane_ptr + group * g.cells + step + at, mask=there, other=float("-inf"))
+        largest = tl.maximum(largest, alpha)
     survives = lives & (largest > g.alive_threshold)
     tl.debug_barrier()  # of few cells, other threads read the same flags
     tl.store(alive_ptr + group * g.cells + cell, survives, mask=inside)
-    channel, real = channel_offsets(g)
-    at = (group * g.cells + cell)[:, None] * g.channels + channel
-    dies = (lives & ~survives)[:, None] & real
-    tl.store(out_ptr + at, tl.zeros((g.flat, g.block_c), out_ptr.dtype.element_ty), mask=dies)
+    dies = lives & ~survives
+    if tl.max(dies.to(tl.int32), axis=0) > 0:
+        channel, real = channel_offsets(g)
+        row = out_ptr + (group * g.cells + cell)[:, None] * g.channels
+        zeros = tl.zeros((g.flat, g.block_c), out_ptr.dtype.element_ty)
+        tl.store(row + channel, zeros, mask=dies[:, None] & real)
 
 
 @triton.jit
@@ -220,7 +230,7 @@ def step_backward(
         tl.store(touched_ptr + tile, count)
         _clear_source_rows((d_given_ptr, d_inputs_ptr), cell, inside, g)
         tl.debug_barrier()  # the previous tile's scratch is read
-        numbers = flag_numbers(words, upto)
+        numbers, active = flag_numbers(words, upto), bits(words) != 0  # not drawn once more
         keep_lanes(active, numbers, _lanes(g), 0, scratch_ptr, g)
         keep_rows(active, numbers, lz, ly, lx, scratch_ptr, g)
         tl.debug_barrier()  # this one's lanes and rows are written
@@ -330,29 +340,28 @@ def add_overlaps(
     touched_ptr += group * g.tiles
     sample, z0, y0, x0 = tile_origin(tile, g)
     channel, real = channel_offsets(g)
-    for first in range(0, g.tile, g.rows):
-        lz, ly, lx = lane_position(first + tl.arange(0, g.rows), g)
+    count, everywhere = edge_cells(z0, y0, x0, g)
+    for first in range(0, count, g.rows):
+        number = first + tl.arange(0, g.rows)
+        lz, ly, lx = edge_position(number, everywhere, g)
         z, y, x = z0 + lz, y0 + ly, x0 + lx
-        inside = in_grid(z, y, x, g)
+        inside = in_grid(z, y, x, g) & (number < count)
         acc = tl.zeros((g.rows, g.block_c), tl.float32)
         changed = inside & (z < 0)
-        for sz in range(0, overlaps(z0, g.depth, g.tile_z, g.kernel_z, g)):
-            tz, pz, ok_z, own_z = overlap(sz, z, g.depth, g.tile_z, g.kernel_z, g.before_z, g)
-            for sy in range(0, overlaps(y0, g.height, g.tile_y, g.kernel_y, g)):
-                ty, py, ok_y, own_y = overlap(sy, y, g.height, g.tile_y, g.kernel_y, g.before_y, g)
-                for sx in range(0, overlaps(x0, g.width, g.tile_x, g.kernel_x, g)):
-                    tx, px, ok_x, own_x = overlap(
-                        sx, x, g.width, g.tile_x, g.kernel_x, g.before_x, g
-                    )
-                    there = inside & ok_z & ok_y & ok_x & ~(own_z & own_y & own_x)
-                    other = ((sample * g.tiles_z + tz) * g.tiles_y + ty) * g.tiles_x + tx
-                    there = there & (tl.load(touched_ptr + other, mask=there, other=0) > 0)
-                    if g.wide:
-                        other = other.to(tl.int64)
-                    at = other * g.places + (pz * g.places_y + py) * g.places_x + px
-                    at = at[:, None] * g.channels + channel
-                    acc += tl.load(overlap_ptr + at, mask=there[:, None] & real, other=0.0)
-                    changed = changed | there
+        if g.padding == "zeros":
+            for sz in tl.static_range(g.shares_z):
+                for sy in tl.static_range(g.shares_y):
+                    for sx in tl.static_range(g.shares_x):
+                        at, there = share(sz, sy, sx, sample, z, y, x, inside, touched_ptr, g)
+                        acc += tl.load(overlap_ptr + at, mask=there[:, None] & real, other=0.0)
+                        changed = changed | there
+        else:
+            for sz in range(0, shares(z0, g.depth, g.tile_z, g.kernel_z, g.shares_z)):
+                for sy in range(0, shares(y0, g.height, g.tile_y, g.kernel_y, g.shares_y)):
+                    for sx in range(0, shares(x0, g.width, g.tile_x, g.kernel_x, g.shares_x)):
+                        at, there = share(sz, sy, sx, sample, z, y, x, inside, touched_ptr, g)
+                        acc += tl.load(overlap_ptr + at, mask=there[:, None] & real, other=0.0)
+                        changed = changed | there
         at = (group * g.cells + cell_number(sample, z, y, x, g))[:, None] * g.channels + channel
         mask = changed[:, None] & real
         own = tl.load(d_state_ptr + at, mask=mask, other=0.0).to(tl.float32)
