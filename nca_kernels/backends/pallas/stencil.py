@@ -18,6 +18,7 @@ from nca_kernels.backends.pallas.cells import (
     cell_number,
     channel_positions,
     div,
+    lane_position,
     loop,
     moved,
     on_grid,
@@ -165,15 +166,24 @@ class _Axis(NamedTuple):
     places: int
     kernel: int
     before: int
+    shares: int  # how many tiles' surroundings may hold one position
+    edge: int  # cells that other tiles contribute to, ``low`` of them at a tile's beginning
+    low: int
 
-    @property
-    def candidates(self) -> int:
-        """How many tiles' surroundings may hold one position."""
-        return 1 + (self.kernel - 1 + self.tile - 1) // self.tile
+    def near_border(self, first: Any) -> Any:
+        """Whether positions outside of the axis may show one of a tile's cells."""
+        if self.kernel == 1:
+            return first < 0
+        return (first < self.kernel) | (first + self.tile > self.size - self.kernel)
+
+    def from_edges(self, i: Array) -> Array:
+        """A tile's cells: the ``edge`` first, ``low`` of them at its beginning, then the others."""
+        end = jnp.where(i < self.low, i, self.tile - self.edge + i)
+        return jnp.where(i < self.edge, end, self.low + i - self.edge)
 
 
 def _axes(g: Any) -> list[_Axis]:
-    names = ("tiles", "tile", "places", "kernel", "before")
+    names = ("tiles", "tile", "places", "kernel", "before", "shares", "edge", "low")
     return [
         _Axis(size, *(getattr(g, f"{name}_{axis}") for name in names))
         for axis, size in (("z", g.depth), ("y", g.height), ("x", g.width))
@@ -187,10 +197,48 @@ def overlaps(first: Position, g: Any) -> list[Any]:
     """
     turns = []
     for a, at in zip(_axes(g), first, strict=True):
-        few, many = jnp.int32(a.candidates), jnp.int32(a.candidates * a.kernel)
-        at_border = (at < a.kernel) | (at + a.tile > a.size - a.kernel)
-        turns.append(few if g.padding == "zeros" else lax.select(at_border, many, few))
+        few, many = jnp.int32(a.shares), jnp.int32(a.shares * a.kernel)
+        turns.append(few if g.padding == "zeros" else lax.select(a.near_border(at), many, few))
     return turns
+
+
+def edge_cells(first: Position, g: Any) -> tuple[Any, Any]:
+    """How many of a tile's cells others may contribute to, and whether these are all of them.
+
+    Near borders that show cells to cells, all; else those that other tiles reach.
+    """
+    if g.padding == "zeros":
+        return g.edges, False
+    near_z, near_y, near_x = (a.near_border(at) for a, at in zip(_axes(g), first, strict=True))
+    everywhere = near_z | near_y | near_x
+    return lax.select(everywhere, jnp.int32(g.tile), jnp.int32(g.edges)), everywhere
+
+
+def edge_position(number: Array, everywhere: Any, g: Any) -> Position:
+    """Where number n of a tile's cells is: those at an edge in z come first, then in y, then in x.
+
+    Unless all are asked for, which come in their order.
+    """
+    axis_z, axis_y, axis_x = _axes(g)
+    inner_z, inner_y = axis_z.tile - axis_z.edge, axis_y.tile - axis_y.edge
+    size_z = axis_z.edge * g.tile_y * g.tile_x
+    size_y = inner_z * axis_y.edge * g.tile_x
+    z, y, x = lane = lane_position(number, g)
+    # Of each part: cells of an axis in the order of from_edges.
+    if size_y:
+        in_y, (nz, ny, nx) = number >= size_z, unravel(number - size_z, axis_y.edge, g.tile_x)
+        z, y = jnp.where(in_y, axis_z.edge + nz, z), jnp.where(in_y, ny, y)
+        x = jnp.where(in_y, nx, x)
+    if axis_x.edge and inner_y:
+        n = number - size_z - size_y
+        in_x, (nz, ny, nx) = n >= 0, unravel(n, inner_y, axis_x.edge)
+        z, y = jnp.where(in_x, axis_z.edge + nz, z), jnp.where(in_x, axis_y.edge + ny, y)
+        x = jnp.where(in_x, nx, x)
+    position = axis_z.from_edges(z), axis_y.from_edges(y), axis_x.from_edges(x)
+    if g.padding == "zeros":
+        return position
+    z, y, x = (jnp.where(everywhere, a, b) for a, b in zip(lane, position, strict=True))
+    return z, y, x
 
 
 def overlap(turn: Position, cell: Position, sample: Any, g: Any) -> tuple[Array, Array, Array]:
@@ -211,11 +259,11 @@ def overlap(turn: Position, cell: Position, sample: Any, g: Any) -> tuple[Array,
 
 def _overlap_on_axis(s: Any, j: Array, a: _Axis, padding: str) -> tuple[Array, ...]:
     """See the Triton kernel's ``overlap``: (tile, place in it, does it exist, is it the own)."""
-    image = div(s, a.candidates)  # 0: the cell itself, 1 .. before: left of the grid, then right
+    image = div(s, a.shares)  # 0: the cell itself, 1 .. before: left of the grid, then right
     outside = jnp.where(image <= a.before, -image, a.size - 1 + image - a.before)
     position = jnp.where(image == 0, j, outside)
     shown, there = border(position, a.size, padding)
-    nth = div(position + a.before, a.tile) - rem(s, a.candidates)
+    nth = div(position + a.before, a.tile) - rem(s, a.shares)
     place = position + a.before - nth * a.tile
     exists = there & (shown == j) & (nth >= 0) & (nth * a.tile < a.size) & (place < a.places)
     return nth, place, exists, (position == j) & (nth == div(j, a.tile))

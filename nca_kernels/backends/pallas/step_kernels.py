@@ -42,6 +42,8 @@ from nca_kernels.backends.pallas.mlp import Rows, Sums, activate_backward, mlp, 
 from nca_kernels.backends.pallas.stencil import (
     activated,
     add_taps_gradient,
+    edge_cells,
+    edge_position,
     in_tile,
     keep_perception_gradient,
     overlap,
@@ -389,10 +391,12 @@ def add_overlaps(shares: Memory, touched: Memory, d_state: Memory, out: Memory, 
     start = group * (g.cells * g.channels)
     sample, origin = tile_origin(number, g)
     turns_z, turns_y, turns_x = overlaps(origin, g)
+    count, everywhere = edge_cells(origin, g)
 
     def one_block(i: Any, _: None) -> None:
-        position = moved(origin, lane_position(i * g.rows + along(g.rows), g))
-        inside = in_grid(position, g)
+        n = i * g.rows + along(g.rows)
+        position = moved(origin, edge_position(n, everywhere, g))
+        inside = in_grid(position, g) & (n < count)
 
         def add(s: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             acc, changed = carry
@@ -410,7 +414,7 @@ def add_overlaps(shares: Memory, touched: Memory, d_state: Memory, out: Memory, 
         own = (d_state + start).load(at, mask).astype(jnp.float32)
         (out + start).store(at, own + acc, mask)
 
-    loop(-(-g.tile // g.rows), one_block)
+    loop(_blocks(count, g), one_block)
 
 
 def add_programs(partial: Memory, totals: Memory, g: Any) -> None:
