@@ -66,12 +66,24 @@ class Case:
 
     @property
     def taps_shape(self) -> tuple[int, ...]:
+        if isinstance(self.filters, tuple):
+            return depthwise_taps(self.filters, self.channels, len(self.grid)).shape
         kernel = self.kernel or (3,) * len(self.grid)
         if self.dense is not None:
             return (*kernel, self.channels, self.dense)
-        if isinstance(self.filters, int):
-            return (*kernel, 1, self.filters * self.channels)
-        return depthwise_taps(self.filters, self.channels, len(self.grid)).shape
+        return (*kernel, 1, self.filters * self.channels)
+
+    @property
+    def constant_taps(self) -> np.ndarray | None:
+        """The taps of named filters."""
+        if not isinstance(self.filters, tuple):
+            return None
+        return depthwise_taps(self.filters, self.channels, len(self.grid))
+
+    def with_constant_taps(self, params: RuleParams) -> RuleParams:
+        """``params``, which JAX may trace, but for taps that are constant."""
+        taps = self.constant_taps
+        return params if taps is None else replace(params, perception=taps)
 
     def arguments(self, seed: int = 0) -> Arguments:
         """Random arguments, scaled so that states stay of order one; the same for a seed."""
@@ -80,9 +92,8 @@ class Case:
         def normal(*shape: int, scale: float = 1.0) -> np.ndarray:
             return np.asarray(random.normal(size=shape) * scale, np.float32)
 
-        if isinstance(self.filters, tuple):
-            taps = depthwise_taps(self.filters, self.channels, len(self.grid))
-        else:
+        taps = self.constant_taps
+        if taps is None:
             taps = normal(*self.taps_shape, scale=float(np.prod(self.taps_shape[:-1])) ** -0.5)
         widths = (self.perception_size + self.inputs, *self.hidden, self.channels)
         layers = tuple(
@@ -97,8 +108,7 @@ class Case:
         shape = self.batch if self.inputs_per_sample else (*self.batch, *self.grid)
         inputs = normal(*shape, self.inputs) if self.inputs else None
         params, inputs = jax.tree.map(jnp.asarray, (RuleParams(taps, bias, layers), inputs))
-        if isinstance(self.filters, tuple):
-            params = replace(params, perception=taps)
+        params = self.with_constant_taps(params)
         cells = jnp.asarray(state.astype(jnp.dtype(self.dtype)))
         return Arguments(params, cells, jax.random.key(seed + 7), inputs)
 

@@ -43,8 +43,7 @@ def value_and_gradients(
     """The new state and the gradients of (params, state, inputs): the same bits in every call."""
 
     def run(params: Any, state: Any, inputs: Any) -> Any:
-        if isinstance(args.params.perception, np.ndarray):  # stays constant
-            params = replace(params, perception=args.params.perception)
+        params = case.with_constant_taps(params)
         return nk.step(case.rule, params, state, args.key, inputs, backend=backend)
 
     def both(params: Any, state: Any, inputs: Any) -> tuple[Any, Any]:

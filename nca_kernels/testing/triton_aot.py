@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import nca_kernels as nk
 from nca_kernels import dispatch
@@ -139,15 +138,13 @@ def _lower_gradient(case: Case | AttentionCase, backend: str) -> None:
         jax.jit(jax.value_and_grad(updated, wanted)).lower(*args)
         return
 
-    constant = isinstance(params.perception, np.ndarray)
-
-    def loss(weights: Any, state: Any, inputs: Any) -> Any:
-        all_params = replace(params, layers=weights) if constant else weights
-        out = nk.step(case.rule, all_params, state, key, inputs, backend=backend)
+    def loss(params: Any, state: Any, inputs: Any) -> Any:
+        params = case.with_constant_taps(params)
+        out = nk.step(case.rule, params, state, key, inputs, backend=backend)
         return jnp.sum(out.astype(jnp.float32))
 
     fun = jax.value_and_grad(loss, (0, 1, 2)[: 2 + bool(case.inputs)])
-    jax.jit(fun).lower(params.layers if constant else params, state, inputs)
+    jax.jit(fun).lower(params, state, inputs)
 
 
 def compile_job(job: Job, target: str) -> dict[str, Any]:
