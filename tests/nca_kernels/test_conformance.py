@@ -1,7 +1,9 @@
 """Every backend through the same cases and checks; see ``nca_kernels.testing.conformance``."""
 
+import jax
 import pytest
 
+import nca_kernels as nk
 from nca_kernels import dispatch
 from nca_kernels.backends import xla
 from nca_kernels.testing import CONFORMANCE, TRANSFORMATION_CHECKS
@@ -27,6 +29,15 @@ KERNELS = ("xla", "xla_all_at_once")  # the reference is checked in test_referen
 BY_NAME = {case.name: case for case in CONFORMANCE}
 MASKS = ("line", "one_cell", "plane_batch_2x3", "rarely_fires", "always_fires", "volume")
 TRANSFORMED = ("plane", "inputs_per_sample")
+
+
+@pytest.mark.parametrize("case", [c for c in CONFORMANCE if 0 not in c.batch], ids=str)
+def test_a_case_has_cells_that_fire_and_live_on(case):
+    """Else nothing but zeros would be compared."""
+    params, state, key, inputs = case.arguments()
+    out = nk.step(case.rule, params, state, key, inputs, backend="reference")
+    fired = jax.random.bernoulli(key, case.rule.fire_rate, state.shape[:-1])
+    assert (fired & (out != 0).any(axis=-1)).any()
 
 
 @pytest.mark.parametrize("case", CONFORMANCE, ids=str)
