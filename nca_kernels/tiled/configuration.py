@@ -111,6 +111,7 @@ def problem_name(call: Any, operands: Operands) -> str:
     channels = operands.state.shape[-1]
     taps = operands.taps
     perception = "given" if taps is None else "x".join(map(str, taps.shape[1:]))
+    perception += " constant" if call.constant_taps else ""
     widths = [weight.shape[-1] for weight, _ in operands.layers[:-1]]
     inputs = 0 if operands.inputs is None else operands.inputs.shape[-1]
     hidden = "-".join(map(str, widths)) or "none"
@@ -170,8 +171,8 @@ def heuristic(
         warps=warps,
         stages=1,
         unroll=unroll,
-        # Products of 64 rows read weights from shared memory anyway; of fewer, from registers.
         joined=JOINED if wide_products else 0,
+        # Products of 64 rows read weights from shared memory anyway; of fewer, from registers.
         held=HELD if wide_products and not (backward or precise) else 0,
     )
 

@@ -88,7 +88,10 @@ def _runner(
     own = jax.tree.map(like, operands)
     avals = [jax.typeof(a) for a in jax.tree.leaves(own)]
     cotangent, *saved = map(like, call.outputs(avals))
-    wrt = tuple(jnp.issubdtype(a.dtype, jnp.floating) for a in avals)
+    floating = jax.tree.map(lambda a: jnp.issubdtype(a.dtype, jnp.floating), own)
+    if getattr(call, "constant_taps", None):
+        floating = floating._replace(taps=False)
+    wrt = tuple(jax.tree.leaves(floating))
 
     def prepare(how: Launch) -> Callable[[], Any]:
         fixed = replace(engine, fixed=lambda call: how)
