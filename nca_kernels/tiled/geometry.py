@@ -127,7 +127,7 @@ def _rule_constants(
 def _tap_constants(taps: ConstantTaps, kernel: int) -> dict[str, Any]:
     """Constant taps [K, F], and at which positions there is any."""
     used = np.any(np.reshape(taps, (kernel, -1)), axis=1) if taps else np.ones(kernel, bool)
-    return {"constant": bool(taps), "taps": taps or (0.0,), "used": tuple(map(bool, used))}
+    return {"constant_taps": bool(taps), "taps": taps or (0.0,), "used": tuple(map(bool, used))}
 
 
 def _layer_constants(
@@ -234,7 +234,7 @@ def _scratch_constants(values: dict[str, Any], launch: Launch) -> dict[str, Any]
     by_filter = values["filters"] * values["block_p"]
     by_tap = values["kernel"] * values["block_c"] if by_filter else 0
     # Of constant taps, of which many are zero, little is gathered of each filter.
-    taps_fit = not values["constant"] and values["tile"] * by_tap <= launch.by_tap
+    taps_fit = not values["constant_taps"] and values["tile"] * by_tap <= launch.by_tap
     kept = by_tap if taps_fit else by_filter
     active_at = (1 + values["tile"]) * max(by_filter, kept)  # Pallas' kernels keep by filter
     lanes_at = active_at + values["around"] if backward else 0

@@ -134,7 +134,7 @@ def test_constant_taps_are_compiled_in(monkeypatch):
     seen = []
 
     def launch(kernel, inputs, outputs, grid, g, how, aliases=None):
-        seen.append(g["constant"])
+        seen.append(g["constant_taps"])
         return triton_host.launch(kernel, inputs, outputs, grid, g, how, aliases)
 
     _register("triton_seen", "records constants", replace(_engine(), launch=launch))

@@ -15,8 +15,7 @@ ROOT = Path(__file__).parents[2]
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 TENSOR = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 SPILL_FREE = ("sm_80", "sm_90")
-# Bytes: of the widest rule it is 26 of 2,600 instructions, where launches without any spill take a
-# fifth more.
+# Bytes; of the widest rule, launches without any take more instructions.
 SPILLED = {"growing": 8, "self_autoencoding": 16, "diffusing": 64}
 # Warp instructions a cell, growing on sm_90.
 ISSUED = {"step_forward": 45, "clear_dead": 4, "step_backward": 125, "add_overlaps": 8}

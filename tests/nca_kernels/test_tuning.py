@@ -37,7 +37,7 @@ launched = []  # the launches of kernels, in turn
 def sleeping_launch(kernel, inputs, outputs, grid, g, how, aliases=None):
     """Takes 20 ms, but 1 ms with 8 warps, and runs out of memory with 64 rows."""
     launched.append(how)
-    assert not (g.get("constant") and g["taps_grad"]), "nobody asks for it"
+    assert not (g.get("constant_taps") and g["taps_grad"]), "nobody asks for it"
     if how.rows == 64:
         raise RuntimeError("out of shared memory")
 

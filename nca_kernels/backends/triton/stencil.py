@@ -69,7 +69,7 @@ def perceive(state_ptr, weights_ptr, sample, z, y, x, exists, g: tl.constexpr):
             at = g.perception_bias_at + f * g.block_p + tl.arange(0, g.block_p)
             start += tl.load(weights_ptr + at)[None, :]
         filters = filters + (start,)
-    if g.constant:
+    if g.constant_taps:
         for k in tl.static_range(g.kernel):
             if g.used[k]:
                 value = neighbours(state_ptr, k, sample, z, y, x, exists, g)
@@ -86,7 +86,7 @@ def _add_seen(filters, value, k, weights_ptr, g: tl.constexpr):
     """Adds what each filter makes of the neighbours at position ``k``, [R, BC]."""
     new = ()
     for f in tl.static_range(g.filters):
-        if g.constant:
+        if g.constant_taps:
             if g.taps[k * g.filters + f] != 0.0:
                 new = new + (filters[f] + value * g.taps[k * g.filters + f],)
             else:
@@ -198,7 +198,7 @@ def keep_contributions(d_parts, first, scratch_ptr, weights_ptr, g: tl.constexpr
 def add_tap_transposed(value, d_parts, k, weights_ptr, g: tl.constexpr):
     """Adds what perceptions mean to the state at position ``k`` of the kernel, [R, BC]."""
     for f in tl.static_range(g.filters):
-        if g.constant:
+        if g.constant_taps:
             if g.taps[k * g.filters + f] != 0.0:
                 value += d_parts[f] * g.taps[k * g.filters + f]
         elif g.dense:
@@ -232,7 +232,7 @@ def tile_transpose(rz, ry, rx, exists, scratch_ptr, weights_ptr, g: tl.constexpr
     """
     acc = tl.zeros((g.rows, g.block_c), tl.float32)
     here = around(rz, ry, rx, g)
-    if g.constant:
+    if g.constant_taps:
         for k in tl.static_range(g.kernel):
             if g.used[k]:
                 acc = _add_reaching(acc, here, k, exists, scratch_ptr, weights_ptr, g)
@@ -301,7 +301,7 @@ def edge_cells(z0, y0, x0, g: tl.constexpr):
 @triton.jit
 def _near_border(first, size: tl.constexpr, tile: tl.constexpr, kernel: tl.constexpr):
     """Whether positions outside of an axis may show one of a tile's cells."""
-    return (first < kernel) & (kernel > 1) | (first + tile > size - kernel) & (kernel > 1)
+    return ((first < kernel) | (first + tile > size - kernel)) & (kernel > 1)
 
 
 @triton.jit
@@ -312,8 +312,8 @@ def edge_position(number, everywhere, g: tl.constexpr):
     """
     size_z: tl.constexpr = g.edge_z * g.tile_y * g.tile_x
     size_y: tl.constexpr = (g.tile_z - g.edge_z) * g.edge_y * g.tile_x
-    # Of each part: cells of an axis in the order of _from_edges.
-    z, y, x = number // (g.tile_y * g.tile_x), number // g.tile_x % g.tile_y, number % g.tile_x
+    lz, ly, lx = lane_position(number, g)
+    z, y, x = lz, ly, lx  # of each part, the cells of an axis in the order of _from_edges
     n = number - size_z
     if size_y > 0:
         in_y = n >= 0
@@ -331,12 +331,8 @@ def edge_position(number, everywhere, g: tl.constexpr):
     y = _from_edges(y, g.tile_y, g.low_y, g.edge_y)
     x = _from_edges(x, g.tile_x, g.low_x, g.edge_x)
     if g.padding != "zeros":
-        lz, ly, lx = lane_position(number, g)
-        z, y, x = (
-            tl.where(everywhere, lz, z),
-            tl.where(everywhere, ly, y),
-            tl.where(everywhere, lx, x),
-        )
+        z, y = tl.where(everywhere, lz, z), tl.where(everywhere, ly, y)
+        x = tl.where(everywhere, lx, x)
     return z, y, x
 
 
@@ -357,11 +353,12 @@ def shares(first, size: tl.constexpr, tile: tl.constexpr, kernel: tl.constexpr, 
 
 
 @triton.jit
-def share(sz, sy, sx, sample, z, y, x, inside, touched_ptr, g: tl.constexpr):
-    """Where tiles, number ``s`` on each axis, hold something for cells: (at [R, BC], is there).
+def share(s, turns_y, turns_x, sample, z, y, x, inside, touched_ptr, g: tl.constexpr):
+    """Where tiles hold something for cells, in turn ``s``: (at [R, BC], is there any [R]).
 
-    Only what is not the cells' own tile.
+    Turns of all axes count in C order. Only what is not the cells' own tile.
     """
+    sz, sy, sx = s // (turns_y * turns_x), s // turns_x % turns_y, s % turns_x
     tz, pz, ok_z, own_z = overlap(sz, z, g.depth, g.tile_z, g.kernel_z, g.before_z, g.shares_z, g)
     ty, py, ok_y, own_y = overlap(sy, y, g.height, g.tile_y, g.kernel_y, g.before_y, g.shares_y, g)
     tx, px, ok_x, own_x = overlap(sx, x, g.width, g.tile_x, g.kernel_x, g.before_x, g.shares_x, g)

@@ -349,19 +349,20 @@ def add_overlaps(
         acc = tl.zeros((g.rows, g.block_c), tl.float32)
         changed = inside & (z < 0)
         if g.padding == "zeros":
-            for sz in tl.static_range(g.shares_z):
-                for sy in tl.static_range(g.shares_y):
-                    for sx in tl.static_range(g.shares_x):
-                        at, there = share(sz, sy, sx, sample, z, y, x, inside, touched_ptr, g)
-                        acc += tl.load(overlap_ptr + at, mask=there[:, None] & real, other=0.0)
-                        changed = changed | there
+            for s in tl.static_range(g.shares_z * g.shares_y * g.shares_x):
+                at, there = share(
+                    s, g.shares_y, g.shares_x, sample, z, y, x, inside, touched_ptr, g
+                )
+                acc += tl.load(overlap_ptr + at, mask=there[:, None] & real, other=0.0)
+                changed = changed | there
         else:
-            for sz in range(0, shares(z0, g.depth, g.tile_z, g.kernel_z, g.shares_z)):
-                for sy in range(0, shares(y0, g.height, g.tile_y, g.kernel_y, g.shares_y)):
-                    for sx in range(0, shares(x0, g.width, g.tile_x, g.kernel_x, g.shares_x)):
-                        at, there = share(sz, sy, sx, sample, z, y, x, inside, touched_ptr, g)
-                        acc += tl.load(overlap_ptr + at, mask=there[:, None] & real, other=0.0)
-                        changed = changed | there
+            turns_z = shares(z0, g.depth, g.tile_z, g.kernel_z, g.shares_z)
+            turns_y = shares(y0, g.height, g.tile_y, g.kernel_y, g.shares_y)
+            turns_x = shares(x0, g.width, g.tile_x, g.kernel_x, g.shares_x)
+            for s in range(0, turns_z * turns_y * turns_x):
+                at, there = share(s, turns_y, turns_x, sample, z, y, x, inside, touched_ptr, g)
+                acc += tl.load(overlap_ptr + at, mask=there[:, None] & real, other=0.0)
+                changed = changed | there
         at = (group * g.cells + cell_number(sample, z, y, x, g))[:, None] * g.channels + channel
         mask = changed[:, None] & real
         own = tl.load(d_state_ptr + at, mask=mask, other=0.0).to(tl.float32)
