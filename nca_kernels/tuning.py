@@ -33,6 +33,8 @@ class Launch:
         programs: how many programs share the tiles of a call.
         warps, stages: of a program, as Triton counts them.
         unroll: positions of the stencil in one turn of its loop.
+        hoisted: whether what a tile's blocks of rows have in common is computed once, and kept in
+            registers.
         joined: widest perception, in columns, that goes through products as one block instead of
             filter by filter.
         by_tap: largest contributions to the state, tap by tap, in floats, that a program keeps of
@@ -47,6 +49,7 @@ class Launch:
     warps: int = 4
     stages: int = 2
     unroll: int = 3
+    hoisted: bool = True
     joined: int = 0
     held: int = 0
     by_tap: int = 2**18
@@ -121,6 +124,8 @@ def candidates(heuristic: Launch, only: Collection[str] = FIELDS) -> list[Launch
     changes += [{"stages": s} for s in (1, 2, 3)]
     changes += [{"programs": p} for p in (132, 264, 528, 1056)]
     changes += [{"unroll": u} for u in (1, 3, 9)]
+    changes += [{"hoisted": h} for h in (True, False)]
+    changes += [{"hoisted": False, "programs": p} for p in (396, 528)]  # in fewer registers
     changes += [{"block_h": h} for h in (32, 64, 128)]
     changes += [{"joined": j} for j in (0, 256)]
     changes += [{"by_tap": b} for b in (0, 2**18)]

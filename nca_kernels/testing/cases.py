@@ -157,8 +157,9 @@ CONFORMANCE = (
     Case("plane_reflect", (5, 6), _rule(padding="reflect", alive=None), kernel=(3, 5)),
     Case("kernel_beyond_grid", (2, 3), _rule(padding="reflect"), kernel=(7, 5)),
     Case("kernel_beyond_grid_circular", (2, 3), _rule(padding="circular"), kernel=(5, 7)),
-    Case("even_kernel", (6, 5), _rule(), kernel=(2, 4)),
-    Case("even_kernel_circular", (6, 5), _rule(padding="circular"), kernel=(4, 2)),
+    # Tiles of 4x16 cells in the middle of such grids have all of their neighbours inside.
+    Case("even_kernel", (12, 48), _rule(), kernel=(2, 4)),
+    Case("even_kernel_circular", (12, 48), _rule(padding="circular"), kernel=(4, 2)),
     Case("kernel_1x1", (6, 5), _rule(), kernel=(1, 1)),
     Case("dense", (6, 5), _rule(), dense=7),
     Case("dense_replicate", (6, 5), _rule(padding="replicate"), dense=4, perception_bias=True),
@@ -190,12 +191,12 @@ CONFORMANCE = (
     Case("constant_taps_line", (23,), _rule(), filters=("identity", "gradient")),
     Case(
         "constant_taps_unused",
-        (6, 7),
+        (12, 48),
         _rule(padding="reflect", perception_activation="tanh"),
         filters=("von_neumann",),
     ),
     Case("constant_taps_volume", (4, 5, 3), _rule(), filters=("identity", "sobel")),
-    Case("growing", (12, 10), filters=("identity", "sobel"), channels=16, hidden=(128,)),
+    Case("growing", (12, 48), filters=("identity", "sobel"), channels=16, hidden=(128,)),
 )
 
 ATTENTION = (

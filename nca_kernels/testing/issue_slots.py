@@ -55,9 +55,36 @@ def warp_instructions_a_cell(
     else:
         return None
     loops = [loop for loop in loops if len(loop) > 1]  # what fills up a kernel's code
-    every = range(len(instructions))
-    issued = sum(math.prod(turns[loop] for loop in loops if at in loop) for at in every)
+    shares = _shares_of_tiles(instructions, after, loops, g)
+    issued = sum(
+        shares.get(at, 1.0) * math.prod(turns[loop] for loop in loops if at in loop)
+        for at in range(len(instructions))
+    )
     return issued * how.warps / g["tile"]
+
+
+def _shares_of_tiles(
+    instructions: list[str], after: list[list[int]], loops: list[Loop], g: dict[str, Any]
+) -> dict[int, float]:
+    """Of tiles with and without a margin, for the instructions that only one kind of them takes.
+
+    Those are the two ways on from a branch, both with loads; the shorter one needs no border.
+    """
+    inner = 1.0
+    for axis, size in zip("zyx", ("depth", "height", "width"), strict=True):
+        tile, reach, before = g[f"tile_{axis}"], g[f"kernel_{axis}"], g[f"before_{axis}"]
+        first = range(0, g[size], tile)
+        inside = [before <= i <= g[size] - tile - (reach - 1 - before) for i in first]
+        inner *= sum(inside) / len(inside)
+    shares: dict[int, float] = {}
+    for at, to in enumerate(after):
+        around = min((loop for loop in loops if at in loop), key=len, default=frozenset())
+        if len(to) == 2 and min(to) > at and around.issuperset(to):
+            one, other = (_reachable([start], after, min(around)) for start in to)
+            one, other = sorted((one - other, other - one), key=len)
+            if all(any(re.search(LOAD, instructions[i]) for i in way) for way in (one, other)):
+                shares |= dict.fromkeys(one, inner) | dict.fromkeys(other, 1 - inner)
+    return shares
 
 
 def _turns(

@@ -20,6 +20,7 @@ from nca_kernels import dispatch
 from nca_kernels.backends.pallas import launch as launching
 from nca_kernels.testing.races import Accesses, Extent, function_in
 from nca_kernels.testing.triton_host import small_tiles
+from nca_kernels.tiled.configuration import unsupported_by_tiles
 from nca_kernels.tuning import Launch
 
 NAME = "pallas_interpreted"
@@ -42,6 +43,7 @@ def register(name: str = NAME, launch: Callable[..., list[Any]] | None = None) -
             summary="the Pallas kernels in interpret mode",
             load=load,
             platforms=("cpu",),
+            unsupported=unsupported_by_tiles,
             markers={
                 "step": ("@interpreted_step_forward", "@interpreted_step_backward"),
                 "neighborhood_attention": attention,

@@ -28,7 +28,7 @@ import numpy as np
 
 from nca_kernels import dispatch
 from nca_kernels.testing.races import Accesses, Extent, function_in
-from nca_kernels.tiled.configuration import product_precision
+from nca_kernels.tiled.configuration import product_precision, unsupported_by_tiles
 from nca_kernels.tuning import Launch
 
 INTERPRET = "TRITON_INTERPRET"
@@ -46,6 +46,7 @@ def register() -> None:
             load=_load,
             platforms=("cpu",),
             missing=missing,
+            unsupported=unsupported_by_tiles,
             markers=dict.fromkeys(("step", "neighborhood_attention"), (CALLBACK,)),
         )
     )

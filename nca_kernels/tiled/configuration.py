@@ -16,7 +16,10 @@ from nca_kernels.tiled.geometry import RUN, block
 from nca_kernels.tiled.tuner import tuned
 from nca_kernels.tuning import TUNE, Launch, winner
 
-WIDEST = 1024  # channels, or outputs of dense taps
+# What fits shared memory: numbers of a cell, its perception's included, and of dense taps at one
+# position. Half as many where products are precise. Of attention, a head's.
+WIDEST = 1024
+DENSEST = 2**15
 # What Rule.precision is to a product of float32 blocks. The default is what XLA does.
 PRECISIONS = {
     "cuda": {"default": "tf32", "float32": "tf32x3", "tensorfloat32": "tf32"},
@@ -121,22 +124,29 @@ def problem_name(call: Any, operands: Operands) -> str:
     )
 
 
-# Rows, hidden units at a time, warps and unrolled positions by (backward, precise) and the width
-# of a row's perception and update: of those with few spills, what takes the fewest instructions, as
-# `make aot` counts them.
+def _size(rows: int, block_h: int, warps: int = 4, hoisted: bool = True) -> Launch:
+    return Launch(rows=rows, block_h=block_h, warps=warps, hoisted=hoisted, stages=1)
+
+
+# By (backward, precise), and by the width of a row's perception and update: of those that do not
+# spill, if there are any, what takes the fewest instructions, as `make aot` counts them.
 WIDTHS = (64, 80, 128, 256)
 SIZES = {
-    (False, False): ((64, 128, 4, 3), (64, 128, 4, 3), (32, 64, 4, 1), (64, 64, 4, 1)),
-    (False, True): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 1), (32, 64, 8, 1)),
-    (True, False): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 1), (32, 32, 8, 1)),
-    (True, True): ((64, 16, 4, 3), (64, 16, 4, 3), (64, 16, 4, 1), (16, 16, 4, 1)),
+    (False, False): (_size(64, 128), _size(64, 128, 4, False), _size(32, 64), _size(32, 128)),
+    (False, True): (_size(64, 64), _size(64, 64, 4, False), _size(64, 64), _size(32, 64, 8)),
+    (True, False): (_size(64, 64), _size(64, 64, 4, False), _size(64, 32), _size(16, 32)),
+    (True, True): (_size(64, 16), _size(64, 16, 4, False), _size(64, 16), _size(16, 16)),
 }
 SIZES_OF_WIDE_PRODUCTS = {
-    (False, False): ((64, 128, 4, 3), (64, 128, 4, 3), (64, 128, 4, 1), (64, 64, 4, 1)),
+    (False, False): (_size(64, 128), _size(64, 128), _size(64, 128), _size(64, 64)),
     (False, True): SIZES[False, True],
-    (True, False): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 1), (32, 64, 8, 1)),
-    (True, True): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 16, 4, 1), (16, 64, 8, 1)),
-}
+    (True, False): (
+        _size(64, 64), _size(64, 64, 4, False), _size(64, 32), _size(64, 64, 8, False),
+    ),
+    (True, True): (
+        _size(64, 32, 4, False), _size(64, 32, 4, False), _size(64, 16), _size(16, 64, 8, False),
+    ),
+}  # fmt: skip
 MANY = 2**20  # cells of a call: each program has several tiles even of twice the size
 JOINED = 64  # columns: more fill registers, and are a third zeros
 HELD = 2**15  # floats, 128 KB: they fit a multiprocessor of Hopper beside a program's other blocks
@@ -151,30 +161,35 @@ def heuristic(
         precise: products take three times the registers, see ``Engine.precision``.
         wide_products: the tensor cores want 64 rows at a time (Hopper and newer).
     """
-    state, taps = operands.state, operands.taps
-    block_c = block(state.shape[-1])
-    width = 2 * block_c  # of all the parts of a row's perception, and its update
-    if taps is not None:
-        dense, outputs = taps.shape[-2] != 1, taps.shape[-1]
-        width = block_c + (block(outputs) if dense else block_c * (outputs // state.shape[-1]))
+    state = operands.state
+    block_c, width = block(state.shape[-1]), _width(operands)
     backward = kernel == "step_backward"
     sizes = (SIZES_OF_WIDE_PRODUCTS if wide_products else SIZES)[backward, precise]
-    rows, block_h, warps, unroll = sizes[sum(width > limit for limit in WIDTHS[:-1])]
+    size = sizes[sum(width > limit for limit in WIDTHS[:-1])]
     hidden = max((weight.shape[-1] for weight, _ in operands.layers[:-1]), default=16)
     tile = _tile(call.num_spatial_dims, state.shape[2:-1], state.shape[1], block_c)
     beyond = -(-width // WIDTHS[-1])  # a row's parts still fit, of fewer rows
-    return Launch(
+    units = min(size.block_h // min(beyond, 2), max(32, 128 // beyond))
+    return replace(
+        size,
         tile=tile,
-        rows=_power_of_two(min(rows // beyond, math.prod(tile))),
-        block_h=min(block(hidden), _power_of_two(block_h // min(beyond, 2))),
-        programs=132 if warps > 4 else 264,  # what fits Hopper's 132 multiprocessors
-        warps=warps,
-        stages=1,
-        unroll=unroll,
+        rows=_power_of_two(min(size.rows // beyond, math.prod(tile))),
+        block_h=min(block(hidden), _power_of_two(units)),
+        programs=132 if size.warps > 4 else 264,  # what fits Hopper's 132 multiprocessors
+        unroll=1 if width > WIDTHS[1] else 3,
         joined=JOINED if wide_products else 0,
         # Products of 64 rows read weights from shared memory anyway; of fewer, from registers.
         held=HELD if wide_products and not (backward or precise) else 0,
     )
+
+
+def _width(operands: Operands) -> int:
+    """Columns of all the parts of a row's perception, and of its update."""
+    channels, taps = operands.state.shape[-1], operands.taps
+    if taps is None:
+        return 2 * block(channels)
+    dense, outputs = taps.shape[-2] != 1, taps.shape[-1]
+    return block(channels) + (block(outputs) if dense else block(channels) * (outputs // channels))
 
 
 def _power_of_two(size: int) -> int:
@@ -202,12 +217,21 @@ def unsupported_by_tiles(call: Any, avals: Sequence[Any]) -> str | None:
     if state.dtype == "float64":
         return "float64 needs backend='xla' or 'reference'"
     if call.op == "neighborhood_attention":
-        widths = {"head size": state.shape[-1]}
-    else:
-        taps = jax.tree.unflatten(call.treedef, avals[: call.treedef.num_leaves]).taps
-        dense = taps is not None and taps.shape[-2] != 1
-        widths = {"channels": state.shape[-1], "outputs of taps": taps.shape[-1] if dense else 0}
-    for name, width in widths.items():
-        if width > WIDEST:
-            return f"it takes up to {WIDEST} {name}, got {width}"
+        size, most = state.shape[-1], WIDEST
+        return f"it takes heads of up to {most} numbers, got {size}" if size > most else None
+    operands = jax.tree.unflatten(call.treedef, avals[: call.treedef.num_leaves])
+    share = 2 if call.rule.precision == "float32" else 1
+    width, most = _width(operands), WIDEST // share
+    if width > most:
+        return (
+            f"it takes up to {most} numbers a cell with precision={call.rule.precision!r}, those "
+            f"of the channels and of each filter rounded up to a power of two, got {width}"
+        )
+    taps = operands.taps
+    dense = 0 if taps is None or taps.shape[-2] == 1 else math.prod(map(block, taps.shape[-2:]))
+    if dense > DENSEST // share:
+        return (
+            f"it takes dense taps of up to {DENSEST // share} numbers a position with "
+            f"precision={call.rule.precision!r}, rounded up to powers of two, got {dense}"
+        )
     return None

@@ -43,7 +43,9 @@ def step_constants(
     values |= _gradient_constants(wanted)
     values |= _scratch_constants(values, launch)
     values["precision"] = precision
+    values["groups"] = groups
     values["rows"], values["unroll"] = launch.rows, launch.unroll
+    values["hoisted"] = launch.hoisted
     values["programs"] = max(1, min(values["tiles"], -(-launch.programs // groups)))
     values["flat"] = max(RUN, min(256, 2**14 // values["block_c"]))
     values["add_rows"], values["add_columns"] = 32, 64

@@ -94,6 +94,18 @@ def test_products_of_tensorfloat32(name):
     check_values_and_gradients(BACKEND, case, calls=1)
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"channels": 200}, "up to 512 numbers a cell with precision='float32'.*got 1024"),
+        ({"channels": 128, "dense": 200}, "dense taps of up to 16384 numbers.*got 32768"),
+    ],
+)
+def test_what_shared_memory_does_not_hold_is_told(changes, told):
+    with pytest.raises(dispatch.BackendUnavailable, match=told):
+        check_values_and_gradients(BACKEND, replace(BY_NAME["plane"], **changes), calls=1)
+
+
 def test_hidden_layers_of_several_blocks_of_rows():
     """Each block's go where those of the one before were, forward and backward."""
     case = BY_NAME["two_hidden"]

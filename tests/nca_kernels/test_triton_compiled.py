@@ -15,10 +15,10 @@ ROOT = Path(__file__).parents[2]
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 TENSOR = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 SPILL_FREE = ("sm_80", "sm_90")
-# Bytes; of the widest rule, launches without any take more instructions.
-SPILLED = {"growing": 8, "self_autoencoding": 16, "diffusing": 64}
+# Bytes, of the widest rule alone: launches without any take many more instructions.
+SPILLED = {("diffusing", "step_forward", "sm_90"): 104, ("diffusing", "step_backward", "sm_90"): 48}
 # Warp instructions a cell, growing on sm_90.
-ISSUED = {"step_forward": 45, "clear_dead": 4, "step_backward": 125, "add_overlaps": 8}
+ISSUED = {"step_forward": 38, "clear_dead": 4, "step_backward": 115, "add_overlaps": 8}
 AWKWARD = (
     "line",
     "three_hidden",
@@ -63,7 +63,8 @@ def test_kernels_compile_for_every_target(tmp_path, case):
         name = f"{row['case']} {row['kernel']} {row['target']}"
         assert row["shared_bytes"] <= SHARED_BYTES[row["target"]], name
         if row["target"] in SPILL_FREE:
-            assert row["spill_bytes"] <= SPILLED[case], name
+            most = SPILLED.get((case, row["kernel"], row["target"]), 0)
+            assert row["spill_bytes"] <= most, name
         if row["kernel"] == "step_forward" and case == "growing":
             assert row["tensor_instructions"].get(TENSOR[row["target"]]), name
         if row["target"] == "sm_90" and case == "growing" and row["kernel"] in ISSUED:

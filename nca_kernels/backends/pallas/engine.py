@@ -19,7 +19,7 @@ ENGINE = Engine(
     step_kernels=lambda: import_module("nca_kernels.backends.pallas.step_kernels"),
     attention_kernels=lambda: import_module("nca_kernels.backends.pallas.attention_kernels"),
     launch=launch,
-    lacks=("by_tap", "joined"),
+    lacks=("by_tap", "hoisted", "joined"),
 )
 
 

@@ -18,6 +18,17 @@ RUN_MASK = tl.constexpr(0xFFFF)
 
 
 @triton.jit
+def group_number(g: tl.constexpr):
+    """The program's group; a single one is 0 to the compiler, and moves no array's address."""
+    group = tl.program_id(1)
+    if g.groups == 1:
+        group = group * 0
+    if g.wide:
+        group = group.to(tl.int64)
+    return group
+
+
+@triton.jit
 def tile_origin(tile, g: tl.constexpr):
     """A tile's number to its sample and its first cell."""
     x0 = (tile % g.tiles_x) * g.tile_x
@@ -184,10 +195,13 @@ def kept_flags(lane, scratch_ptr, g: tl.constexpr):
 
 @triton.jit
 def compacted_lanes(scratch_ptr, first, count, g: tl.constexpr):
-    """Lanes [R] of the set flags number first .. first + R, which of them live and which exist."""
+    """Lanes [R] of the set flags number first .. first + R, which of them live and which exist.
+
+    Those that do not exist are the last one's.
+    """
     number = first + tl.arange(0, g.rows)
     exists = number < count
-    entry = tl.load(scratch_ptr + g.lanes_at + number, mask=exists, other=0.0)
+    entry = tl.load(scratch_ptr + g.lanes_at + tl.minimum(number, count - 1))
     entry = entry.to(tl.int32, bitcast=True)
     return (entry >> 1) & (g.tile - 1), (entry & 1) != 0, exists
 

@@ -26,23 +26,37 @@ from nca_kernels.backends.triton.mlp import (
 
 
 @triton.jit
-def neighbours(state_ptr, k, sample, z, y, x, exists, g: tl.constexpr):
-    """What lies at position ``k`` of the kernel around each cell: [R, BC]."""
+def has_margin(z0, y0, x0, g: tl.constexpr):
+    """Whether all neighbours of a tile's cells are inside the grid."""
+    in_z = (z0 >= g.before_z) & (z0 + g.tile_z + g.kernel_z - 1 - g.before_z <= g.depth)
+    in_y = (y0 >= g.before_y) & (y0 + g.tile_y + g.kernel_y - 1 - g.before_y <= g.height)
+    in_x = (x0 >= g.before_x) & (x0 + g.tile_x + g.kernel_x - 1 - g.before_x <= g.width)
+    return in_z & in_y & in_x
+
+
+@triton.jit
+def neighbours(state_ptr, k, sample, z, y, x, inside: tl.constexpr, g: tl.constexpr):
+    """What lies at position ``k`` of the kernel around each cell: [R, BC].
+
+    ``inside``: nothing of that is across a border.
+    """
     kz, ky, kx = k // (g.kernel_y * g.kernel_x), k // g.kernel_x % g.kernel_y, k % g.kernel_x
     dz, dy, dx = kz - g.before_z, ky - g.before_y, kx - g.before_x
-    cz, there_z = border(z + dz, g.depth, g.padding)
-    cy, there_y = border(y + dy, g.height, g.padding)
-    cx, there_x = border(x + dx, g.width, g.padding)
-    channel, real = channel_offsets(g)
-    there = exists & there_z & there_y & there_x
-    if g.padding == "zeros":  # a step of its own, so that all positions share an address
+    channel, there = channel_offsets(g)
+    if inside or g.padding == "zeros":  # a step of its own, so that all positions share an address
         step = (dz * g.height + dy) * g.width + dx
         if g.wide:
             step = step.to(tl.int64)
         state_ptr += step * g.channels
-        cz, cy, cx = z, y, x
-    at = cell_number(sample, cz, cy, cx, g)[:, None] * g.channels + channel
-    return tl.load(state_ptr + at, mask=there[:, None] & real, other=0.0).to(tl.float32)
+    if not inside:
+        cz, there_z = border(z + dz, g.depth, g.padding)
+        cy, there_y = border(y + dy, g.height, g.padding)
+        cx, there_x = border(x + dx, g.width, g.padding)
+        there = (there_z & there_y & there_x)[:, None] & there
+        if g.padding != "zeros":
+            z, y, x = cz, cy, cx
+    at = cell_number(sample, z, y, x, g)[:, None] * g.channels + channel
+    return tl.load(state_ptr + at, mask=there, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -60,8 +74,22 @@ def tap_block(weights_ptr, k, g: tl.constexpr):
 
 
 @triton.jit
-def perceive(state_ptr, weights_ptr, sample, z, y, x, exists, g: tl.constexpr):
-    """The perception of R cells before its activation; each neighbour is loaded once."""
+def perceive(state_ptr, weights_ptr, sample, z, y, x, margin, g: tl.constexpr):
+    """The perception of R cells before its activation; each neighbour is loaded once.
+
+    ``margin``: that of their tile, most of which need not look at borders.
+    """
+    if g.filters == 0:
+        filters = ()
+    elif margin:
+        filters = _perceive(state_ptr, weights_ptr, sample, z, y, x, True, g)
+    else:
+        filters = _perceive(state_ptr, weights_ptr, sample, z, y, x, False, g)
+    return filters
+
+
+@triton.jit
+def _perceive(state_ptr, weights_ptr, sample, z, y, x, inside: tl.constexpr, g: tl.constexpr):
     filters = ()
     for f in tl.static_range(g.filters):
         start = tl.zeros((g.rows, g.block_p), tl.float32)
@@ -72,11 +100,11 @@ def perceive(state_ptr, weights_ptr, sample, z, y, x, exists, g: tl.constexpr):
     if g.constant_taps:
         for k in tl.static_range(g.kernel):
             if g.used[k]:
-                value = neighbours(state_ptr, k, sample, z, y, x, exists, g)
+                value = neighbours(state_ptr, k, sample, z, y, x, inside, g)
                 filters = _add_seen(filters, value, k, weights_ptr, g)
-    elif g.filters > 0:
+    else:
         for k in tl.range(0, g.kernel, loop_unroll_factor=g.unroll):
-            value = neighbours(state_ptr, k, sample, z, y, x, exists, g)
+            value = neighbours(state_ptr, k, sample, z, y, x, inside, g)
             filters = _add_seen(filters, value, k, weights_ptr, g)
     return filters
 
@@ -100,7 +128,7 @@ def _add_seen(filters, value, k, weights_ptr, g: tl.constexpr):
 
 
 @triton.jit
-def _beside(a, b):
+def _side_by_side(a, b):
     """Two blocks [R, N] side by side: [R, 2N]."""
     return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * a.shape[1]))
 
@@ -129,7 +157,7 @@ def activated(filters, g: tl.constexpr):
         for level in tl.static_range(g.doublings):
             pairs = ()
             for i in tl.static_range(g.part // g.block_p >> (level + 1)):
-                pairs = pairs + (_beside(parts[2 * i], parts[2 * i + 1]),)
+                pairs = pairs + (_side_by_side(parts[2 * i], parts[2 * i + 1]),)
             parts = pairs
     return parts
 
@@ -151,14 +179,17 @@ def activated_backward(filters, d_parts, g: tl.constexpr):
 
 
 @triton.jit
-def add_taps_gradient(d_parts, state_ptr, grads_ptr, sample, z, y, x, exists, g: tl.constexpr):
-    """Adds R cells' share of the gradients of taps and perception bias to the partial sums."""
+def add_taps_gradient(d_parts, state_ptr, grads_ptr, sample, z, y, x, g: tl.constexpr):
+    """Adds R cells' share of the gradients of taps and perception bias to the partial sums.
+
+    Those of rows that do not exist are zeros.
+    """
     if g.perception_bias_grad:
         for f in tl.static_range(g.filters):
             add_vector(grads_ptr + g.perception_bias_at, f * g.block_p, tl.sum(d_parts[f], axis=0))
     if g.taps_grad:
         for k in range(0, g.kernel):
-            value = neighbours(state_ptr, k, sample, z, y, x, exists, g)
+            value = neighbours(state_ptr, k, sample, z, y, x, False, g)
             for f in tl.static_range(g.filters):
                 if g.dense:
                     zeros = tl.zeros((g.block_c, g.block_p), tl.float32)

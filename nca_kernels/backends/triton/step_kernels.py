@@ -18,6 +18,7 @@ from nca_kernels.backends.triton.cells import (
     compacted_lanes,
     fires,
     flag_numbers,
+    group_number,
     in_grid,
     keep_flags,
     keep_lanes,
@@ -39,6 +40,7 @@ from nca_kernels.backends.triton.stencil import (
     add_taps_gradient,
     edge_cells,
     edge_position,
+    has_margin,
     keep_contributions,
     keep_rows,
     perceive,
@@ -64,9 +66,7 @@ def step_forward(
 
     With alive masking also the new alive channel as a plane, and who was alive before.
     """
-    program, group = tl.program_id(0), tl.program_id(1)
-    if g.wide:
-        group = group.to(tl.int64)
+    program, group = tl.program_id(0), group_number(g)
     state_ptr += group * g.cells * g.channels
     out_ptr += group * g.cells * g.channels
     given_ptr += group * g.cells * g.source_sizes[0]
@@ -96,12 +96,13 @@ def step_forward(
         keep_flags(bits(words), bits(alive), _lanes(g), scratch_ptr, g)
         tl.debug_barrier()  # this one's are written
         _copy_rest(state_ptr, out_ptr, plane_ptr, alive_ptr, sample, z0, y0, x0, scratch_ptr, g)
-        for first in range(0, count, g.rows):
+        for first in tl.range(0, count, g.rows, disable_licm=not g.hoisted):
             lane, lives, exists = compacted_lanes(scratch_ptr, first, count, g)
             rz, ry, rx = lane_position(lane, g)
             z, y, x = z0 + rz, y0 + ry, x0 + rx
             here = cell_number(sample, z, y, x, g)  # [R]
-            parts = perceive(state_ptr, weights_ptr, sample, z, y, x, exists, g)
+            margin = has_margin(z0, y0, x0, g)
+            parts = perceive(state_ptr, weights_ptr, sample, z, y, x, margin, g)
             row = (here, here if g.inputs_per_cell else rz * 0 + sample)
             sources = (given_ptr, inputs_ptr)
             u = mlp(activated(parts, g), sources, row, exists, scratch_ptr, weights_ptr, held, g)
@@ -149,10 +150,9 @@ def clear_dead(
 
     ``before_ptr`` and ``alive_ptr`` are one array, and so are ``state_ptr`` and ``out_ptr``.
     """
-    group = tl.program_id(1)
-    first = tl.program_id(0)
+    first, group = tl.program_id(0), group_number(g)
     if g.wide:
-        group, first = group.to(tl.int64), first.to(tl.int64)
+        first = first.to(tl.int64)
     cell = first * g.flat + tl.arange(0, g.flat)
     inside = cell < g.cells
     x, y = cell % g.width, cell // g.width % g.height
@@ -196,9 +196,7 @@ def step_backward(
     The perception's gradient stays in this program's scratch, a tile at a time. What the tile's
     cells mean to cells of other tiles goes to ``overlap_ptr`` [tiles, places, C].
     """
-    program, group = tl.program_id(0), tl.program_id(1)
-    if g.wide:
-        group = group.to(tl.int64)
+    program, group = tl.program_id(0), group_number(g)
     state_ptr += group * g.cells * g.channels
     cotangent_ptr += group * g.cells * g.channels
     d_state_ptr += group * g.cells * g.channels
@@ -234,12 +232,13 @@ def step_backward(
         keep_lanes(active, numbers, _lanes(g), 0, scratch_ptr, g)
         keep_rows(active, numbers, lz, ly, lx, scratch_ptr, g)
         tl.debug_barrier()  # this one's lanes and rows are written
-        for first in range(0, count, g.rows):
+        for first in tl.range(0, count, g.rows, disable_licm=not g.hoisted):
             lane, _, exists = compacted_lanes(scratch_ptr, first, count, g)
             rz, ry, rx = lane_position(lane, g)
             z, y, x = z0 + rz, y0 + ry, x0 + rx
             here = cell_number(sample, z, y, x, g)  # [R]
-            before = perceive(state_ptr, weights_ptr, sample, z, y, x, exists, g)
+            margin = has_margin(z0, y0, x0, g)
+            before = perceive(state_ptr, weights_ptr, sample, z, y, x, margin, g)
             row = (here, here if g.inputs_per_cell else rz * 0 + sample, here)
             du = g.step_size * _cotangent(cotangent_ptr, here, exists, g)
             d_parts = mlp_backward(
@@ -249,9 +248,7 @@ def step_backward(
             if g.filters > 0:
                 d_before = activated_backward(before, d_parts, g)
                 if g.weight_grad:
-                    add_taps_gradient(
-                        d_before, state_ptr, d_weights_ptr, sample, z, y, x, exists, g
-                    )
+                    add_taps_gradient(d_before, state_ptr, d_weights_ptr, sample, z, y, x, g)
                 keep_contributions(d_before, first, scratch_ptr, weights_ptr, g)
             tl.debug_barrier()  # before others read the scratch, or add to the same sums
         if g.state_grad:
@@ -333,9 +330,7 @@ def add_overlaps(
     g: tl.constexpr,
 ):  # fmt: skip
     """Adds to each cell, in place, what cells of other tiles or across the border contribute."""
-    tile, group = tl.program_id(0), tl.program_id(1)
-    if g.wide:
-        group = group.to(tl.int64)
+    tile, group = tl.program_id(0), group_number(g)
     overlap_ptr += group * g.tiles * g.places * g.channels
     touched_ptr += group * g.tiles
     sample, z0, y0, x0 = tile_origin(tile, g)
@@ -375,7 +370,7 @@ def add_programs(
     g: tl.constexpr,
 ):  # fmt: skip
     """Adds up the programs' gradients of the weights, [programs, weights], in a fixed order."""
-    group = tl.program_id(1)
+    group = group_number(g)
     index = tl.program_id(0) * g.add_columns + tl.arange(0, g.add_columns)[None, :]
     acc = tl.zeros((g.add_rows, g.add_columns), tl.float32)
     for first in range(0, g.programs, g.add_rows):
