@@ -76,6 +76,8 @@ def random_case(seed: int) -> Case:
     if random.random() < 0.2:  # drawn last, so that the other cases stay what they were
         named = choose(("identity", "sobel"), ("von_neumann",), ("gradient", "laplacian", "mean"))
         case = replace(case, filters=named, kernel=(), dense=None)
+    if random.random() < 0.1:  # so wide that tiles in its middle see no border
+        case = replace(case, grid=(*case.grid[:-1], 5 * case.grid[-1]))
     return case
 
 

@@ -28,6 +28,7 @@ from nca_kernels.tuning import Launch
 
 TARGETS: dict[str, tuple[str, Any, int]] = {
     "sm_80": ("cuda", 80, 32),
+    "sm_89": ("cuda", 89, 32),
     "sm_90": ("cuda", 90, 32),
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
@@ -91,7 +92,7 @@ def jobs(
         launch=record,
         fixed=fixed,
         device=lambda: device,
-        wide_products=lambda: target in ("sm_90", "sm_100"),
+        capability=lambda: TARGETS[target][1] if TARGETS[target][0] == "cuda" else 0,
     )
     platform = "cuda" if target.startswith("sm") else "rocm"
 

@@ -12,12 +12,14 @@ import jax
 from jax import Array
 
 from nca_kernels.rule import AttentionOperands, Operands
+from nca_kernels.tiled import device
 from nca_kernels.tiled.geometry import RUN, block
 from nca_kernels.tiled.tuner import tuned
 from nca_kernels.tuning import TUNE, Launch, winner
 
-# What fits shared memory: numbers of a cell, its perception's included, and of dense taps at one
-# position. Half as many where products are precise. Of attention, a head's.
+# What fits 163 KB of shared memory: numbers of a cell, its perception's included, and of dense taps
+# at one position. Half as many where products are precise, and where there is less. Of attention, a
+# head's.
 WIDEST = 1024
 DENSEST = 2**15
 # What Rule.precision is to a product of float32 blocks. The default is what XLA does.
@@ -42,8 +44,7 @@ class Engine:
         step_kernels, attention_kernels: import and return what holds the kernels, by name.
         launch: ``(kernel, inputs, outputs, grid, constants, how, aliases={})`` runs a kernel.
         precision: ``(Rule.precision, platform)`` as the engine's products take it.
-        wide_products: whether this device's tensor cores take 64 rows at a time, as from Hopper on;
-            it then rounds to TF32 in one instruction, too.
+        capability: the CUDA compute capability that kernels make use of; 0 for what all have.
         lacks: fields of ``Launch`` that its kernels do not have, and which are 0 for them.
         device: the name that winners are looked up by.
         fixed: a launch for every call instead of winners and heuristics, for tests.
@@ -54,7 +55,7 @@ class Engine:
     attention_kernels: Callable[[], Any]
     launch: Callable[..., list[Array]]
     precision: Callable[[str, str], str] = product_precision
-    wide_products: Callable[[], bool] = lambda: False
+    capability: Callable[[], int] = lambda: 0
     lacks: tuple[str, ...] = ()
     device: Callable[[], str] = lambda: jax.devices()[0].device_kind
     fixed: Callable[[Any], Launch] | None = None
@@ -67,7 +68,7 @@ def step_launch(
 
     def guess() -> Launch:
         precise = engine.precision(call.rule.precision, platform) in ("ieee", "tf32x3")
-        return heuristic(kernel, call, operands, precise, engine.wide_products())
+        return heuristic(kernel, call, operands, precise, engine.capability())
 
     problem = problem_name(call, operands)
     how = _chosen(engine, kernel, problem, call, platform, operands, guess)
@@ -137,7 +138,7 @@ SIZES = {
     (True, False): (_size(64, 64), _size(64, 64, 4, False), _size(64, 32), _size(16, 32)),
     (True, True): (_size(64, 16), _size(64, 16, 4, False), _size(64, 16), _size(16, 16)),
 }
-SIZES_OF_WIDE_PRODUCTS = {
+SIZES_ON_HOPPER = {
     (False, False): (_size(64, 128), _size(64, 128), _size(64, 128), _size(64, 64)),
     (False, True): SIZES[False, True],
     (True, False): (
@@ -152,34 +153,34 @@ JOINED = 64  # columns: more fill registers, and are a third zeros
 HELD = 2**15  # floats, 128 KB: they fit a multiprocessor of Hopper beside a program's other blocks
 
 
-def heuristic(
-    kernel: str, call: Any, operands: Operands, precise: bool, wide_products: bool
-) -> Launch:
+def heuristic(kernel: str, call: Any, operands: Operands, precise: bool, capability: int) -> Launch:
     """A launch without spills for common sizes, as compiled ahead of time, that works for all.
 
     Args:
         precise: products take three times the registers, see ``Engine.precision``.
-        wide_products: the tensor cores want 64 rows at a time (Hopper and newer).
+        capability: the device's, see ``Engine.capability``.
     """
     state = operands.state
     block_c, width = block(state.shape[-1]), _width(operands)
-    backward = kernel == "step_backward"
-    sizes = (SIZES_OF_WIDE_PRODUCTS if wide_products else SIZES)[backward, precise]
+    backward, hopper = kernel == "step_backward", device.is_hopper(capability)
+    sizes = (SIZES_ON_HOPPER if hopper else SIZES)[backward, precise]
     size = sizes[sum(width > limit for limit in WIDTHS[:-1])]
     hidden = max((weight.shape[-1] for weight, _ in operands.layers[:-1]), default=16)
     tile = _tile(call.num_spatial_dims, state.shape[2:-1], state.shape[1], block_c)
-    beyond = -(-width // WIDTHS[-1])  # a row's parts still fit, of fewer rows
+    beyond = -(-width // WIDTHS[-1])  # a row's parts still fit registers, of fewer rows
+    each = 18 if precise and backward else 12  # bytes of a column, at most, as compiled
+    fit = device.shared_memory(capability) // (width * each)
     units = min(size.block_h // min(beyond, 2), max(32, 128 // beyond))
     return replace(
         size,
         tile=tile,
-        rows=_power_of_two(min(size.rows // beyond, math.prod(tile))),
+        rows=_power_of_two(min(size.rows // beyond, fit, math.prod(tile))),
         block_h=min(block(hidden), _power_of_two(units)),
         programs=132 if size.warps > 4 else 264,  # what fits Hopper's 132 multiprocessors
         unroll=1 if width > WIDTHS[1] else 3,
-        joined=JOINED if wide_products else 0,
+        joined=JOINED if hopper else 0,
         # Products of 64 rows read weights from shared memory anyway; of fewer, from registers.
-        held=HELD if wide_products and not (backward or precise) else 0,
+        held=HELD if hopper and not (backward or precise) else 0,
     )
 
 
@@ -221,17 +222,19 @@ def unsupported_by_tiles(call: Any, avals: Sequence[Any]) -> str | None:
         return f"it takes heads of up to {most} numbers, got {size}" if size > most else None
     operands = jax.tree.unflatten(call.treedef, avals[: call.treedef.num_leaves])
     share = 2 if call.rule.precision == "float32" else 1
+    share *= 1 if device.shared_memory(device.capability()) >= 163 << 10 else 2
     width, most = _width(operands), WIDEST // share
     if width > most:
         return (
-            f"it takes up to {most} numbers a cell with precision={call.rule.precision!r}, those "
-            f"of the channels and of each filter rounded up to a power of two, got {width}"
+            f"on this device it takes up to {most} numbers a cell with "
+            f"precision={call.rule.precision!r}, those of the channels and of each filter rounded "
+            f"up to a power of two, got {width}"
         )
     taps = operands.taps
     dense = 0 if taps is None or taps.shape[-2] == 1 else math.prod(map(block, taps.shape[-2:]))
     if dense > DENSEST // share:
         return (
-            f"it takes dense taps of up to {DENSEST // share} numbers a position with "
-            f"precision={call.rule.precision!r}, rounded up to powers of two, got {dense}"
+            f"on this device it takes dense taps of up to {DENSEST // share} numbers a position "
+            f"with precision={call.rule.precision!r}, rounded up to powers of two, got {dense}"
         )
     return None

@@ -15,6 +15,7 @@ from jax import Array
 
 from nca_kernels.rule import Operands
 from nca_kernels.tiled.configuration import Engine, step_launch
+from nca_kernels.tiled.device import is_hopper
 from nca_kernels.tiled.geometry import step_constants
 from nca_kernels.tiled.weights import pack, unpack
 from nca_kernels.tuning import Launch
@@ -137,7 +138,7 @@ def _constants(
 ) -> dict[str, Any]:
     precision = engine.precision(call.rule.precision, platform)
     g = step_constants(call, operands, how, precision, wanted)
-    return g | {"wide_products": engine.wide_products()}
+    return g | {"hopper": is_hopper(engine.capability())}
 
 
 def _flat_operands(operands: Operands) -> tuple[Array, Array, Array, Array]:

@@ -34,7 +34,7 @@ def _too_large(call: Any, avals: Sequence[Any]) -> str | None:
     if call.op == "neighborhood_attention":
         g = attention_constants(call, operands, Launch())
     else:
-        how = heuristic("step_backward", call, operands, precise=True, wide_products=False)
+        how = heuristic("step_backward", call, operands, precise=True, capability=0)
         g = step_constants(call, operands, how, "ieee")
     if g["wide"]:
         return "it takes arrays of less than 2**31 elements, those of its own included"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from nca_kernels.backends.triton.launch import capability, launch
+from nca_kernels.backends.triton.launch import launch
 from nca_kernels.tiled.configuration import Engine, product_precision, unsupported_by_tiles
+from nca_kernels.tiled.device import capability
 
 
 def _precision(precision: str, platform: str) -> str:
@@ -20,6 +21,6 @@ ENGINE = Engine(
     attention_kernels=lambda: import_module("nca_kernels.backends.triton.attention_kernels"),
     launch=launch,
     precision=_precision,
-    wide_products=lambda: capability() >= 90,
+    capability=capability,
 )
 unsupported = unsupported_by_tiles

@@ -9,9 +9,8 @@ from typing import Any
 import jax
 
 from nca_kernels.backends.triton.constants import Constants
+from nca_kernels.tiled.device import ARCHITECTURE, capability
 from nca_kernels.tuning import Launch
-
-ARCHITECTURE = "NCA_CUDA_ARCH"  # compile for this compute capability (90, ...) without a GPU
 
 
 def launch(
@@ -51,15 +50,6 @@ def launch(
 
     call.__name__ = f"nca_triton_{kernel.fn.__name__}"  # shows in the lowered module
     return jax.jit(call)(*inputs)
-
-
-def capability() -> int:
-    """The CUDA compute capability to compile for, as 90; 0 of a GPU that has none."""
-    named = os.environ.get(ARCHITECTURE)
-    if named:
-        return int(named)
-    major, _, minor = str(getattr(jax.devices()[0], "compute_capability", "0")).partition(".")
-    return 10 * int(major) + int(minor or 0) if major.isdigit() else 0
 
 
 def load() -> Any:

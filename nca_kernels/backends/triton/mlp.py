@@ -84,7 +84,7 @@ def rounded(x, g: tl.constexpr):
     Weights are rounded where they are packed. Gradients of hidden layers are not: see docs/gpu.md.
     """
     if g.precision == "tf32":
-        x = _by_instruction("cvt.rn.tf32.f32 $0, $1;" if g.wide_products else _ADD_HALF, x)
+        x = _by_instruction("cvt.rn.tf32.f32 $0, $1;" if g.hopper else _ADD_HALF, x)
     return x
 
 
@@ -154,7 +154,7 @@ def source_rows(ptr, row, exists, k, size: tl.constexpr, g: tl.constexpr):
 @triton.jit
 def hidden(z, g: tl.constexpr):
     """A hidden layer's values, :func:`rounded`."""
-    if g.activation == "relu" and g.precision == "tf32" and g.wide_products:
+    if g.activation == "relu" and g.precision == "tf32" and g.hopper:
         h = _by_instruction("cvt.rn.relu.tf32.f32 $0, $1;", z)
     else:
         h = rounded(activate(z, g.activation), g)
