@@ -1,8 +1,8 @@
 """Compiles every Triton kernel ahead of time and tabulates what it takes; needs no GPU.
 
 ``python -m benchmarks.aot --save`` compiles the kernels of the benchmark cases, at the launches
-that the backend chooses and at every packaged winner, for sm_80, sm_89, sm_90, sm_100 and gfx942, and
-writes registers, spills, shared memory, tensor-core instructions and instructions a cell to
+that the backend chooses and at every packaged winner, for sm_80, sm_89, sm_90, sm_100 and gfx942,
+and writes registers, spills, shared memory, tensor-core instructions and instructions a cell to
 ``results/aot/``.
 """
 
