@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from nca_kernels.backends.pallas.launch import launch
+from nca_kernels.tiled import device
 from nca_kernels.tiled.attention import attention_constants
 from nca_kernels.tiled.configuration import Engine, heuristic, unsupported_by_tiles
 from nca_kernels.tiled.geometry import step_constants
@@ -19,6 +20,7 @@ ENGINE = Engine(
     step_kernels=lambda: import_module("nca_kernels.backends.pallas.step_kernels"),
     attention_kernels=lambda: import_module("nca_kernels.backends.pallas.attention_kernels"),
     launch=launch,
+    capability=lambda: min(device.capability(), 89),  # they make use of nothing newer
     lacks=("by_tap", "hoisted", "joined"),
 )
 
