@@ -20,8 +20,9 @@ os.environ.pop("TRITON_INTERPRET", None)  # nothing compiles with it
 
 from tqdm import tqdm
 
-from benchmarks.measure import ROOT, provenance, write_json
+from benchmarks.measure import ROOT, provenance
 from nca_kernels import tuning
+from nca_kernels.files import write_json
 from nca_kernels.testing import ATTENTION, BENCHMARKS, CONFORMANCE
 from nca_kernels.testing.cases import AttentionCase, Case
 from nca_kernels.testing.triton_aot import TARGETS, compile_job, jobs

@@ -9,8 +9,9 @@ import pytest
 
 from benchmarks import cases, rows
 from benchmarks.contestants import Chosen, available
-from benchmarks.measure import ROOT, device_name, provenance, write_json
+from benchmarks.measure import ROOT, device_name, provenance
 from benchmarks.peers import PEERS
+from nca_kernels.files import write_json
 
 
 def pytest_addoption(parser):

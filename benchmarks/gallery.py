@@ -13,7 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.measure import ROOT, device_name, provenance, write_json
+from benchmarks.measure import ROOT, device_name, provenance
+from nca_kernels.files import write_json, write_text
 from nca_models import systems
 
 GALLERY = Path(__file__).parents[1] / "docs" / "gallery"
@@ -36,7 +37,7 @@ def train(system: str, runs: Path) -> dict:
         taken = None if resumed else time.perf_counter() - start
         metrics = json.loads((folder / "metrics.json").read_text())
         record = {"metrics": metrics, "seconds": taken, **provenance("make gallery")}
-        done.write_text(json.dumps(record, indent=1))
+        write_json(done, record)
     result: dict = json.loads(done.read_text())
     return result
 
@@ -63,7 +64,7 @@ def sweep(runs: Path) -> list[str]:
     subprocess.run([sys.executable, "-c", NCA, *SWEEP, "--out", str(out)], check=True)
     if not done.exists():
         taken = None if resumed else time.perf_counter() - start
-        done.write_text(json.dumps({"seconds": taken}))
+        write_json(done, {"seconds": taken})
     seconds = json.loads(done.read_text())["seconds"]
     minutes = "" if seconds is None else f" in {seconds / 60:.0f} minutes"
     (GALLERY / "sweep").mkdir(parents=True, exist_ok=True)
@@ -108,7 +109,7 @@ def main() -> None:
                 kept.append(f"{system}/{path.name}")
         lines += page(system, result, kept)
     lines += sweep(args.runs)
-    (GALLERY / "README.md").write_text("\n".join(lines))
+    write_text(GALLERY / "README.md", "\n".join(lines))
     write_json(ROOT / "results" / device_name() / "gallery.json", records)
 
 

@@ -1,10 +1,11 @@
 """Everything that needs a GPU, in one command of under nine minutes; ``make gpu`` runs it.
 
 Conformance of every kernel backend (values, gradients, masks, determinism), then timings against
-the reference path and the device's measured limit, then peak memory of training. It needs the
-Python whose JAX sees the GPU, jax and numpy, and for the Triton kernels triton and jax-triton;
-nothing is downloaded. With ``--save`` all goes to ``benchmarks/results/<device>/gpu.json``, and
-the table that is printed last to ``gpu.md``. ``--tune`` first looks for the fastest launches of
+the reference path and the device's measured limit, the time of each kernel, then peak memory of
+training. It needs the Python whose JAX sees the GPU, jax and numpy, and for the Triton kernels
+triton and jax-triton; nothing is downloaded. With ``--save`` all goes to
+``benchmarks/results/<device>/gpu.json``, part by part as it is found, and the tables that are
+printed last to ``gpu.md``. ``--tune`` first looks for the fastest launches of
 the benchmark cases, which takes much longer, and puts them where winners are packaged.
 """
 
@@ -19,12 +20,13 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 
 import nca_kernels as nk
-from benchmarks import roofline
+from benchmarks import kernels, roofline
 from benchmarks.measure import (
     ROOT,
     STEPS,
@@ -32,11 +34,12 @@ from benchmarks.measure import (
     device_name,
     interleaved,
     jax_run,
+    markdown_table,
     median_ratio,
     provenance,
-    write_json,
 )
 from nca_kernels import tuning
+from nca_kernels.files import write_json, write_text
 from nca_kernels.testing import (
     ATTENTION,
     ATTENTION_CHECKS,
@@ -51,6 +54,7 @@ from nca_kernels.testing.conformance import check_fate_hangs_on_dead_neighbours
 TRANSFORMED = ("plane", "inputs_per_sample", "volume")
 MEMORY_STEPS = 64
 MINUTES = 9.0
+TIMINGS = 200.0  # seconds, at least, for what follows conformance
 
 
 # ---- conformance: in several processes, because compiling is what takes the time ----
@@ -165,18 +169,41 @@ def timings(
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| case | mode | backend | us a step | ps a cell | % of limit | x reference |",
-        "|---|---|---|---|---|---|---|",
-    ]
+def times_table(rows: list[dict[str, Any]]) -> str:
+    head = ["case", "mode", "backend", "us a step", "ps a cell", "% of limit", "x reference"]
+    body = []
     for row in rows:
+        figures = [f"{row['us_per_step']:.1f}", f"{row['ps_per_cell']:.1f}"]
         ratio = f"{row['x_reference']:.1f}" if "x_reference" in row else "-"
-        lines.append(
-            f"| {row['case']} | {row['mode']} | {row['backend']} | {row['us_per_step']:.1f} "
-            f"| {row['ps_per_cell']:.1f} | {row['percent_of_limit']:.0f} | {ratio} |"
-        )
-    return "\n".join(lines)
+        names = [row["case"], row["mode"], row["backend"]]
+        body.append([*names, *figures, f"{row['percent_of_limit']:.0f}", ratio])
+    return markdown_table(head, body)
+
+
+def kernel_times(case: Case, mode: str, backend: str) -> list[dict[str, Any]]:
+    """Every kernel of a rollout, by the profiler: launches and time a step."""
+    run = jax_run(case, backend, mode, STEPS)
+    run()
+    return [
+        {
+            "case": case.name,
+            "mode": mode,
+            "backend": backend,
+            "kernel": name,
+            "launches_per_step": launches / STEPS,
+            "us_per_step": 1e6 * seconds / STEPS,
+        }
+        for name, (launches, seconds) in kernels.profiled(run).items()
+    ]
+
+
+def kernels_table(rows: list[dict[str, Any]]) -> str:
+    head = ["case", "mode", "backend", "kernel", "launches a step", "us a step"]
+    return markdown_table(head, [
+        [row["case"], row["mode"], row["backend"], f"`{row['kernel'][:40]}`",
+         f"{row['launches_per_step']:.2f}", f"{row['us_per_step']:.1f}"]
+        for row in rows
+    ])  # fmt: skip
 
 
 # ---- memory ----
@@ -199,10 +226,11 @@ def memory(backends: list[str], size: int) -> list[dict[str, Any]]:
         command = [sys.executable, "-m", "benchmarks.gpu", "--memory", backend, str(size)]
         out = subprocess.run(command, capture_output=True, text=True, env=environment)
         lines = [line for line in out.stdout.splitlines() if line.startswith("{")]
-        rows += [json.loads(line) for line in lines]
         if lines:
+            rows.append(json.loads(lines[-1]))
             print(f"  {backend}: {rows[-1]['states']:.1f} states for {MEMORY_STEPS} steps")
         else:
+            rows.append({"backend": backend, "error": out.stderr[-500:]})
             print(f"  {backend}: {out.stderr.splitlines()[-1:]}")
     return rows
 
@@ -220,45 +248,83 @@ def tune() -> None:
     jax.clear_caches()
 
 
+class Results:
+    """What was found so far; with a folder, kept there as it grows."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.found: dict[str, Any] = provenance("make gpu")
+
+    def add(self, **parts: Any) -> None:
+        self.found.update(parts)
+        if self.folder is not None:
+            write_json(self.folder / "gpu.json", self.found)
+
+    def tables(self) -> str:
+        texts = [times_table(self.found["rows"])]
+        if self.found["kernels"]:
+            texts.append(kernels_table(self.found["kernels"]))
+        if self.found["not_done"]:
+            texts.append(f"Not done: {'; '.join(self.found['not_done'])}.")
+        text = "\n\n".join(texts)
+        if self.folder is not None:
+            write_text(self.folder / "gpu.md", text + "\n")
+        return text
+
+
 def report(options: argparse.Namespace, deadline: float) -> int:
     ours = options.backends or [
         b.name for b in nk.backends() if b.available and b.name != "reference"
     ]
+    results = Results(ROOT / "results" / device_name() if options.save else None)
     print(f"conformance on {device_name()}: {', '.join(ours)}", flush=True)
-    found = {backend: conformance(backend, deadline - 180) for backend in ours}
+    found: dict[str, Any] = {}
+    for left, backend in zip(range(len(ours), 0, -1), ours, strict=True):
+        now = time.monotonic()
+        found[backend] = conformance(backend, now + (deadline - TIMINGS - now) / left)
+        results.add(conformance=found)
     print("the limit of this device", flush=True)
     peak = roofline.measure_peak(*options.peak)
     print(f"  copy {peak.bytes / 1e12:.2f} TB/s, " + ", ".join(
         f"{name} {flops / 1e12:.0f} TFLOP/s" for name, flops in peak.flops.items()
-    ))  # fmt: skip
-    rows: list[dict[str, Any]] = []
-    left_out = []
-    for case in timed_cases():
-        for mode in ("forward", "training"):
-            if time.monotonic() > deadline - 45:
-                left_out.append(f"{case.name} {mode}")
-                continue
-            rows += timings(case, mode, ours, options.rounds, peak)
+    ), flush=True)  # fmt: skip
+    results.add(peak=peak._asdict())
+    _time(results, ours, options, deadline, peak)
     print(f"peak memory, {options.size}x{options.size}, {MEMORY_STEPS} steps", flush=True)
-    kept = memory(ours, options.size)
-    text = table(rows)
-    if left_out:
-        text += f"\n\nNot timed for lack of time: {', '.join(left_out)}."
-    if options.save:
-        folder = ROOT / "results" / device_name()
-        content = {
-            **provenance("make gpu"),
-            "conformance": found,
-            "peak": peak._asdict(),
-            "rows": rows,
-            "memory": kept,
-            "not_timed": left_out,
-        }
-        write_json(folder / "gpu.json", content)
-        (folder / "gpu.md").write_text(text + "\n")
+    results.add(memory=memory(ours, options.size))
     print(f"\n{STEPS} steps, medians of {options.rounds} interleaved rounds; the limit counts "
-          f"every cell as if it fired, products in TF32\n\n{text}")  # fmt: skip
+          f"every cell as if it fired, products in TF32\n\n{results.tables()}")  # fmt: skip
     return 1 if any(f["failed"] for f in found.values()) else 0
+
+
+def _time(
+    results: Results,
+    ours: list[str],
+    options: argparse.Namespace,
+    deadline: float,
+    peak: roofline.Peak,
+) -> None:
+    """Times of all cases, then of the kernels of our first backend, as far as time allows."""
+    rows: list[dict[str, Any]] = []
+    launched: list[dict[str, Any]] = []
+    left_out = []
+    todo = [(case, mode) for case in timed_cases() for mode in ("forward", "training")]
+    for case, mode in todo:
+        if time.monotonic() > deadline - 75:
+            left_out.append(f"times of {case.name} {mode}, for lack of time")
+            continue
+        rows += timings(case, mode, ours, options.rounds, peak)
+        results.add(rows=rows, kernels=launched, not_done=left_out)
+    for case, mode in todo:
+        if time.monotonic() > deadline - 45:
+            left_out.append(f"kernels of {case.name} {mode}, for lack of time")
+            continue
+        try:
+            launched += kernel_times(case, mode, ours[0])
+        except Exception as error:  # the profiler does not run on every machine
+            left_out.append(f"kernels, as the profiler says {str(error).splitlines()[-1:]}")
+            break
+    results.add(rows=rows, kernels=launched, not_done=left_out)
 
 
 def main() -> int:

@@ -18,7 +18,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.measure import ROOT, provenance, write_json
+from benchmarks.measure import ROOT, provenance
+from nca_kernels.files import write_json
 
 BOUND = 1.05
 RESULTS = ROOT / "results" / "instructions.json"

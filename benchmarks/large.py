@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import nca_kernels as nk
-from benchmarks.measure import ROOT, device_name, interleaved, provenance, write_json
+from benchmarks.measure import ROOT, device_name, interleaved, provenance
+from nca_kernels.files import write_json
 
 CHANNELS, HIDDEN, STEPS = 16, 128, 64
 RULE = nk.Rule()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
 import statistics
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -164,15 +162,6 @@ def provenance(command: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
     }
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Atomically: a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, suffix=".tmp") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-    os.replace(file.name, path)
 
 
 def markdown_table(head: list[str], body: list[list[str]]) -> str:

@@ -15,7 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.large import peak_rss
-from benchmarks.measure import ROOT, device_name, provenance, write_json
+from benchmarks.measure import ROOT, device_name, provenance
+from nca_kernels.files import write_json
 from nca_models import systems
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import compare
-from benchmarks.measure import ROOT, device_name, provenance, write_json
+from benchmarks.measure import ROOT, device_name, provenance
+from nca_kernels.files import write_json
 
 
 def verdicts(folder: Path) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from benchmarks.compare import TOLERANCE
 from benchmarks.measure import ROOT, markdown_table
 from benchmarks.peers import PEERS
 from benchmarks.rows import Row
+from nca_kernels.files import write_text
 
 DOCS = ROOT.parent / "docs"
 
@@ -491,10 +492,10 @@ def write() -> list[Path]:
     """The documents and the plots; returns what was written."""
     results.cache_clear()
     written = [DOCS / "benchmarks.md"]
-    written[0].write_text(markdown())
+    write_text(written[0], markdown())
     for found in results():
         written += plots.write(found, DOCS / "plots")
     for path, blocks in generated().items():
-        path.write_text(filled(path.read_text(), blocks))
+        write_text(path, filled(path.read_text(), blocks))
         written.append(path)
     return written

@@ -20,8 +20,9 @@ os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 import jax
 from tqdm import tqdm
 
-from benchmarks.measure import ROOT, device_name, markdown_table, provenance, write_json
+from benchmarks.measure import ROOT, device_name, markdown_table, provenance
 from nca_kernels import dispatch
+from nca_kernels.files import write_json
 from nca_kernels.testing import CONFORMANCE, Case, error_ratio, tolerance, triton_host
 from nca_kernels.testing.conformance import ORACLE, value_and_gradients
 from nca_kernels.tiled.step import backward, forward

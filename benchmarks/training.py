@@ -14,7 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.measure import ROOT, device_name, provenance, write_json
+from benchmarks.measure import ROOT, device_name, provenance
+from nca_kernels.files import write_json
 
 
 def seconds(preset: str, backend: str, steps: int, folder: Path) -> float:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from nca_kernels.files import write_json
 
 PACKAGED = Path(__file__).parent / "tuning"
 FOLDER = "NCA_TUNING_DIR"
@@ -86,13 +87,9 @@ def winner(device: str, kernel: str, problem: str) -> Launch | None:
 def write_winner(device: str, kernel: str, problem: str, launch: Launch) -> Path:
     """Adds a winner to the user's file of the device, atomically; returns the file."""
     path = user_folder() / f"{file_name(device)}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {**_read(path)}
     content[kernel] = {**content.get(kernel, {}), problem: asdict(launch)}
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, suffix=".tmp") as file:
-        json.dump(content, file, indent=1, sort_keys=True)
-        file.write("\n")
-    os.replace(file.name, path)
+    write_json(path, content, sort_keys=True)
     _read.cache_clear()
     return path
 

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -25,6 +23,7 @@ import numpy as np
 
 import nca_kernels as nk
 from nca_kernels import dispatch
+from nca_kernels.files import write_json
 from nca_kernels.rule import ACTIVATIONS, PADDINGS, Alive, Rule
 from nca_kernels.testing import pallas_host, triton_host
 from nca_kernels.testing.cases import Arguments, Case
@@ -197,7 +196,8 @@ def _run(args: argparse.Namespace) -> int:
         done["seeds"] = i + 1
         if done["seeds"] % 50 == 0 or done["seeds"] == args.cases:
             jax.clear_caches()  # every case is compiled anew: nothing would be used again
-            _write(args.json, done)
+            if args.json is not None:
+                write_json(args.json, done)
     failures = len(done["failures"])
     print(f"{done['seeds']} cases, {done['no_verdict']} without verdict, {failures} failures")
     return 1 if failures else 0
@@ -205,14 +205,6 @@ def _run(args: argparse.Namespace) -> int:
 
 def _read(path: Path | None) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path is not None and path.exists() else None
-
-
-def _write(path: Path | None, content: Any) -> None:
-    if path is None:
-        return
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(content, file, indent=1)
-    os.replace(file.name, path)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ TILED = {
     for path in (ROOT / "nca_kernels/tiled").glob("*.py")
     if path.stem != "__init__"
 }
-TILED |= {"nca_kernels.tuning"}
+TILED |= {"nca_kernels.tuning", "nca_kernels.files"}
 
 
 def module_name(path):

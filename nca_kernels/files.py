@@ -1,0 +1,22 @@
+"""Files that are either whole or absent, whenever the process is killed."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes ``text`` in UTF-8; a reader sees the old file or the new one. The folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any, sort_keys: bool = False) -> None:
+    """As :func:`write_text` does."""
+    write_text(path, json.dumps(content, indent=1, sort_keys=sort_keys) + "\n")
