@@ -150,18 +150,7 @@ def _lower_gradient(case: Case | AttentionCase, backend: str) -> None:
 
 def compile_job(job: Job, target: str) -> dict[str, Any]:
     """Compiles for one of ``TARGETS``; what the kernel takes: registers, spills, shared memory."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = job.kernel.arg_names
-    signature = dict(zip(names, (*job.signature, "constexpr"), strict=True))
-    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(job.signature))}
-    source = ASTSource(
-        fn=job.kernel, signature=signature, constexprs={"g": job.constants}, attrs=aligned
-    )
-    options = {"num_warps": job.how.warps, "num_stages": job.how.stages, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+    compiled = _compiled(job, target)
     if target.startswith("gfx"):
         used = _amd_usage(compiled.asm)
     else:
@@ -174,6 +163,26 @@ def compile_job(job: Job, target: str) -> dict[str, Any]:
         **used,
         "launch": asdict(job.how),
     }
+
+
+def ptx(job: Job, target: str) -> str:
+    """What NVIDIA's assembler gets."""
+    return str(_compiled(job, target).asm["ptx"])
+
+
+def _compiled(job: Job, target: str) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = job.kernel.arg_names
+    signature = dict(zip(names, (*job.signature, "constexpr"), strict=True))
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(job.signature))}
+    source = ASTSource(
+        fn=job.kernel, signature=signature, constexprs={"g": job.constants}, attrs=aligned
+    )
+    options = {"num_warps": job.how.warps, "num_stages": job.how.stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
 
 
 def _nvidia_usage(asm: Any, job: Job) -> dict[str, Any]:

@@ -75,6 +75,23 @@ def test_kernels_compile_for_every_target(tmp_path, case):
             assert row["barriers"] > 1, name
 
 
+def test_what_is_counted_is_what_jax_runs():
+    """jax-triton compiles in steps of its own."""
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", str(Path(__file__).with_name("ptx_of_jax.py"))],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    if "installed with GPU support" in run.stderr:
+        pytest.skip("jax-triton cannot be imported without JAX's CUDA plugin; see the Makefile")
+    assert run.returncode == 0, run.stderr[-3000:]
+    same = json.loads(run.stdout)
+    assert same.keys() >= {"step_forward", "clear_dead", "step_backward", "add_overlaps"}
+    assert all(same.values()), same
+
+
 def test_awkward_cases_compile(tmp_path):
     """Paths through the kernels that the benchmark cases do not take."""
     cases = AWKWARD if OLD else AWKWARD[::3]

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from nca_kernels.backends.triton.assembler import agree
 from nca_kernels.backends.triton.constants import Constants
 from nca_kernels.tiled.device import ARCHITECTURE, capability
 from nca_kernels.tuning import Launch
@@ -28,6 +29,8 @@ def launch(
         aliases: inputs, by their index, that are written in place as outputs.
     """
     jax_triton = load()
+    if not os.environ.get(ARCHITECTURE) and capability() > 0:
+        agree()
     # 0.4 renamed the argument and takes the capability from the device alone.
     shapes: dict[str, Any] = {
         "out_type" if version(jax_triton) >= (0, 4) else "out_shape": list(outputs)
