@@ -82,11 +82,12 @@ sanitize: $(SANITIZED)/libnca_cpu.so
 	  "tests/nca_kernels/test_attention.py" \
 	  -k "not transformations and not threads and not without_tile" $(PYTEST_ARGS)
 
-# A machine with a GPU often has its own JAX and no network: nothing is installed there.
+# A machine with a GPU often has its own JAX and no network: nothing is installed there. What is
+# missing, as jax-triton, may be unpacked in a folder that PYTHONPATH names.
 gpu:
 	@$(PYTHON) -c "import jax" 2>/dev/null || { \
 	  echo "$(PYTHON) has no JAX: name the Python whose JAX sees the GPU, make gpu PYTHON=..." >&2; exit 2; }
-	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu --save $(GPU_ARGS)
+	PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m benchmarks.gpu --save $(GPU_ARGS)
 
 # What the Triton kernels take, compiled ahead of time; needs no GPU.
 aot: $(VENV)/installed-models,test $(VENV)/no-deps

@@ -161,27 +161,6 @@ def cost_of_a_cell(rounds: int = 3) -> list[dict[str, Any]]:
     ]
 
 
-def plot(costs: dict[str, list[dict[str, Any]]], name: str) -> str:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.5, 3), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for label, rows in costs.items():
-        sizes = [row["size"] for row in rows]
-        axes.plot(sizes, [row["nanoseconds_per_cell_step"] for row in rows], "o-", label=label)
-    axes.set_xscale("log", base=2)
-    axes.set_ylim(bottom=0)
-    axes.set(xlabel="side of the grid, cells", ylabel="ns a cell-step, forward and backward")
-    axes.set_xticks(SIZES, [str(size) for size in SIZES])
-    axes.legend()
-    path = ROOT.parent / "docs" / "plots" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    return str(path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--save", action="store_true")
@@ -215,7 +194,6 @@ def main() -> None:
         )
     if options.save:
         write_json(ROOT / "results" / device_name() / "large.json", result)
-        print(plot(costs, "cost_of_a_cell.png"))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def write(found: Results, folder: Path) -> list[Path]:
     """All of one device."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for draw in (speedup, roofline, memory):
+    for draw in (speedup, roofline, memory, *([cost_of_a_cell] if found.large else [])):
         path = folder / f"{draw.__name__}-{found.device}.png"
         draw(found).savefig(path, dpi=120)
         written.append(path)
@@ -105,5 +105,21 @@ def memory(found: Results) -> Figure:
         axes[0].plot(list(map(int, row["planned_states"])), row["planned_states"].values(), "o-",
                      label=name)  # fmt: skip
     axes[0].set(xscale="log", yscale="log", xlabel="steps", ylabel="memory, in states of the grid")
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+def cost_of_a_cell(found: Results) -> Figure:
+    """Time of a training's cell-step against the side of the grid."""
+    assert found.large is not None
+    figure, axes = _figure(4.5, 3, 1)
+    for label, costs in found.large["cost_of_a_cell"].items():
+        sizes = [cost["size"] for cost in costs]
+        taken = [cost["nanoseconds_per_cell_step"] for cost in costs]
+        axes[0].plot(sizes, taken, "o-", label=label)
+    axes[0].set_xscale("log", base=2)
+    axes[0].set_ylim(0, 1.1 * axes[0].dataLim.y1)
+    axes[0].set_xticks(sizes, [str(size) for size in sizes])
+    axes[0].set(xlabel="side of the grid, cells", ylabel="ns a cell-step, with the backward")
     axes[0].legend(fontsize=8)
     return figure

@@ -316,7 +316,8 @@ def readme_table() -> str:
     """The README's: nanoseconds per cell and step of the best, and of others with ratios."""
     found = headline()
     shown = ["cpu", "xla", "slices", "reference", "cax", "torch", "torch_compiled"]
-    head = ["", *(title(name, found.versions) for name in shown), "`cpu`, of the limit"]
+    names = (title(name, found.versions) for name in shown)
+    head = [f"`{found.device}`", *names, "`cpu`, of the limit"]
     body = []
     for case in ("growing", "diffusing", "self_autoencoding"):
         for mode in MODES:
@@ -370,6 +371,16 @@ def large_table() -> str:
     large = headline().large
     assert large is not None
     return rollouts_table(large)
+
+
+def large_cost() -> str:
+    """The same device's cost of a cell, and where its figures are."""
+    device = headline().device
+    return (
+        f"![time of a cell-step against the side of the grid](plots/cost_of_a_cell-{device}.png)"
+        f"\n\n[Figures](../benchmarks/results/{device}/large.json), by `python -m benchmarks.large "
+        "--save`."
+    )
 
 
 def headline() -> Results:
@@ -429,7 +440,7 @@ def markdown() -> str:
             parts += [
                 "Peaks of whole processes, and time (`python -m benchmarks.large --save`):",
                 rollouts_table(found.large),
-                "![cost of a cell](plots/cost_of_a_cell.png)",
+                f"![cost of a cell](plots/cost_of_a_cell-{found.device}.png)",
             ]
         if found.paper:
             parts += [
@@ -475,7 +486,12 @@ def generated() -> dict[Path, dict[str, str]]:
             "memory": readme_memory(),
             "dropin": readme_dropin(),
         },
-        large: {"rollouts": large_table(), "halos": halo.halos(), "lattices": halo.lattices()},
+        large: {
+            "rollouts": large_table(),
+            "cost": large_cost(),
+            "halos": halo.halos(),
+            "lattices": halo.lattices(),
+        },
     }
 
 
