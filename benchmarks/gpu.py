@@ -5,8 +5,9 @@ the reference path and the device's measured limit, the time of each kernel, the
 training. It needs the Python whose JAX sees the GPU, jax and numpy, and for the Triton kernels
 triton and jax-triton; nothing is downloaded. With ``--save`` all goes to
 ``benchmarks/results/<device>/gpu.json``, part by part as it is found, and the tables that are
-printed last to ``gpu.md``. ``--tune`` first looks for the fastest launches of
-the benchmark cases, which takes much longer, and puts them where winners are packaged.
+printed last to ``gpu.md``. ``--tune`` instead looks for the fastest launches of the benchmark
+cases, which takes much longer, and puts them where winners are packaged; interrupted, it goes on
+with what is left.
 """
 
 from __future__ import annotations
@@ -241,11 +242,9 @@ def memory(backends: list[str], size: int) -> list[dict[str, Any]]:
 def tune() -> None:
     """Winners of the benchmark cases, into the package."""
     os.environ[tuning.TUNE], os.environ[tuning.FOLDER] = "1", str(tuning.PACKAGED)
-    for case in timed_cases()[1:]:
-        print(f"tuning {case.name} ...", flush=True)
+    for case in timed_cases()[1:]:  # without the seed, which a launch hardly matters to
+        print(case.name, flush=True)
         jax_run(case, "triton", "training", STEPS)()
-    del os.environ[tuning.TUNE]
-    jax.clear_caches()
 
 
 class Results:
@@ -357,6 +356,7 @@ def main() -> int:
         return 0
     if options.tune:
         tune()
+        return 0
     return report(options, deadline)
 
 

@@ -66,22 +66,27 @@ def user_folder() -> Path:
 
 
 def winner(device: str, kernel: str, problem: str) -> Launch | None:
-    """The best known launch on ``device``: the user's, else the packaged one, else None.
+    """The best known launch on ``device``: the user's, else the packaged one, else None."""
+    own = winner_of(user_folder(), device, kernel, problem)
+    return own or winner_of(PACKAGED, device, kernel, problem)
+
+
+def winner_of(folder: Path, device: str, kernel: str, problem: str) -> Launch | None:
+    """What a folder's file for ``device`` has, or None.
 
     Raises:
-        ValueError: a file's launch has a field that launches do not have.
+        ValueError: the file's launch has a field that launches do not have.
     """
-    for folder in (user_folder(), PACKAGED):
-        path = folder / f"{file_name(device)}.json"
-        entry = _read(path).get(kernel, {}).get(problem)
-        if entry is not None:
-            if unknown := set(entry) - set(FIELDS):
-                raise ValueError(
-                    f"{path} has a launch with {', '.join(sorted(unknown))}; launches have "
-                    f"{', '.join(FIELDS)}: remove the file, and tune again with {TUNE}=1"
-                )
-            return Launch(**{**entry, "tile": tuple(entry["tile"])})
-    return None
+    path = folder / f"{file_name(device)}.json"
+    entry = _read(path).get(kernel, {}).get(problem)
+    if entry is None:
+        return None
+    if unknown := set(entry) - set(FIELDS):
+        raise ValueError(
+            f"{path} has a launch with {', '.join(sorted(unknown))}; launches have "
+            f"{', '.join(FIELDS)}: remove the file, and tune again with {TUNE}=1"
+        )
+    return Launch(**{**entry, "tile": tuple(entry["tile"])})
 
 
 def write_winner(device: str, kernel: str, problem: str, launch: Launch) -> Path:

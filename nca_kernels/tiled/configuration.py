@@ -111,8 +111,9 @@ def _chosen(
 
 
 def problem_name(call: Any, operands: Operands) -> str:
-    """What a winner depends on, as text: dims, widths and precision, not the sizes of the grid."""
-    channels = operands.state.shape[-1]
+    """What a winner depends on, as text: dims, widths, precision, whether cells are few or many."""
+    channels, cells = operands.state.shape[-1], math.prod(operands.state.shape[1:-1])
+    size = " few" if cells < FEW else " many" if cells >= MANY else ""
     taps = operands.taps
     perception = "given" if taps is None else "x".join(map(str, taps.shape[1:]))
     perception += " constant" if call.constant_taps else ""
@@ -121,7 +122,7 @@ def problem_name(call: Any, operands: Operands) -> str:
     hidden = "-".join(map(str, widths)) or "none"
     return (
         f"{call.num_spatial_dims}d {operands.state.dtype} C{channels} taps {perception} "
-        f"inputs {inputs} hidden {hidden} {call.rule.precision}"
+        f"inputs {inputs} hidden {hidden} {call.rule.precision}{size}"
     )
 
 
@@ -148,6 +149,7 @@ SIZES_ON_HOPPER = {
         _size(64, 32, 4, False), _size(64, 32, 4, False), _size(64, 16), _size(16, 64, 8, False),
     ),
 }  # fmt: skip
+FEW = 2**16  # cells of a call: each program has a single tile
 MANY = 2**20  # cells of a call: each program has several tiles even of twice the size
 JOINED = 64  # columns: more fill registers, and are a third zeros
 HELD = 2**15  # floats, 128 KB: they fit a multiprocessor of Hopper beside a program's other blocks

@@ -18,9 +18,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from nca_kernels.rule import AttentionOperands, Operands
-from nca_kernels.tuning import FIELDS, Launch, candidates, write_winner
+from nca_kernels.tuning import (
+    FIELDS,
+    Launch,
+    candidates,
+    user_folder,
+    winner_of,
+    write_winner,
+)
 
 ROUNDS = 20
+LONG_ENOUGH, MOST_CALLS = (
+    0.005,
+    50,
+)  # seconds and calls of a round: a launch alone takes microseconds
 ATTENTION_FIELDS = ("rows", "warps", "stages")  # what launches of attention depend on
 log = logging.getLogger("nca_kernels")
 _tuned: dict[tuple[str, str, str], Launch] = {}  # once a process and problem
@@ -35,38 +46,51 @@ def tuned(
     operands: Operands | AttentionOperands,
     heuristic: Launch,
 ) -> Launch:
-    """The fastest of :func:`nca_kernels.tuning.candidates` around the heuristic's launch."""
-    device = engine.device()
-    if (device, kernel, problem) in _tuned:
-        return _tuned[device, kernel, problem]
-    fields = ATTENTION_FIELDS if isinstance(operands, AttentionOperands) else FIELDS
-    launches = candidates(heuristic, fields)
-    with jax.ensure_compile_time_eval():
-        run = _runner(engine, kernel, call, platform, operands)
-        times = {how: seconds(partial(run, how)) for how in launches}
-    best = min(times, key=lambda how: times[how])
-    if times[best] == float("inf"):
-        raise RuntimeError(f"no launch of {kernel} runs on {device} for {problem}")
-    path = write_winner(device, kernel, problem, best)
-    log.info("tuned %s for %s: %s, written to %s", kernel, problem, best, path)
-    _tuned[device, kernel, problem] = best
-    return best
+    """The fastest of :func:`nca_kernels.tuning.candidates` around the heuristic's launch.
+
+    What the user's file has is not tuned again, so that a program that was interrupted goes on.
+    """
+    key = engine.device(), kernel, problem
+    if key not in _tuned:
+        known = winner_of(user_folder(), *key)
+        if known is None:
+            fields = ATTENTION_FIELDS if isinstance(operands, AttentionOperands) else FIELDS
+            launches = candidates(heuristic, fields)
+            log.warning("tuning %s for %s: %d launches ...", kernel, problem, len(launches))
+            with jax.ensure_compile_time_eval():
+                run = _runner(engine, kernel, call, platform, operands)
+                known = fastest({how: partial(run, how) for how in launches})
+            if known is None:
+                raise RuntimeError(f"no launch of {kernel} runs on {key[0]} for {problem}")
+            log.warning("%s, written to %s", known, write_winner(*key, known))
+        _tuned[key] = known
+    return _tuned[key]
 
 
-def seconds(run: Callable[[], Callable[[], Any]]) -> float:
-    """The median time of a call of what ``run`` prepares; infinite if it cannot run."""
-    try:
-        prepared = run()
-        jax.block_until_ready(prepared())
-    except Exception as error:  # too much shared memory, a launch that does not compile, ...
-        log.info("skipped: %s", str(error).splitlines()[-1:])
-        return float("inf")
-    times = []
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        jax.block_until_ready(prepared())
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
+def fastest(runs: dict[Launch, Callable[[], Callable[[], Any]]]) -> Launch | None:
+    """By the median of rounds in turn, of those that run; each is prepared first."""
+    prepared = {}
+    for how, prepare in runs.items():
+        try:
+            run = prepare()
+            jax.block_until_ready(run())
+        except Exception as error:  # too much shared memory, a launch that does not compile, ...
+            log.info("skipped: %s", str(error).splitlines()[-1:])
+            continue
+        calls = max(1, min(MOST_CALLS, int(LONG_ENOUGH / seconds(run, 1))))
+        prepared[how] = partial(seconds, run, calls)
+    times = [[time_it() for time_it in prepared.values()] for _ in range(ROUNDS)]
+    medians = np.median(np.reshape(times, (ROUNDS, -1)), axis=0)
+    return list(prepared)[int(np.argmin(medians))] if prepared else None
+
+
+def seconds(run: Callable[[], Any], calls: int) -> float:
+    """Of one call, where the device is given so many before it is waited for."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        out = run()
+    jax.block_until_ready(out)
+    return (time.perf_counter() - start) / calls
 
 
 def _runner(

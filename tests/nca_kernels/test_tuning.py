@@ -17,7 +17,7 @@ from nca_kernels.rule import Operands
 from nca_kernels.testing import ATTENTION, CONFORMANCE
 from nca_kernels.testing.attention_conformance import attention as attend
 from nca_kernels.tiled import attention, step, tuner
-from nca_kernels.tiled.configuration import Engine, heuristic
+from nca_kernels.tiled.configuration import Engine, heuristic, problem_name
 from nca_kernels.tuning import Launch
 
 CASE = next(case for case in CONFORMANCE if case.name == "plane")
@@ -120,6 +120,57 @@ def test_tuning_writes_the_fastest_that_runs(own_folder, monkeypatch, run, kerne
     launched.clear()
     run()
     assert {how.warps for how in launched} == {8}
+
+
+def test_what_was_tuned_is_not_tuned_again(own_folder, monkeypatch, caplog):
+    """A program that was interrupted goes on with the next kernel."""
+    register()
+    monkeypatch.setenv(tuning.TUNE, "1")
+    gradient_of_step()
+    assert "tuning step_forward for sleeping 2d" in caplog.text  # it takes long: said at once
+    tuner._tuned.clear()
+    path = own_folder / "some-gpu.json"
+    content = json.loads(path.read_text())
+    del content["step_backward"]
+    path.write_text(json.dumps(content))
+    tuning._read.cache_clear()
+    jax.clear_caches()
+    caplog.clear()
+    gradient_of_step()
+    assert "tuning step_backward" in caplog.text
+    assert "tuning step_forward" not in caplog.text
+    assert json.loads(path.read_text()).keys() == {"step_forward", "step_backward"}
+
+
+def test_launches_are_timed_in_turn():
+    """So that none is favoured by when it is measured."""
+    turns = []
+
+    def prepare(name):
+        def run():
+            turns.append(name)
+            time.sleep({"a": 0.012, "b": 0.006}[name])  # longer than a round lasts at least
+            return jnp.zeros(())
+
+        return run
+
+    runs = {how: partial(prepare, how) for how in ("a", "b")}
+    assert tuner.fastest({**runs, "fails": lambda: 1 / 0}) == "b"
+    assert turns == ["a", "a", "b", "b", "a", "b", "a", "b"]
+    assert tuner.fastest({"fails": lambda: 1 / 0}) is None
+
+
+def test_problems_of_few_and_of_many_cells_differ():
+    """Their tiles do."""
+    names = set()
+    for side in (72, 300, 600, 1024, 2048):
+        shapes = jax.eval_shape(lambda n=side: operands_of(replace(CASE, grid=(n, n), batch=(1,))))
+        call = SimpleNamespace(
+            num_spatial_dims=2, constant_taps=None, rule=SimpleNamespace(precision="default")
+        )
+        names.add(problem_name(call, shapes))
+    assert {name.split()[-1] for name in names} == {"few", "default", "many"}
+    assert len(names) == 3
 
 
 def test_a_winner_is_used_and_the_users_goes_first(own_folder, monkeypatch):
