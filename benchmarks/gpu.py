@@ -70,6 +70,11 @@ def checks(backend: str) -> list[tuple[str, Any]]:
         for name, check in CHECKS.items()
         for case in CONFORMANCE
     ]
+    for case in CONFORMANCE:
+        if case.dtype == "float32" and case.rule.precision == "float32":
+            rule = replace(case.smooth().rule, precision="tensorfloat32")
+            at_tf32 = partial(CHECKS["values_and_gradients"], backend, replace(case, rule=rule))
+            found.append((f"tensorfloat32 {case}", at_tf32))
     found.append(("fate", partial(check_fate_hangs_on_dead_neighbours, backend)))
     for name, check in TRANSFORMATION_CHECKS.items():
         if several or name != "shard_map":

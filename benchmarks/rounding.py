@@ -3,7 +3,9 @@
 ``python -m benchmarks.rounding --save`` computes values and gradients of the conformance cases with
 ``precision="tensorfloat32"`` as NVIDIA's tensor cores do, with operands rounded to the nearest, as
 the kernels do it, and cut off, as the hardware would; it prints the largest error ratio of each
-against float32 and writes them to ``results/<device>/rounding.json``.
+against float32 and writes them to ``results/<device>/rounding.json``. Where activations have a
+kink, a hidden unit that an error moves across it changes its gradient by all of it: the same with
+SiLU for ReLU shows what rounding alone does.
 """
 
 from __future__ import annotations
@@ -60,21 +62,27 @@ def main() -> int:
     ops = (partial(forward, engine), partial(backward, engine))
     dispatch.register(dispatch.Backend(CUT_OFF, "rounds nothing", lambda op: ops))
     chosen = [c for c in CONFORMANCE if c.dtype == "float32" and c.rule.precision == "float32"]
-    rows = {case.name: errors(case) for case in tqdm(chosen, disable=None, unit="case")}
-    body = [
-        [name, *(f"{max(found[b].values()):.1e}" for b in (triton_host.NAME, CUT_OFF))]
-        for name, found in rows.items()
-    ]
-    for which in (triton_host.NAME, CUT_OFF):
-        worst = [max(found[which].values()) for found in rows.values()]
-        states = [found[which]["[0]"] for found in rows.values()]
+    kinds = {"": chosen, "smooth": [case.smooth() for case in chosen]}
+    rows = {
+        kind: {case.name: errors(case) for case in tqdm(cases, disable=None, unit="case")}
+        for kind, cases in kinds.items()
+    }
+    columns = [(kind, which) for kind in kinds for which in (triton_host.NAME, CUT_OFF)]
+    for kind, which in columns:
+        worst = [max(found[which].values()) for found in rows[kind].values()]
+        states = [found[which]["[0]"] for found in rows[kind].values()]
         limit = tolerance("float32", "tensorfloat32")
         print(
-            f"{which}: state {statistics.median(states):.1e}, at most {max(states):.1e}; worst of "
-            f"all {statistics.median(worst):.1e} in the median case, above {limit:g} in "
-            f"{sum(w > limit for w in worst)} of {len(worst)}"
+            f"{which} {kind}: state {statistics.median(states):.1e}, at most {max(states):.1e}; "
+            f"worst of all {statistics.median(worst):.1e} in the median case, at most "
+            f"{max(worst):.1e}, above {limit:g} in {sum(w > limit for w in worst)} of {len(worst)}"
         )
-    print(markdown_table(["case", "rounded", "cut off"], body))
+    body = [
+        [name, *(f"{max(rows[kind][name][which].values()):.1e}" for kind, which in columns)]
+        for name in rows[""]
+    ]
+    head = ["case", "rounded", "cut off", "smooth, rounded", "smooth, cut off"]
+    print(markdown_table(head, body))
     if options.save:
         content = {**provenance("python -m benchmarks.rounding --save"), "error_ratios": rows}
         write_json(ROOT / "results" / device_name() / "rounding.json", content)

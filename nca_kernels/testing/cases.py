@@ -85,6 +85,15 @@ class Case:
         taps = self.constant_taps
         return params if taps is None else replace(params, perception=taps)
 
+    def smooth(self) -> Case:
+        """With SiLU for activations that have a kink: errors that cross it make gradients jump."""
+        kinked = ("relu", "leaky_relu")
+        names = ("activation", "perception_activation")
+        changed: dict[str, Any] = {
+            name: "silu" for name in names if getattr(self.rule, name) in kinked
+        }
+        return replace(self, rule=replace(self.rule, **changed))
+
     def arguments(self, seed: int = 0) -> Arguments:
         """Random arguments, scaled so that states stay of order one; the same for a seed."""
         random = np.random.default_rng(seed)

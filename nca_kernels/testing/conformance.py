@@ -66,7 +66,7 @@ def cotangent_of(out: Any) -> Any:
 @cache
 def _expected(case: Case) -> tuple[Any, Any]:
     case = replace(case, rule=replace(case.rule, precision="float32"))
-    return value_and_gradients(ORACLE, case, case.arguments())
+    return value_and_gradients(ORACLE, case, case.arguments(), calls=1)  # GPUs' convolutions vary
 
 
 def _limit(case: Case) -> float:
