@@ -51,8 +51,9 @@ def test_a_newer_ptxas_changes_nothing(ptxas):
     assert str(OWN) not in os.environ["PATH"]
 
 
-def test_without_any_jax_gets_tritons(ptxas):
-    ptxas(None)
+@pytest.mark.parametrize("version", [None, "11.5"])  # the latter is too old for JAX
+def test_without_any_jax_gets_tritons(ptxas, version):
+    ptxas(version)
     assert os.environ["PATH"].split(os.pathsep)[-1] == str(OWN)
     newest = get_ptxas(100).version
     assert newest == get_ptxas(80).version  # not that of ptxas-blackwell, which JAX cannot find

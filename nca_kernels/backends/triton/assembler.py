@@ -15,6 +15,7 @@ from pathlib import Path
 
 import jax
 
+OLDEST = (11, 8)  # that JAX takes: of an older one it looks on
 # What Triton writes for, before and from Hopper or Blackwell on; the environment names another.
 TOOLS = {"TRITON_PTXAS_PATH": "ptxas", "TRITON_PTXAS_BLACKWELL_PATH": "ptxas-blackwell"}
 
@@ -28,7 +29,7 @@ def agree() -> None:
     import triton
 
     own = Path(triton.__file__).parent / "backends/nvidia/bin"
-    found = next((path for path in _where_jax_looks() if _version(path)), None)
+    found = next((path for path in _where_jax_looks() if _version(path) >= OLDEST), None)
     if found is None:
         os.environ["PATH"] = f"{os.environ.get('PATH', '')}{os.pathsep}{own}"
         found = own / "ptxas"
