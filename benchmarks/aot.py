@@ -3,7 +3,8 @@
 ``python -m benchmarks.aot --save`` compiles the kernels of the benchmark cases, at the launches
 that the backend chooses and at every packaged winner, for sm_80, sm_89, sm_90, sm_100 and gfx942,
 and writes registers, spills, shared memory, tensor-core instructions and instructions a cell to
-``results/aot/``.
+``results/aot/``. Triton assembles with its own ptxas, or with the one that ``TRITON_PTXAS_PATH``
+and ``TRITON_PTXAS_BLACKWELL_PATH`` name: then the file is named after that, too.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)  # nothing compiles with it
 
 from tqdm import tqdm
+from triton.knobs import NvidiaTool
 
 from benchmarks.measure import ROOT, provenance
 from nca_kernels import tuning
@@ -87,8 +89,11 @@ def main() -> int:
         tqdm.write(line(rows[-1]), file=sys.stdout)
     if options.save:
         content = {**provenance("python -m benchmarks.aot --save"), "rows": rows}
-        version = content["versions"]["triton"]
-        write_json(ROOT / "results" / "aot" / f"triton-{version}.json", content)
+        assembler = os.environ.get("TRITON_PTXAS_PATH", "")
+        name = f"triton-{content['versions']['triton']}"
+        if assembler:
+            name += f"-cuda-{NvidiaTool.from_path(assembler).version}"
+        write_json(ROOT / "results" / "aot" / f"{name}.json", content)
     if options.json:
         write_json(options.json, rows)
     return 0

@@ -337,7 +337,8 @@ def main() -> int:
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--minutes", type=float, default=MINUTES)
-    parser.add_argument("--backends", nargs="+", help="instead of all that are available")
+    names = [b.name for b in nk.backends()]
+    parser.add_argument("--backends", nargs="+", choices=names, help="instead of all that can run")
     parser.add_argument("--size", type=int, default=1024, help="of the grid for peak memory")
     parser.add_argument("--peak", type=int, nargs=2, default=(8192, 4096), metavar="N")
     parser.add_argument("--part", nargs=3, metavar=("BACKEND", "I", "N"), help="of the checks")

@@ -66,7 +66,11 @@ def user_folder() -> Path:
 
 
 def winner(device: str, kernel: str, problem: str) -> Launch | None:
-    """The best known launch on ``device``: the user's, else the packaged one, else None."""
+    """The best known launch on ``device``: the user's, else the packaged one, else None.
+
+    Raises:
+        ValueError: as :func:`winner_of` does.
+    """
     own = winner_of(user_folder(), device, kernel, problem)
     return own or winner_of(PACKAGED, device, kernel, problem)
 

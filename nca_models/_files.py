@@ -1,4 +1,8 @@
-"""Files that are either whole or absent, whenever the process is killed."""
+"""Files that are either whole or absent, whenever the process is killed.
+
+Not ``nca_kernels.files``: the command line refuses wrong input before JAX starts, which importing
+``nca_kernels`` does.
+"""
 
 import os
 import tempfile

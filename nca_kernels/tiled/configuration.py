@@ -17,9 +17,10 @@ from nca_kernels.tiled.geometry import RUN, block
 from nca_kernels.tiled.tuner import tuned
 from nca_kernels.tuning import TUNE, Launch, winner
 
-# What fits 163 KB of shared memory: numbers of a cell, its perception's included, and of dense taps
-# at one position. Half as many where products are precise, and where there is less. Of attention, a
-# head's.
+# What fits this much shared memory: numbers of a cell, its perception's included, and of dense taps
+# at one position. Half as many where products are precise, and fewer where there is less. Of
+# attention, a head's.
+FITTING = 163 << 10  # bytes
 WIDEST = 1024
 DENSEST = 2**15
 # What Rule.precision is to a product of float32 blocks. The default is what XLA does.
@@ -223,8 +224,10 @@ def unsupported_by_tiles(call: Any, avals: Sequence[Any]) -> str | None:
         size, most = state.shape[-1], WIDEST
         return f"it takes heads of up to {most} numbers, got {size}" if size > most else None
     operands = jax.tree.unflatten(call.treedef, avals[: call.treedef.num_leaves])
-    share = 2 if call.rule.precision == "float32" else 1
-    share *= 1 if device.shared_memory(device.capability()) >= 163 << 10 else 2
+    capability = device.capability()
+    exact = ("float32",) if device.has_tf32(capability) else ("float32", "tensorfloat32", "default")
+    share = 2 if call.rule.precision in exact else 1
+    share *= -(-FITTING // device.shared_memory(capability))
     width, most = _width(operands), WIDEST // share
     if width > most:
         return (

@@ -18,20 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from nca_kernels.rule import AttentionOperands, Operands
-from nca_kernels.tuning import (
-    FIELDS,
-    Launch,
-    candidates,
-    user_folder,
-    winner_of,
-    write_winner,
-)
+from nca_kernels.tuning import FIELDS, Launch, candidates, user_folder, winner_of, write_winner
 
 ROUNDS = 20
-LONG_ENOUGH, MOST_CALLS = (
-    0.005,
-    50,
-)  # seconds and calls of a round: a launch alone takes microseconds
+LONG_ENOUGH = 0.005  # seconds of a round, in one call or in several: a launch takes microseconds
+MOST_CALLS = 50
 ATTENTION_FIELDS = ("rows", "warps", "stages")  # what launches of attention depend on
 log = logging.getLogger("nca_kernels")
 _tuned: dict[tuple[str, str, str], Launch] = {}  # once a process and problem

@@ -46,6 +46,16 @@ def test_a_call_is_profiled():
     assert kernels.profiled(lambda: product(jax.numpy.ones((8, 8))).block_until_ready()) == {}
 
 
+def test_tf32_is_checked_without_kinks():
+    """An error that crosses ReLU's zero makes gradients jump, which says nothing of kernels."""
+    named = {name: check for name, check in gpu.checks("xla") if name.startswith("tensorfloat32 ")}
+    assert len(named) > 40
+    for check in named.values():
+        rule = check.args[1].rule
+        assert rule.precision == "tensorfloat32"
+        assert not {rule.activation, rule.perception_activation} & {"relu", "leaky_relu"}
+
+
 def test_a_check_that_fails_is_told(monkeypatch, capsys):
     def fails():
         raise AssertionError("state differs")

@@ -149,7 +149,7 @@ def test_launches_are_timed_in_turn():
     def prepare(name):
         def run():
             turns.append(name)
-            time.sleep({"a": 0.012, "b": 0.006}[name])  # longer than a round lasts at least
+            time.sleep({"a": 0.06, "b": 0.006}[name])  # longer than a round lasts at least
             return jnp.zeros(())
 
         return run

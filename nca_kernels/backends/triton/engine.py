@@ -6,13 +6,13 @@ from importlib import import_module
 
 from nca_kernels.backends.triton.launch import launch
 from nca_kernels.tiled.configuration import Engine, product_precision, unsupported_by_tiles
-from nca_kernels.tiled.device import capability
+from nca_kernels.tiled.device import capability, has_tf32
 
 
 def _precision(precision: str, platform: str) -> str:
     """Without TF32 on NVIDIA's older GPUs, which do not have it."""
     found = product_precision(precision, platform)
-    return "ieee" if found.startswith("tf32") and 0 < capability() < 80 else found
+    return found if has_tf32(capability()) or not found.startswith("tf32") else "ieee"
 
 
 ENGINE = Engine(
