@@ -95,13 +95,20 @@ def test_products_of_tensorfloat32(name):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("arch", "precision", "changes", "told"),
     [
-        ({"channels": 200}, "up to 512 numbers a cell with precision='float32'.*got 1024"),
-        ({"channels": 128, "dense": 200}, "dense taps of up to 16384 numbers.*got 32768"),
+        (80, "float32", {"channels": 200}, "up to 512 numbers a cell with .*got 1024"),
+        (80, "float32", {"channels": 128, "dense": 200}, "of up to 16384 numbers.*got 32768"),
+        (80, "bfloat16", {"channels": 300}, "up to 1024 numbers a cell with .*got 2048"),
+        (89, "default", {"channels": 200}, "up to 512 numbers a cell with .*got 1024"),
+        (75, "default", {"channels": 64}, "up to 170 numbers a cell with .*got 256"),  # no TF32
+        (75, "bfloat16", {"channels": 128}, "up to 341 numbers a cell with .*got 512"),
     ],
 )
-def test_what_shared_memory_does_not_hold_is_told(changes, told):
+def test_what_shared_memory_does_not_hold_is_told(arch, precision, changes, told, monkeypatch):
+    monkeypatch.setenv("NCA_CUDA_ARCH", str(arch))
+    rule = replace(BY_NAME["plane"].rule, precision=precision)
+    changes = {**changes, "rule": rule}
     with pytest.raises(dispatch.BackendUnavailable, match=told):
         check_values_and_gradients(BACKEND, replace(BY_NAME["plane"], **changes), calls=1)
 
