@@ -35,8 +35,8 @@ $(VENV)/installed-%: pyproject.toml $(CPU_SOURCES)
 demo: $(VENV)/installed-models
 	$(BIN)/nca demo --out $(DEMO_OUT) $(if $(wildcard $(DEMO_OUT)/config.json),--resume)
 
-# Installed without what they ask for: JAX's CUDA plugin, without which jax-triton cannot be
-# imported, works without a GPU, and of jax-nca one module is enough. Where one cannot be had, the
+# Installed without what they ask for: JAX's CUDA plugin, which describes Triton's kernels to XLA,
+# does so without a GPU, too, and of jax-nca one module is enough. Where one cannot be had, the
 # tests that need it skip and say so.
 $(VENV)/no-deps: $(VENV)/installed-models,test
 	@version=$$($(BIN)/python -c "import jax; print(jax.__version__)"); \

@@ -33,6 +33,8 @@ class Launch:
         block_h: hidden units at a time, a power of two from 16 on.
         programs: how many programs share the tiles of a call.
         warps, stages: of a program, as Triton counts them.
+        registers: that a thread may use at most, so that more programs fit a multiprocessor; 0 for
+            as many as the compiler takes.
         unroll: positions of the stencil in one turn of its loop.
         hoisted: whether what a tile's blocks of rows have in common is computed once, and kept in
             registers.
@@ -41,6 +43,8 @@ class Launch:
         by_tap: largest contributions to the state, tap by tap, in floats, that a program keeps of
             a tile, backward; if larger, or if taps are constant, it keeps gradients of perceptions.
         held: largest weights, in floats, that a program keeps in shared memory, forward.
+        carried: whether a program keeps its gradients of the weights in registers, backward, where
+            one block holds all hidden units.
     """
 
     tile: tuple[int, int, int] = (1, 16, 16)
@@ -49,11 +53,13 @@ class Launch:
     programs: int = 264
     warps: int = 4
     stages: int = 2
+    registers: int = 0
     unroll: int = 3
     hoisted: bool = True
     joined: int = 0
     held: int = 0
     by_tap: int = 2**18
+    carried: bool = False
 
 
 FIELDS = tuple(field.name for field in fields(Launch))
@@ -116,6 +122,39 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
 
 
+# Launches that counting alone cannot decide upon: measured on a GPU by `make gpu`, against the
+# heuristic's. Each waits for something else less, see docs/gpu.md.
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "step_forward": {
+        "three_programs": {"registers": 168, "programs": 396},
+        "four_programs": {"registers": 128, "programs": 528, "hoisted": False},
+        "rows_128": {"rows": 128, "warps": 8, "programs": 132},
+    },
+    "step_backward": {
+        "carried": {
+            "carried": True, "rows": 128, "warps": 8, "block_h": 128, "hoisted": False,
+            "programs": 132,
+        },
+        "rows_128": {
+            "rows": 128, "warps": 8, "block_h": 128, "hoisted": False, "programs": 132,
+        },
+        "block_128": {"block_h": 128, "hoisted": False},
+    },
+}  # fmt: skip
+
+
+def variants(kernel: str, heuristic: Launch) -> dict[str, Launch]:
+    """Named launches of ``kernel``, of Growing NCA's size, to be measured against the heuristic's.
+
+    Args:
+        kernel: ``step_forward`` or ``step_backward``.
+    """
+    named = {name: replace(heuristic, **change) for name, change in VARIANTS[kernel].items()}
+    z, y, x = heuristic.tile
+    small = replace(heuristic, tile=(z, max(y // 2, 1), x), programs=396)
+    return named | {"half_tiles": small}
+
+
 def candidates(heuristic: Launch, only: Collection[str] = FIELDS) -> list[Launch]:
     """The launches that tuning tries: the heuristic and its neighbours, one change at a time.
 
@@ -136,6 +175,7 @@ def candidates(heuristic: Launch, only: Collection[str] = FIELDS) -> list[Launch
     changes += [{"joined": j} for j in (0, 256)]
     changes += [{"by_tap": b} for b in (0, 2**18)]
     changes += [{"held": h} for h in (0, 2**14)]
+    changes += [change for kernel in VARIANTS.values() for change in kernel.values()]
     changes += [{"tile": (heuristic.tile[0], max(y // 2, 1), x)}]
     changes += [{"tile": (heuristic.tile[0], y * 2, x)}] if y > 1 else []
     changes = [change for change in changes if set(change) <= set(only)]

@@ -619,7 +619,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 _PACKAGES = ("nca-kernels", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow")
-_OPTIONAL = ("imageio-ffmpeg", "tensorboardX", "jax-triton")
+_OPTIONAL = ("imageio-ffmpeg", "tensorboardX", "triton")
 
 
 def _doctor(args: argparse.Namespace) -> int:

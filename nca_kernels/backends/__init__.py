@@ -21,7 +21,7 @@ def _ask(module: str, function: str) -> Callable[..., str | None]:
 for backend in (
     Backend(
         name="triton",
-        summary="one fused Triton kernel a step, hand-written backward, through jax-triton",
+        summary="one fused Triton kernel a step, hand-written backward",
         load=_loader("triton"),
         platforms=("cuda", "rocm"),
         missing=_ask("triton.launch", "missing"),

@@ -27,7 +27,7 @@ ORACLE = "reference"
 KERNEL_CALLS = [
     jax.export.DisabledSafetyCheck.custom_call(name)
     for name in (
-        "triton_kernel_call",
+        "triton_kernel_call_ffi",
         "__gpu$xla.gpu.triton",
         "nca_cpu_step_forward",
         "nca_cpu_step_backward",

@@ -43,7 +43,7 @@ def warp_instructions_a_cell(
     loops = _loops(after)
     if kernel == "clear_dead":  # straight on, but that it may leave where no cell dies
         leaves = next(i for i, text in enumerate(instructions) if re.search(LEAVE, text))
-        return (leaves + 1) * how.warps / g["flat"]
+        return (leaves + 1) * how.warps / g["tile"]
     if kernel == "add_overlaps" and g["padding"] == "zeros":
         turns: dict[Loop, float] = dict.fromkeys(loops, math.ceil(g["edges"] / how.rows))
     elif (
@@ -97,19 +97,18 @@ def _turns(
     over the places that a tile reaches, in it (or in rows) positions of the stencil; clearing.
     """
     outside = sum(loop < other for other in loops)
-    several = g["tiles"] > g["programs"]
 
     def has(pattern: str) -> bool:
         return any(re.search(pattern, instructions[at]) for at in loop)
 
     if has(TENSOR):
-        depth = outside + (not several)
+        depth = outside + g["one_tile"]
         if depth == 0:
             return 1
-        return (
-            g["padded_widths"][0] / g["block_h"] if depth > 1 else _mean_blocks(g, how, fire_rate)
-        )
-    if outside > several:
+        if depth == 1:
+            return _mean_blocks(g, how, fire_rate)
+        return g["padded_widths"][0] / g["block_h"]
+    if outside + g["one_tile"] > 1:
         return math.ceil(g["kernel"] / how.unroll)
     return math.ceil(g["places"] / how.rows) if has(LOAD) else 1
 

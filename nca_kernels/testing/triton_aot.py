@@ -21,9 +21,11 @@ import jax.numpy as jnp
 import nca_kernels as nk
 from nca_kernels import dispatch
 from nca_kernels.backends import triton as backend
+from nca_kernels.backends.triton import launch
 from nca_kernels.backends.triton.constants import Constants
 from nca_kernels.testing.cases import AttentionCase, Case
 from nca_kernels.testing.issue_slots import warp_instructions_a_cell
+from nca_kernels.tiled.geometry import SIZES
 from nca_kernels.tuning import Launch
 
 TARGETS: dict[str, tuple[str, Any, int]] = {
@@ -32,13 +34,6 @@ TARGETS: dict[str, tuple[str, Any, int]] = {
     "sm_90": ("cuda", 90, 32),
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
-}
-TYPES = {
-    "float32": "*fp32",
-    "bfloat16": "*bf16",
-    "uint32": "*u32",
-    "int32": "*i32",
-    "bool": "*i1",
 }
 TENSOR_CORES = re.compile(r"\b(HGMMA|HMMA|UTCHMMA|UTCQMMA|v_mfma)")
 
@@ -52,6 +47,12 @@ class Job:
     signature: tuple[str, ...]  # Triton's types of inputs and outputs
     constants: Constants
     how: Launch
+    sizes: tuple[tuple[str, int], ...]  # of the call: what the kernel is not compiled for
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Constants and sizes."""
+        return self.constants.values() | dict(self.sizes)
 
     @property
     def name(self) -> str:
@@ -83,8 +84,10 @@ def jobs(
         how: Launch,
         aliases: Any = None,
     ) -> list[Any]:
-        signature = tuple(TYPES[a.dtype.name] for a in (*inputs, *outputs))
-        found.append(Job(case.name, kernel, signature, Constants({**g, **constants}), how))
+        g = {**g, **constants}
+        sizes = tuple((name, g[name]) for name in sorted(SIZES & g.keys()))
+        signature = launch.types(inputs, outputs)
+        found.append(Job(case.name, kernel, signature, launch.constants(g), how, sizes))
         return [jnp.zeros(o.shape, o.dtype) for o in outputs]
 
     engine = replace(
@@ -171,18 +174,12 @@ def ptx(job: Job, target: str) -> str:
 
 
 def _compiled(job: Job, target: str) -> Any:
-    import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    names = job.kernel.arg_names
-    signature = dict(zip(names, (*job.signature, "constexpr"), strict=True))
-    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(job.signature))}
-    source = ASTSource(
-        fn=job.kernel, signature=signature, constexprs={"g": job.constants}, attrs=aligned
+    gpu = GPUTarget(*TARGETS[target])
+    return launch.compile_kernel(
+        job.kernel, job.signature, job.constants, launch.options(job.how), gpu
     )
-    options = {"num_warps": job.how.warps, "num_stages": job.how.stages, "enable_fp_fusion": True}
-    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
 
 
 def _nvidia_usage(asm: Any, job: Job) -> dict[str, Any]:
@@ -201,7 +198,7 @@ def _nvidia_usage(asm: Any, job: Job) -> dict[str, Any]:
 
 
 def _issued(code: str, job: Job) -> dict[str, float]:
-    issued = warp_instructions_a_cell(job.name, code, job.constants.values(), job.how)
+    issued = warp_instructions_a_cell(job.name, code, job.values, job.how)
     return {} if issued is None else {"warp_instructions_a_cell": round(issued, 1)}
 
 

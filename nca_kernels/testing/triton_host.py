@@ -14,6 +14,7 @@ need, it is helped: it would patch Triton's language anew for each call of a fun
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Sequence
@@ -27,8 +28,10 @@ import ml_dtypes
 import numpy as np
 
 from nca_kernels import dispatch
+from nca_kernels.backends.triton.launch import size_names
 from nca_kernels.testing.races import Accesses, Extent, function_in
 from nca_kernels.tiled.configuration import product_precision, unsupported_by_tiles
+from nca_kernels.tiled.geometry import SIZES
 from nca_kernels.tuning import Launch
 
 INTERPRET = "TRITON_INTERPRET"
@@ -75,24 +78,28 @@ def small_tiles(call: Any) -> Launch:
     """Tiles so small that small grids have several, and rows so few that tiles have several."""
     tile = {1: (1, 1, 32), 2: (1, 4, 16), 3: (4, 4, 16)}[call.num_spatial_dims]
     rows = {1: 16, 2: 32, 3: 256}[call.num_spatial_dims]
-    # So that both ways run: weights held in 2-D alone, filters side by side and the state's
-    # gradient by tap in all but 3-D.
+    # So that both ways run: weights held in 2-D alone, their gradients carried in 1-D alone,
+    # filters side by side and the state's gradient by tap in all but 3-D.
     held = 2**14 if call.num_spatial_dims == 2 else 0
+    carried = call.num_spatial_dims == 1
     joined, by_tap = (0, 0) if call.num_spatial_dims == 3 else (256, 2**18)
-    return Launch(tile, rows, 32, programs=3, held=held, joined=joined, by_tap=by_tap)
+    return Launch(
+        tile, rows, 32, programs=3, held=held, joined=joined, by_tap=by_tap, carried=carried
+    )
 
 
 def launch(
     kernel: Any,
     inputs: Sequence[Any],
     outputs: Sequence[jax.ShapeDtypeStruct],
-    grid: tuple[int, ...],
+    grid: tuple[int, int],
     g: Any,
     how: Any,
     aliases: dict[int, int] | None = None,
 ) -> list[Any]:
     """As ``backends.triton.launch.launch``, in the interpreter."""
-    run = partial(interpret, kernel, outputs, grid, g, 32 * how.warps, aliases or {})
+    programs = math.prod(grid)
+    run = partial(interpret, kernel, outputs, programs, g, 32 * how.warps, aliases or {})
     return list(jax.pure_callback(run, list(outputs), *inputs))
 
 
@@ -103,13 +110,13 @@ _accesses = Accesses([], 0)  # of the running launch
 def interpret(
     kernel: Any,
     outputs: Sequence[jax.ShapeDtypeStruct],
-    grid: tuple[int, ...],
+    programs: int,
     g: Any,
     threads: int,
     aliases: dict[int, int],
     *inputs: Any,
 ) -> list[np.ndarray]:
-    """Runs ``kernel``, by so many threads, over the grid on NumPy arrays; returns its outputs."""
+    """Runs ``kernel``, by so many programs and threads, on NumPy arrays; returns its outputs."""
     arrays = [np.array(a) for a in inputs]
     results = [np.full(o.shape, _rubbish(o.dtype), o.dtype) for o in outputs]
     for index, output in aliases.items():
@@ -119,7 +126,9 @@ def interpret(
         _correct_interpreter()
         extents = [Extent(a.ctypes.data, a.size, a.itemsize) for a in (*arrays, *results)]
         _accesses = Accesses(extents, threads)
-        kernel[grid](*map(_Operand, [*arrays, *results]), g=SimpleNamespace(**g))
+        sizes = [g[name] for name in size_names(kernel)]
+        constants = SimpleNamespace(**{k: v for k, v in g.items() if k not in SIZES})
+        kernel[(programs,)](*map(_Operand, [*arrays, *results]), *sizes, g=constants)
     return results
 
 

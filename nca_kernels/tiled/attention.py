@@ -26,8 +26,13 @@ def attention_constants(call: Any, operands: AttentionOperands, how: Launch) -> 
     return {
         **dict(zip(("depth", "height", "width"), (1,) * missing + tuple(grid), strict=True)),
         **dict(zip(("window_z", "window_y", "window_x"), windows, strict=True)),
+        **{
+            f"near_{axis}": call.radius < size
+            for axis, size in zip("zyx", (1,) * missing + tuple(grid), strict=True)
+        },
         "window": math.prod(windows),
         "padding": call.padding,
+        "samples": groups * batch,
         "cells": cells,
         "heads": heads,
         "head_size": size,
@@ -92,4 +97,4 @@ def backward(
 
 
 def _programs(g: dict[str, Any]) -> tuple[int, ...]:
-    return (-(-g["cells"] * g["heads"] // g["rows"]),)
+    return -(-g["cells"] * g["heads"] // g["rows"]), 1

@@ -1,4 +1,7 @@
-"""What a kernel knows at compile time: sizes, blocks, and where things lie in packed arrays."""
+"""What a kernel knows: sizes, blocks, and where things lie in packed arrays.
+
+Kernels of Triton take :data:`SIZES` as arguments or compute them, and are compiled for the rest.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,13 @@ from nca_kernels.rule import Operands
 from nca_kernels.tuning import Launch
 
 RUN = 16  # cells in a word of flags, see cells.py
+# What changes from grid to grid, and with the number of samples and of groups.
+SIZES = frozenset(
+    (
+        "depth", "height", "width", "samples", "cells", "tiles", "tiles_z", "tiles_y", "tiles_x",
+        "programs", "groups",
+    )
+)  # fmt: skip
 
 
 def block(size: int) -> int:
@@ -43,17 +53,19 @@ def step_constants(
     values |= _gradient_constants(wanted)
     values |= _scratch_constants(values, launch)
     values["precision"] = precision
-    values["groups"] = groups
+    values["groups"], values["one_group"] = groups, groups == 1
     values["rows"], values["unroll"] = launch.rows, launch.unroll
     values["hoisted"] = launch.hoisted
     values["programs"] = max(1, min(values["tiles"], -(-launch.programs // groups)))
-    values["flat"] = max(RUN, min(256, 2**14 // values["block_c"]))
+    values["one_tile"] = values["programs"] == values["tiles"]  # each program has one
     values["add_rows"], values["add_columns"] = 32, 64
     one_block = values["layers"] == 2 and values["padded_widths"][0] == values["block_h"]
-    weights = values["block_h"] * (values["parts"] * values["part"] + values["block_c"])
-    values["held"] = bool(
-        one_block and wanted is None and not any(values["source_sizes"]) and weights <= launch.held
+    one_block &= not any(values["source_sizes"])
+    values["carried"] = (
+        launch.carried and one_block and values["parts"] == 1 and values["weight_grad"]
     )
+    weights = values["block_h"] * (values["parts"] * values["part"] + values["block_c"])
+    values["held"] = bool(one_block and wanted is None and weights <= launch.held)
     largest = max(
         math.prod(operands.state.shape),
         groups * values["tiles"] * values["places"] * channels,
@@ -82,6 +94,8 @@ def _grid_constants(
             f"places_{axis}": tile + reach - 1,  # what a tile's cells contribute to
             f"halo_{axis}": 2 if size > 1 else 0,  # what a tile's life depends on
             f"window_{axis}": 3 if size > 1 else 1,
+            # Whether all positions that matter are less than the grid's size outside of it.
+            f"near_{axis}": max(before, after, 2) < size,
             f"around_{axis}": tile + 2 * (reach - 1),  # the cells that may contribute to those
             f"shares_{axis}": 1 + (reach - 1 + tile - 1) // tile,  # of tiles that reach a cell
             f"edge_{axis}": min(reach - 1, tile),  # cells that other tiles contribute to,
@@ -100,7 +114,8 @@ def _grid_constants(
         values[f"pool_{axis}"] = values[f"tile_{axis}"] + 2 * values[f"halo_{axis}"]
     values["pool_runs"] = block(values["pool_z"] * values["pool_y"] * values["runs_x"])
     values |= dict(zip(("depth", "height", "width"), grid, strict=True))
-    values["cells"] = batch * math.prod(grid)
+    values["aligned"] = next(n for n in (16, 4, 2, 1) if grid[2] % n == 0)  # divides the width
+    values["samples"], values["cells"] = batch, batch * math.prod(grid)
     return values
 
 
@@ -187,9 +202,6 @@ def _layer_constants(
         "source_sizes": (given, inputs),
         "padded_sources": tuple(sources),
         "inputs_per_cell": operands.inputs is None or operands.inputs.ndim == operands.state.ndim,
-        "input_rows": values["cells"]
-        if operands.inputs is None or operands.inputs.ndim == operands.state.ndim
-        else operands.inputs.shape[1],
         "taps_at": 0,
         "perception_bias": operands.perception_bias is not None,
         "perception_bias_at": perception_bias_at,

@@ -50,7 +50,7 @@ def forward(engine: Engine, call: Any, platform: str, operands: Operands) -> lis
         kernels.clear_dead,
         [plane, mask, new],
         [Shape(new.shape, new.dtype), Shape(mask.shape, mask.dtype)],
-        (-(-g["cells"] // g["flat"]), groups),
+        (g["tiles"], groups),
         g,
         how,
         aliases={1: 1, 2: 0},

@@ -9,7 +9,7 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="Triton is not installed (it is for Linux only)")
 
-from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
+from triton.backends.nvidia.compiler import get_ptxas, ptx_get_version  # noqa: E402
 
 from nca_kernels.backends.triton import assembler  # noqa: E402
 
@@ -20,50 +20,57 @@ OWN = Path(triton.__file__).parent / "backends/nvidia/bin"
 def ptxas(tmp_path, monkeypatch):
     """Makes a ptxas of a version, the only one that JAX could find; None makes none."""
 
-    def make(version, **named):
+    def make(version):
         os.environ["PATH"] = f"{Path(__file__)}{os.pathsep}{tmp_path}"
-        for variable in assembler.TOOLS:
-            os.environ.pop(variable, None)
-        os.environ.update(named)
         looks = list(assembler._where_jax_looks())[:2]
-        monkeypatch.setattr(assembler, "_where_jax_looks", lambda: looks)
-        path = tmp_path / "ptxas"
+        monkeypatch.setattr(assembler, "_where_jax_looks", lambda: iter(looks))
         if version is not None:
+            path = tmp_path / "ptxas"
             path.write_text(f"#!/bin/sh\necho 'Cuda tools, release {version}, V{version}.1'\n")
             path.chmod(0o755)
-        assembler.agree.cache_clear()
-        assembler.agree()
-        return str(path)
+        assembler.ptx_version.cache_clear()
+        return dict(os.environ)
 
     with mock.patch.dict(os.environ):
         yield make
-    assembler.agree.cache_clear()
+    assembler.ptx_version.cache_clear()
 
 
 def test_an_older_ptxas_is_written_for(ptxas):
-    path = ptxas("12.5")
-    assert [os.environ[name] for name in assembler.TOOLS] == [path, path]
-    assert {get_ptxas(80).version, get_ptxas(90).version, get_ptxas(100).version} == {"12.5"}
+    before = ptxas("12.5")
+    assert {assembler.ptx_version(arch) for arch in (80, 90, 100)} == {85}
+    assert dict(os.environ) == before, "other users of Triton in the process are left alone"
 
 
-def test_a_newer_ptxas_changes_nothing(ptxas):
-    ptxas("99.0")
-    assert not os.environ.keys() & assembler.TOOLS.keys()
-    assert str(OWN) not in os.environ["PATH"]
-
-
-@pytest.mark.parametrize("version", [None, "11.5"])  # the latter is too old for JAX
-def test_without_any_jax_gets_tritons(ptxas, version):
+@pytest.mark.parametrize("version", ["99.0", "11.5", None])  # JAX takes none so old as the second
+def test_otherwise_triton_chooses(ptxas, version):
     ptxas(version)
-    assert os.environ["PATH"].split(os.pathsep)[-1] == str(OWN)
-    newest = get_ptxas(100).version
-    assert newest == get_ptxas(80).version  # not that of ptxas-blackwell, which JAX cannot find
+    assert {assembler.ptx_version(arch) for arch in (80, 90, 100)} == {None}
+    assert assembler.ptx_version(0) is None, "AMD's GPUs take no PTX"
 
 
-def test_what_the_user_names_stays(ptxas):
-    path = ptxas("12.5", TRITON_PTXAS_PATH="theirs")
-    assert os.environ["TRITON_PTXAS_PATH"] == "theirs"
-    assert os.environ["TRITON_PTXAS_BLACKWELL_PATH"] == path
+def test_triton_takes_the_version(ptxas):
+    """In the terms of Triton's compiler, the version of its own ptxas is what it writes anyway."""
+    ptxas("12.5")
+    assert ptx_get_version(get_ptxas(90).version) >= 85
+
+
+def test_a_ptxas_of_its_own_only_where_jax_finds_none(ptxas, monkeypatch):
+    monkeypatch.setattr("jaxlib.gpu_triton.TritonKernelCall", object, raising=False)
+    before = ptxas(None)
+    assembler.provide_ptxas()
+    assert os.environ.pop("PATH") == f"{before.pop('PATH')}{os.pathsep}{OWN}"
+    assert dict(os.environ) == before
+    before = ptxas("12.5")
+    assembler.provide_ptxas()
+    assert dict(os.environ) == before
+
+
+def test_without_jax_for_gpus_nothing_changes(ptxas, monkeypatch):
+    monkeypatch.delattr("jaxlib.gpu_triton.TritonKernelCall", raising=False)
+    before = ptxas(None)
+    assembler.provide_ptxas()
+    assert dict(os.environ) == before
 
 
 def test_where_jax_looks(monkeypatch):

@@ -28,7 +28,7 @@ def constants(height: int, width: int) -> dict:
     for axis, (size, tile, reach) in axes.items():
         found |= {f"tile_{axis}": tile, f"kernel_{axis}": reach, f"before_{axis}": reach // 2}
         found |= {f"tiles_{axis}": -(-size // tile)}
-    return {**found, "tile": 64, "tiles": 1, "programs": 1, "dense": False}
+    return {**found, "tile": 64, "one_tile": True, "dense": False}
 
 
 @pytest.mark.parametrize(

@@ -75,21 +75,40 @@ def test_kernels_compile_for_every_target(tmp_path, case):
             assert row["barriers"] > 1, name
 
 
-def test_what_is_counted_is_what_jax_runs():
-    """jax-triton compiles in steps of its own, and JAX assembles with the ptxas that it finds."""
+@pytest.fixture(scope="module")
+def lowered():
+    """What ``lowered_for_cuda.py`` found, in a process that compiles."""
     run = subprocess.run(
-        [sys.executable, "-W", "ignore", str(Path(__file__).with_name("ptx_of_jax.py"))],
+        [sys.executable, "-W", "ignore", str(Path(__file__).with_name("lowered_for_cuda.py"))],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
-    if "installed with GPU support" in run.stderr:
-        pytest.skip("jax-triton cannot be imported without JAX's CUDA plugin; see the Makefile")
+    if "JAX has no GPU plugin" in run.stderr:
+        pytest.skip("Triton's kernels cannot be called without JAX's CUDA plugin; see the Makefile")
     assert run.returncode == 0, run.stderr[-3000:]
-    found = json.loads(run.stdout)
-    assert found.keys() >= {"step_forward", "clear_dead", "step_backward", "add_overlaps"}
-    assert all(kernel == {"same": True, "error": ""} for kernel in found.values()), found
+    return json.loads(run.stdout)
+
+
+KERNELS = {"step_forward", "clear_dead", "step_backward", "add_overlaps", "add_programs"}
+
+
+def test_kernels_are_called_as_cuda_graphs_want_it(lowered):
+    """XLA takes typed FFI calls into graphs, custom calls of the old kind it does not."""
+    assert lowered["calls"] == [["triton_kernel_call_ffi", "API_VERSION_TYPED_FFI"]]
+
+
+def test_what_is_counted_is_what_jax_runs(lowered):
+    assert lowered["same"] == dict.fromkeys(KERNELS, True)
+
+
+def test_an_older_ptxas_reads_what_jax_hands_it(lowered):
+    assert lowered["complaints"] == dict.fromkeys(KERNELS, "")
+
+
+def test_a_second_grid_size_compiles_nothing(lowered):
+    assert lowered["compiled"] == [len(KERNELS), 0]
 
 
 def test_awkward_cases_compile(tmp_path):
@@ -118,4 +137,4 @@ def test_says_that_there_is_no_gpu():
         check=True,
     )
     # The latter where the plugin of JAX for CUDA cannot be had.
-    assert run.stdout.startswith(("there is no GPU: to compile", "jax-triton needs JAX with CUDA"))
+    assert run.stdout.startswith(("there is no GPU: to compile", "JAX has no GPU plugin"))

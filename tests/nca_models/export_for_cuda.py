@@ -37,7 +37,7 @@ def main() -> None:
         state, loss = trainer._step(jax.tree.unflatten(tree, flat), jax.random.wrap_key_data(key))
         return jax.tree.leaves(state), loss
 
-    checks = [export.DisabledSafetyCheck.custom_call("triton_kernel_call")]
+    checks = [export.DisabledSafetyCheck.custom_call("triton_kernel_call_ffi")]
     exported = export.export(jax.jit(step), platforms=["cuda"], disabled_checks=checks)(flat, key)
     text = exported.mlir_module()
     # Each function of the module is a piece of the program: a step, or a part of its gradient.

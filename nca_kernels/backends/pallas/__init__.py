@@ -1,4 +1,4 @@
-"""The ops as Pallas kernels, lowered through Triton: for a GPU without jax-triton."""
+"""The ops as Pallas kernels, lowered through Triton: for a GPU where Triton is not installed."""
 
 from functools import partial
 

@@ -21,7 +21,7 @@ ENGINE = Engine(
     attention_kernels=lambda: import_module("nca_kernels.backends.pallas.attention_kernels"),
     launch=launch,
     capability=lambda: min(device.capability(), 89),  # they make use of nothing newer
-    lacks=("by_tap", "hoisted", "joined"),
+    lacks=("by_tap", "hoisted", "joined", "registers", "carried"),
 )
 
 

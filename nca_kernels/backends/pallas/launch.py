@@ -108,7 +108,7 @@ def missing() -> str | None:
     except ImportError:
         module = None
     if not all(hasattr(module, name) for name in needed):
-        return f"jax {jax.__version__} has no Pallas for Triton: pip install triton jax-triton"
+        return f"jax {jax.__version__} has no Pallas for Triton: pip install triton"
     if not _knows_gpu():
         return (
             "there is no GPU: to lower for one, name it by jax.sharding.use_abstract_mesh and an "

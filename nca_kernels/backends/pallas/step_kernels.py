@@ -31,7 +31,6 @@ from nca_kernels.backends.pallas.cells import (
     on_grid,
     pack_tile,
     pool_padding,
-    rem,
     tile_origin,
     total,
     unpack,
@@ -98,10 +97,11 @@ def _reads(
     g: Any,
 ) -> Reads:
     given_size, inputs_size = g.source_sizes
+    input_rows = g.cells if g.inputs_per_cell else g.samples
     return Reads(
         state + group * (g.cells * g.channels),
         weights + group * (g.own_weights * g.weights),
-        (given + group * (g.cells * given_size), inputs + group * (g.input_rows * inputs_size)),
+        (given + group * (g.cells * given_size), inputs + group * (input_rows * inputs_size)),
         scratch + (group * g.programs + program) * g.scratch,
     )
 
@@ -214,13 +214,12 @@ def clear_dead(
 ) -> None:
     """Clears the cells that the update killed, in place; completes the alive mask.
 
-    ``lived`` and ``alive`` are one array, and so are ``state`` and ``out``.
+    A program has one tile. ``lived`` and ``alive`` are one array, and so are ``state`` and ``out``.
     """
     start = pallas.program_id(1) * g.cells
-    cell = pallas.program_id(0) * g.flat + along(g.flat)
-    inside = cell < g.cells
-    z, y, x = unravel(cell, g.height, g.width)
-    sample, position = div(z, g.depth), (rem(z, g.depth), y, x)
+    sample, origin = tile_origin(pallas.program_id(0), g)
+    position = moved(origin, lane_position(along(g.tile), g))
+    cell, inside = cell_number(sample, position, g), in_grid(position, g)
     lives = (lived + start).load(cell, inside) & inside
     before = -(g.window_z // 2), -(g.window_y // 2), -(g.window_x // 2)
 
@@ -231,7 +230,7 @@ def clear_dead(
         alpha = (plane + start).load(cell_number(sample, neighbour, g), there)
         return jnp.where(there, lax.max(largest, alpha), largest)
 
-    lowest = jnp.full((g.flat,), -jnp.inf, jnp.float32)
+    lowest = jnp.full((g.tile,), -jnp.inf, jnp.float32)
     survives = lives & (loop(g.pool, add_neighbour, lowest) > g.alive_threshold)
     g.barrier()  # of few cells, other threads read the same flags
     (alive + start).store(cell, survives, inside)

@@ -1,7 +1,7 @@
-"""Which ptxas assembles kernels: Triton writes PTX for its own, but JAX runs the one that it finds.
+"""Which version of PTX kernels are written in: one that JAX's assembler reads.
 
-jax-triton hands JAX the PTX. A ptxas that is older than Triton's refuses its version, as CUDA 13.0
-does that of Triton 3.9.
+JAX is handed PTX, and assembles it with the ptxas that it finds. A ptxas that is older than
+Triton's own refuses what Triton would write for that, as CUDA 13.0 does with Triton 3.9.
 """
 
 from __future__ import annotations
@@ -15,27 +15,40 @@ from pathlib import Path
 
 import jax
 
-OLDEST = (11, 8)  # that JAX takes: of an older one it looks on
-# What Triton writes for, before and from Hopper or Blackwell on; the environment names another.
-TOOLS = {"TRITON_PTXAS_PATH": "ptxas", "TRITON_PTXAS_BLACKWELL_PATH": "ptxas-blackwell"}
+OLDEST = (11, 8)  # JAX passes by a ptxas that is older
 
 
 @cache
-def agree() -> None:
-    """Has Triton write what JAX's ptxas reads, in this process; if JAX has none, it gets Triton's.
+def ptx_version(capability: int) -> int | None:
+    """The version for Triton's compiler, as 90 for 9.0; None if Triton's own choice is read.
 
-    What the user's environment names stays.
+    Args:
+        capability: CUDA compute capability of the GPU, as 90, or 0.
     """
-    import triton
+    if not capability:  # of a GPU that has none, which takes no PTX
+        return None
+    from triton.backends.nvidia.compiler import get_ptxas, ptx_get_version
 
-    own = Path(triton.__file__).parent / "backends/nvidia/bin"
-    found = next((path for path in _where_jax_looks() if _version(path) >= OLDEST), None)
-    if found is None:
-        os.environ["PATH"] = f"{os.environ.get('PATH', '')}{os.pathsep}{own}"
-        found = own / "ptxas"
-    for variable, name in TOOLS.items():
-        if variable not in os.environ and _version(found) < _version(own / name):
-            os.environ[variable] = str(found)
+    of_jax = next((v for v in map(_version, _where_jax_looks()) if v >= OLDEST), None)
+    of_triton = _version(Path(get_ptxas(capability).path))
+    if of_jax is None or of_jax >= of_triton:
+        return None
+    return ptx_get_version(".".join(map(str, of_jax)))
+
+
+def provide_ptxas() -> None:
+    """Where JAX has CUDA but would find no ptxas, it gets Triton's, at the end of PATH."""
+    from jaxlib import gpu_triton
+
+    if not hasattr(gpu_triton, "TritonKernelCall"):
+        return
+    try:
+        import triton
+    except ImportError:
+        return
+    if not any(path.is_file() for path in _where_jax_looks()):
+        folder = Path(triton.__file__).parent / "backends/nvidia/bin"
+        os.environ["PATH"] = f"{os.environ.get('PATH', '')}{os.pathsep}{folder}"
 
 
 def _where_jax_looks() -> Iterator[Path]:

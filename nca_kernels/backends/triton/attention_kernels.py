@@ -9,31 +9,36 @@ log-sum-exp, and neither scatters. Formulas: ``backends/xla/attention.py``.
 import triton
 import triton.language as tl
 
-from nca_kernels.backends.triton.cells import border
+from nca_kernels.backends.triton.cells import border, divided
 
 
 @triton.jit
-def _rows(g: tl.constexpr):
-    """The program's rows: (row number, head, sample, z, y, x, does it exist), [R] each."""
+def _rows(depth, height, width, samples, g: tl.constexpr):
+    """The program's rows: (row number, head, cell, does it exist), [R] each.
+
+    A cell is (sample, z, y, x).
+    """
     program = tl.program_id(0)
     if g.wide:
-        program = program.to(tl.int64)
+        program, samples = program.to(tl.int64), samples.to(tl.int64)
     row = program * g.rows + tl.arange(0, g.rows)
-    exists = row < g.cells * g.heads
+    exists = row < samples * depth * height * width * g.heads
     cell = row // g.heads
-    x, y = cell % g.width, cell // g.width % g.height
-    z = cell // (g.width * g.height) % g.depth
-    return row, row % g.heads, cell // (g.width * g.height * g.depth), z, y, x, exists
+    rest, x = divided(cell, width)
+    rest, y = divided(rest, height)
+    sample, z = divided(rest, depth)
+    return row, row % g.heads, (sample, z, y, x), exists
 
 
 @triton.jit
-def _neighbour(o, head, sample, z, y, x, exists, g: tl.constexpr):
+def _neighbour(o, head, cell, exists, depth, height, width, g: tl.constexpr):
     """Row numbers of the neighbours at offset ``o`` of the window, and which are inside."""
     oz, oy, ox = o // (g.window_y * g.window_x), o // g.window_x % g.window_y, o % g.window_x
-    z, in_z = border(z + oz - g.window_z // 2, g.depth, g.padding)
-    y, in_y = border(y + oy - g.window_y // 2, g.height, g.padding)
-    x, in_x = border(x + ox - g.window_x // 2, g.width, g.padding)
-    cell = ((sample * g.depth + z) * g.height + y) * g.width + x
+    sample, z, y, x = cell
+    z, in_z = border(z + oz - g.window_z // 2, depth, g.padding, g.near_z)
+    y, in_y = border(y + oy - g.window_y // 2, height, g.padding, g.near_y)
+    x, in_x = border(x + ox - g.window_x // 2, width, g.padding, g.near_x)
+    cell = ((sample * depth + z) * height + y) * width + x
     return cell * g.heads + head, exists & in_z & in_y & in_x
 
 
@@ -57,17 +62,18 @@ def _store(ptr, row, exists, value, g: tl.constexpr):
 @triton.jit
 def attention_forward(
     query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr,
+    depth, height, width, samples,
     g: tl.constexpr,
 ):  # fmt: skip
     """The output ``[cells, heads, d]`` and the log-sum-exp ``[cells, heads]`` of the logits."""
-    row, head, sample, z, y, x, exists = _rows(g)
+    row, head, cell, exists = _rows(depth, height, width, samples, g)
     query = _load(query_ptr, row, exists, g) * g.scale
     # A cell is its own neighbour: its logit is a finite start for the maximum.
     highest = tl.sum(query * _load(key_ptr, row, exists, g), axis=1)
     total = highest * 0
     mixed = tl.zeros((g.rows, g.block_d), tl.float32)
     for o in range(0, g.window):
-        other, inside = _neighbour(o, head, sample, z, y, x, exists, g)
+        other, inside = _neighbour(o, head, cell, exists, depth, height, width, g)
         logits = tl.sum(query * _load(key_ptr, other, inside, g), axis=1)
         new = tl.where(inside, tl.maximum(highest, logits), highest)
         kept = tl.exp(highest - new)
@@ -83,10 +89,11 @@ def attention_forward(
 @triton.jit
 def attention_backward_query(
     query_ptr, key_ptr, value_ptr, lse_ptr, cotangent_ptr, d_query_ptr, delta_ptr,
+    depth, height, width, samples,
     g: tl.constexpr,
 ):  # fmt: skip
     """The queries' gradient, and each row's ``delta``, the cotangent times the output."""
-    row, head, sample, z, y, x, exists = _rows(g)
+    row, head, cell, exists = _rows(depth, height, width, samples, g)
     query = _load(query_ptr, row, exists, g) * g.scale
     given = _load(cotangent_ptr, row, exists, g)
     lse = tl.load(lse_ptr + row, mask=exists, other=0.0)
@@ -94,7 +101,7 @@ def attention_backward_query(
     with_value = tl.zeros((g.rows, g.block_d), tl.float32)
     without = tl.zeros((g.rows, g.block_d), tl.float32)
     for o in range(0, g.window):
-        other, inside = _neighbour(o, head, sample, z, y, x, exists, g)
+        other, inside = _neighbour(o, head, cell, exists, depth, height, width, g)
         key = _load(key_ptr, other, inside, g)
         weight = tl.where(inside, tl.exp(tl.sum(query * key, axis=1) - lse), 0.0)
         share = weight * tl.sum(given * _load(value_ptr, other, inside, g), axis=1)
@@ -108,15 +115,16 @@ def attention_backward_query(
 @triton.jit
 def attention_backward_key_value(
     query_ptr, key_ptr, value_ptr, lse_ptr, cotangent_ptr, delta_ptr, d_key_ptr, d_value_ptr,
+    depth, height, width, samples,
     g: tl.constexpr,
 ):  # fmt: skip
     """The gradients of keys and values: a cell's neighbours are also those that attend to it."""
-    row, head, sample, z, y, x, exists = _rows(g)
+    row, head, cell, exists = _rows(depth, height, width, samples, g)
     key, value = _load(key_ptr, row, exists, g), _load(value_ptr, row, exists, g)
     d_key = tl.zeros((g.rows, g.block_d), tl.float32)
     d_value = tl.zeros((g.rows, g.block_d), tl.float32)
     for o in range(0, g.window):
-        other, inside = _neighbour(o, head, sample, z, y, x, exists, g)
+        other, inside = _neighbour(o, head, cell, exists, depth, height, width, g)
         query = _load(query_ptr, other, inside, g) * g.scale
         given = _load(cotangent_ptr, other, inside, g)
         lse = tl.load(lse_ptr + other, mask=inside, other=0.0)

@@ -7,6 +7,8 @@ along x is a shift and picking the n-th set flag is arithmetic.
 ``g`` is always the :class:`Constants` of the call; see ``geometry.py`` for its names.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -17,25 +19,87 @@ RUN_MASK = tl.constexpr(0xFFFF)
 # ---- where a cell is ----
 
 
+class Grid(NamedTuple):
+    """Sizes of one group that kernels are given as arguments, so that no grid is compiled in."""
+
+    depth: tl.tensor
+    height: tl.tensor
+    width: tl.tensor
+    tiles_z: tl.tensor
+    tiles_y: tl.tensor
+    tiles_x: tl.tensor
+    tiles: tl.tensor  # of all samples
+    cells: tl.tensor  # of all samples
+
+
 @triton.jit
-def group_number(g: tl.constexpr):
-    """The program's group; a single one is 0 to the compiler, and moves no array's address."""
-    group = tl.program_id(1)
-    if g.groups == 1:
-        group = group * 0
+def grid_of(depth, height, width, samples, g: tl.constexpr):
+    """The sizes of a call.
+
+    The compiler knows an axis of one cell, and a number that the width is a multiple of: it reads
+    and writes several neighbours at once then.
+    """
+    width = width // g.aligned * g.aligned
+    if g.window_z == 1:
+        depth = depth * 0 + 1
+    if g.window_y == 1:
+        height = height * 0 + 1
+    if g.window_x == 1:
+        width = width * 0 + 1
+    tiles_z, tiles_y = tl.cdiv(depth, g.tile_z), tl.cdiv(height, g.tile_y)
+    tiles_x = tl.cdiv(width, g.tile_x)
+    tiles = samples * tiles_z * tiles_y * tiles_x
+    if g.wide:
+        samples = samples.to(tl.int64)
+    cells = samples * depth * height * width
+    return Grid(depth, height, width, tiles_z, tiles_y, tiles_x, tiles, cells)
+
+
+@triton.jit
+def divided(number, size):
+    """``number // size`` and ``number % size`` of numbers that are not negative.
+
+    Divided without a sign, for which GPUs take fewer instructions.
+    """
+    number += size * 0  # of a loop's counter, which Triton's interpreter has as a plain number
+    if number.dtype == tl.int64:
+        quotient = number // size
+    else:
+        quotient = (number.to(tl.uint32) // size.to(tl.uint32)).to(tl.int32)
+    return quotient, number - quotient * size
+
+
+@triton.jit
+def program_and_group(programs, g: tl.constexpr):
+    """Which of its group's programs this one is, and the group.
+
+    A single group is 0 to the compiler, and moves no array's address.
+    """
+    program = tl.program_id(0)
+    group = program * 0
+    if not g.one_group:
+        group, program = divided(program, programs)
     if g.wide:
         group = group.to(tl.int64)
-    return group
+    return program, group
 
 
 @triton.jit
-def tile_origin(tile, g: tl.constexpr):
+def tiles_of(program, programs, grid, g: tl.constexpr):
+    """The tiles that a program works on: (first, end, step); of one alone the compiler knows."""
+    end, step = grid.tiles, programs
+    if g.one_tile:
+        end, step = program + 1, 1
+    return program, end, step
+
+
+@triton.jit
+def tile_origin(tile, grid, g: tl.constexpr):
     """A tile's number to its sample and its first cell."""
-    x0 = (tile % g.tiles_x) * g.tile_x
-    y0 = (tile // g.tiles_x % g.tiles_y) * g.tile_y
-    z0 = (tile // (g.tiles_x * g.tiles_y) % g.tiles_z) * g.tile_z
-    sample = tile // (g.tiles_x * g.tiles_y * g.tiles_z)
-    return sample, z0, y0, x0
+    tile, x = divided(tile, grid.tiles_x)
+    tile, y = divided(tile, grid.tiles_y)
+    sample, z = divided(tile, grid.tiles_z)
+    return sample, z * g.tile_z, y * g.tile_y, x * g.tile_x
 
 
 @triton.jit
@@ -45,34 +109,48 @@ def lane_position(lane, g: tl.constexpr):
 
 
 @triton.jit
-def cell_number(sample, z, y, x, g: tl.constexpr):
+def cell_number(sample, z, y, x, grid, g: tl.constexpr):
     """C-order index of a cell within its group."""
     if g.wide:
         sample = sample.to(tl.int64)
-    return ((sample * g.depth + z) * g.height + y) * g.width + x
+    return ((sample * grid.depth + z) * grid.height + y) * grid.width + x
 
 
 @triton.jit
-def in_grid(z, y, x, g: tl.constexpr):
-    return (z < g.depth) & (y < g.height) & (x < g.width)
+def in_grid(z, y, x, grid):
+    return (z < grid.depth) & (y < grid.height) & (x < grid.width)
 
 
 @triton.jit
-def border(i, size: tl.constexpr, padding: tl.constexpr):
-    """A position on an axis, maybe outside, to (the cell that lies there, is there one)."""
+def _below(i, size):
+    """Whether a position is in 0 .. size, in one comparison: of negative ones the sign is large."""
+    return i.to(tl.uint32, bitcast=True) < size.to(tl.uint32)
+
+
+@triton.jit
+def border(i, size, padding: tl.constexpr, near: tl.constexpr):
+    """A position on an axis, maybe outside, to (the cell that lies there, is there one).
+
+    ``near``: positions that matter are less than ``size`` outside, so that borders other than
+    zeros show a cell without a division.
+    """
     there = i >= -2147483647
     if padding == "zeros":
-        there = (i >= 0) & (i < size)
-    elif padding == "circular":
-        i = (i % size + size) % size  # % keeps the sign of i
+        there = _below(i, size)
     elif padding == "replicate":
         i = tl.minimum(tl.maximum(i, 0), size - 1)
-    elif size > 1:
-        period: tl.constexpr = 2 * (size - 1)
+    elif near:
+        if padding == "circular":
+            i = tl.where(i < 0, i + size, tl.where(i < size, i, i - size))
+        else:
+            i = tl.where(i < 0, -i, tl.where(i < size, i, 2 * (size - 1) - i))
+        there = _below(i, size)
+    elif padding == "circular":
+        i = (i % size + size) % size  # % keeps the sign of i
+    else:
+        period = tl.maximum(2 * (size - 1), 1)  # of a single cell, all positions are its own
         i = (i % period + period) % period
         i = tl.minimum(i, period - i)
-    else:
-        i = i * 0
     return i, there
 
 
@@ -117,12 +195,12 @@ def threefry_bits(key0, key1, high, low):
 
 
 @triton.jit
-def fires(fire_ptr, group, cell, inside, g: tl.constexpr):
+def fires(fire_ptr, group, cell, inside, grid, g: tl.constexpr):
     """Which of the cells fire; none outside the grid."""
     fired = inside
     if g.fire == "mask":
-        row = group * g.own_fire
-        fired = tl.load(fire_ptr + row * g.cells + cell, mask=inside, other=0).to(tl.int1) & inside
+        at = fire_ptr + group * g.own_fire * grid.cells + cell
+        fired = tl.load(at, mask=inside, other=0).to(tl.int1) & inside
     elif g.fire == "key":
         key0 = tl.load(fire_ptr + 2 * group * g.own_fire).to(tl.uint32)
         key1 = tl.load(fire_ptr + 2 * group * g.own_fire + 1).to(tl.uint32)
@@ -210,7 +288,7 @@ def compacted_lanes(scratch_ptr, first, count, g: tl.constexpr):
 
 
 @triton.jit
-def life(state_ptr, sample, z0, y0, x0, scratch_ptr, g: tl.constexpr):
+def life(state_ptr, sample, z0, y0, x0, scratch_ptr, grid, g: tl.constexpr):
     """Words of the tile's cells that are alive, and of those with a living neighbour: [runs].
 
     Reads the alive channel of the tile and of two cells around it, once. A border other than
@@ -221,11 +299,11 @@ def life(state_ptr, sample, z0, y0, x0, scratch_ptr, g: tl.constexpr):
     q = tl.arange(0, g.pool_runs)  # runs of the tile and its surroundings
     row = q[:, None]
     lane = tl.arange(0, 32)[None, :]  # 16 cells, two more on each side
-    z, there_z = border(z0 + row // (g.pool_y * g.runs_x) - g.halo_z, g.depth, pool)
-    y, there_y = border(y0 + row // g.runs_x % g.pool_y - g.halo_y, g.height, pool)
-    x, there_x = border(x0 + row % g.runs_x * 16 + lane - 2, g.width, pool)
+    z, there_z = border(z0 + row // (g.pool_y * g.runs_x) - g.halo_z, grid.depth, pool, g.near_z)
+    y, there_y = border(y0 + row // g.runs_x % g.pool_y - g.halo_y, grid.height, pool, g.near_y)
+    x, there_x = border(x0 + row % g.runs_x * 16 + lane - 2, grid.width, pool, g.near_x)
     there = there_z & there_y & there_x & (lane < 20) & (row < g.pool_z * g.pool_y * g.runs_x)
-    at = cell_number(sample, z, y, x, g) * g.channels + g.alive_channel
+    at = cell_number(sample, z, y, x, grid, g) * g.channels + g.alive_channel
     alpha = tl.load(state_ptr + at, mask=there, other=0.0).to(tl.float32)
     word = pack(there & (alpha > g.alive_threshold))  # [pool_runs]
     one = word | (word << 1) | (word >> 1)

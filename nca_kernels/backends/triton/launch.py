@@ -1,74 +1,173 @@
-"""Calls Triton kernels from JAX: the one place that knows jax-triton and its versions."""
+"""Compiles Triton kernels and calls them from JAX: the one launch layer, for all versions.
+
+No release of jax-triton does this for the versions that are supported: 0.3.1 lowers to a custom
+call of the old kind, which XLA does not take into CUDA graphs, and passes by Triton's cache; 0.4
+lowers as this module does, but needs Triton 3.7 and fails with JAX 0.12.0. So kernels are compiled
+by ``triton.compile``, with its cache and all of its options, and called through the target that
+JAX's own GPU plugins register for Triton kernels, ``triton_kernel_call_ffi``.
+"""
 
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from nca_kernels.backends.triton.assembler import agree
+from nca_kernels.backends.triton import assembler
 from nca_kernels.backends.triton.constants import Constants
 from nca_kernels.tiled.device import ARCHITECTURE, capability
+from nca_kernels.tiled.geometry import SIZES
 from nca_kernels.tuning import Launch
+
+TARGET = "triton_kernel_call_ffi"  # what the lowered module calls
+PREFIX = "nca_triton_"  # of the kernels' names in a lowered module
+TYPES = {
+    "float32": "*fp32",
+    "bfloat16": "*bf16",
+    "uint32": "*u32",
+    "int32": "*i32",
+    "bool": "*i1",
+}
+ALIGNED = 16  # bytes that the address of every array is a multiple of
 
 
 def launch(
     kernel: Any,
     inputs: Sequence[Any],
     outputs: Sequence[jax.ShapeDtypeStruct],
-    grid: tuple[int, ...],
+    grid: tuple[int, int],
     g: dict[str, Any],
     how: Launch,
     aliases: dict[int, int] | None = None,
 ) -> list[Any]:
-    """Runs ``kernel(*inputs, *outputs, g)`` over the grid; returns the outputs.
+    """Runs ``kernel(*inputs, *outputs, *sizes, g)``; returns the outputs.
 
     Args:
+        grid: programs of a group, and groups.
+        g: sizes and constants of the call; the kernel gets those that it names as arguments, and
+            is compiled for what is constant.
         aliases: inputs, by their index, that are written in place as outputs.
     """
-    jax_triton = load()
-    if not os.environ.get(ARCHITECTURE) and capability() > 0:
-        agree()
-    # 0.4 renamed the argument and takes the capability from the device alone.
-    shapes: dict[str, Any] = {
-        "out_type" if version(jax_triton) >= (0, 4) else "out_shape": list(outputs)
+    from jaxlib import gpu_triton
+
+    target = gpu_target()
+    compiled = compile_kernel(kernel, types(inputs, outputs), constants(g), options(how), target)
+    arrays = [gpu_triton.create_array_parameter(0, ALIGNED)] * (len(inputs) + len(outputs))
+    sizes = [gpu_triton.create_scalar_parameter(g[name], "i32") for name in size_names(kernel)]
+    metadata = compiled.metadata
+    code = gpu_triton.TritonKernel(
+        metadata.name,
+        metadata.num_warps,
+        metadata.num_ctas,
+        metadata.shared,
+        _code(compiled, target),
+        "",  # Triton's intermediate code, which nothing reads
+        target.arch if target.backend == "cuda" else 0,
+    )
+    name = f"{PREFIX}{metadata.name}"  # shows in the lowered module
+    programs, groups = grid
+    call = gpu_triton.TritonKernelCall(code, programs * groups, 1, 1, [*arrays, *sizes])
+    opaque = zlib.compress(call.to_proto(name, b""))
+    run = jax.ffi.ffi_call(TARGET, list(outputs), input_output_aliases=aliases)
+
+    def named(*inputs: Any) -> Sequence[Any]:
+        return run(*inputs, opaque=opaque)
+
+    named.__name__ = name
+    return list(jax.jit(named)(*inputs))
+
+
+@cache
+def compile_kernel(
+    kernel: Any,
+    signature: tuple[str, ...],
+    constants: Constants,
+    options: tuple[tuple[str, Any], ...],
+    target: Any,
+) -> Any:
+    """The compiled kernel, from Triton's cache if that has it; once a process.
+
+    Args:
+        signature: Triton's types of the arrays.
+        options: of Triton's compiler.
+        target: a ``triton.backends.compiler.GPUTarget``.
+
+    Raises:
+        RuntimeError: Triton's cache cannot be written.
+    """
+    import triton
+    from triton.compiler import ASTSource
+
+    sizes = size_names(kernel)
+    arguments = (*signature, *("i32" for _ in sizes), "constexpr")
+    aligned = {(i,): [["tt.divisibility", ALIGNED]] for i in range(len(signature))}
+    source = ASTSource(
+        fn=kernel,
+        signature=dict(zip(kernel.arg_names, arguments, strict=True)),
+        constexprs={"g": constants},
+        attrs=aligned,
+    )
+    try:
+        return triton.compile(source, target=target, options=dict(options))
+    except OSError as error:
+        raise RuntimeError(
+            f"Triton cannot write its cache of compiled kernels ({error}): make room, or name "
+            "another folder in the environment variable TRITON_CACHE_DIR"
+        ) from error
+
+
+def size_names(kernel: Any) -> list[str]:
+    """The arguments of a kernel that are neither arrays nor constants."""
+    return [name for name in kernel.arg_names if name != "g" and not name.endswith("_ptr")]
+
+
+def types(*arrays: Sequence[Any]) -> tuple[str, ...]:
+    """Triton's types of arrays, as compiled for."""
+    return tuple(TYPES[jnp.dtype(array.dtype).name] for group in arrays for array in group)
+
+
+def constants(g: dict[str, Any]) -> Constants:
+    """What a kernel is compiled for: nothing that changes from grid to grid."""
+    return Constants({name: value for name, value in g.items() if name not in SIZES})
+
+
+def options(how: Launch) -> tuple[tuple[str, Any], ...]:
+    """A launch as options of Triton's compiler."""
+    chosen = {
+        "num_warps": how.warps,
+        "num_stages": how.stages,
+        "enable_fp_fusion": True,
+        "maxnreg": how.registers or None,
+        "ptx_version": _ptx_version(),
     }
-    if os.environ.get(ARCHITECTURE) and version(jax_triton) < (0, 4):
-        shapes["compute_capability"] = capability()
-
-    def call(*inputs: Any) -> list[Any]:
-        return jax_triton.triton_call(
-            *inputs,
-            kernel=kernel,
-            grid=grid,
-            num_warps=how.warps,
-            num_stages=how.stages,
-            enable_fp_fusion=True,
-            input_output_aliases=aliases or {},
-            g=Constants(g),
-            **shapes,
-        )
-
-    call.__name__ = f"nca_triton_{kernel.fn.__name__}"  # shows in the lowered module
-    return jax.jit(call)(*inputs)
+    return tuple((name, value) for name, value in chosen.items() if value is not None)
 
 
-def load() -> Any:
-    """Imports jax-triton, which 0.3.1 does at the price of Triton's cache folder."""
-    before = os.environ.get("TRITON_CACHE_DIR")
-    import jax_triton
-
-    if os.environ.get("TRITON_CACHE_DIR") == "":
-        del os.environ["TRITON_CACHE_DIR"]
-        if before:
-            os.environ["TRITON_CACHE_DIR"] = before
-    return jax_triton
+def _ptx_version() -> int | None:
+    """One that JAX can assemble on this machine; for another one, Triton's own choice."""
+    return None if os.environ.get(ARCHITECTURE) else assembler.ptx_version(capability())
 
 
-def version(package: Any) -> tuple[int, ...]:
-    return tuple(int(n) for n in package.__version__.split(".")[:2])
+def gpu_target() -> Any:
+    """The GPU to compile for, as Triton names it."""
+    from jaxlib import gpu_triton
+    from triton.backends.compiler import GPUTarget
+
+    if capability():
+        return GPUTarget("cuda", capability(), 32)
+    return GPUTarget("hip", gpu_triton.get_arch_details(0).split(":")[0], 64)
+
+
+def _code(compiled: Any, target: Any) -> str:
+    """What JAX loads: PTX, or the path of a file with AMD's machine code."""
+    if target.backend == "cuda":
+        return str(compiled.asm["ptx"])
+    return str(compiled.metadata_group[f"{compiled.metadata.name}.hsaco"])
 
 
 def missing() -> str | None:
@@ -78,16 +177,14 @@ def missing() -> str | None:
     try:
         import triton
     except ImportError:
-        return "triton is not installed: pip install triton jax-triton"
-    # Its own functions are what they were at its import, and jax-triton then cannot be imported.
+        return "triton is not installed: pip install triton"
+    # Its own functions are what they were at its import, and cannot be compiled then.
     if not isinstance(triton.language.cdiv, triton.runtime.JITFunction):
         return "TRITON_INTERPRET was set when Triton was imported: start Python without it"
-    try:
-        load()
-    except ImportError as error:
-        if "GPU support" in str(error):
-            return "jax-triton needs JAX with CUDA or ROCm: pip install 'jax[cuda13]'"
-        return "jax_triton is not installed: pip install triton jax-triton"
+    from jaxlib import gpu_triton
+
+    if not hasattr(gpu_triton, "TritonKernelCall"):
+        return "JAX has no GPU plugin, of CUDA or ROCm: pip install 'jax[cuda13]'"
     if not os.environ.get(ARCHITECTURE) and not _has_gpu():
         return f"there is no GPU: to compile for one, set {ARCHITECTURE}, as 90 for an H200"
     return None

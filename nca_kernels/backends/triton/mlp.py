@@ -332,15 +332,82 @@ def _add_source_rows(ptr, row, exists, k, value, size: tl.constexpr):
 
 
 @triton.jit
+def carried_sums(g: tl.constexpr):
+    """Where a program carries its gradients of the weights in registers: zeros for them.
+
+    Of the first layer [BH, part], of the last [BH, BC] and of its bias [BC]; or nothing.
+    """
+    sums = ()
+    if g.carried:
+        N: tl.constexpr = g.padded_widths[0]
+        sums = (
+            tl.zeros((N, g.part), tl.float32),
+            tl.zeros((N, g.block_c), tl.float32),
+            tl.zeros((g.block_c,), tl.float32),
+        )
+    return sums
+
+
+@triton.jit
+def keep_carried(sums, grads_ptr, g: tl.constexpr):
+    """Writes what a program carried to its partial sums in memory."""
+    if g.carried:
+        N: tl.constexpr = g.padded_widths[0]
+        tl.debug_barrier()  # others have cleared the same sums, or added to them
+        add_block(grads_ptr + g.weight_at[0], 0, 0, N, tl.trans(sums[0]))
+        add_block(grads_ptr + g.weight_at[1], 0, 0, g.block_c, sums[1])
+        add_vector(grads_ptr + g.bias_at[1], 0, sums[2])
+
+
+@triton.jit
+def _carried_mlp_backward(
+    du, parts, sources, row, exists, weights_ptr, grads_ptr, sums, g: tl.constexpr
+):
+    """:func:`mlp_backward` of two layers without sources, whose hidden units are one block."""
+    N: tl.constexpr = g.padded_widths[0]
+    d_first, d_last, d_bias = sums
+    z = first_layer(parts, sources, row, exists, weights_ptr, 0, N, g)
+    w_last = load_block(weights_ptr + g.weight_at[1], 0, 0, g.block_c, N, g.block_c)
+    d_out = rounded(du, g)
+    dh = dot(d_out, tl.trans(w_last), tl.zeros((g.rows, N), tl.float32), g)
+    dz = activate_backward(z, dh, g.activation)
+    d_last = dot(tl.trans(hidden(z, g)), d_out, d_last, g)
+    d_bias += tl.sum(du, axis=0)
+    d_first = dot(tl.trans(dz), parts[0], d_first, g)
+    if not g.ones:
+        add_vector(grads_ptr + g.bias_at[0], 0, _row_sum(dz, g))
+    w_first = load_block(weights_ptr + g.weight_at[0], 0, 0, N, g.part, N)
+    d_part = dot_result(dz, tl.trans(w_first), tl.zeros((g.rows, g.part), tl.float32), g)
+    return (d_part,), (d_first, d_last, d_bias)
+
+
+@triton.jit
 def mlp_backward(
-    du, parts, sources, row, exists, scratch_ptr, weights_ptr, grads_ptr, d_sources,
+    du, parts, sources, row, exists, scratch_ptr, weights_ptr, grads_ptr, d_sources, sums,
     g: tl.constexpr,
 ):  # fmt: skip
     """From the gradient of the update, du [R, BC], to those of the parts, a tuple of [R, part].
 
     ``row``: rows of the two sources, and of their gradients, which are per cell. Adds up the
-    gradients of the weights.
+    gradients of the weights, in memory or in ``sums``, see :func:`carried_sums`: they are the
+    second result.
     """
+    if g.carried:
+        d_parts, sums = _carried_mlp_backward(
+            du, parts, sources, row, exists, weights_ptr, grads_ptr, sums, g
+        )
+    else:
+        d_parts = _mlp_backward(
+            du, parts, sources, row, exists, scratch_ptr, weights_ptr, grads_ptr, d_sources, g
+        )
+    return d_parts, sums
+
+
+@triton.jit
+def _mlp_backward(
+    du, parts, sources, row, exists, scratch_ptr, weights_ptr, grads_ptr, d_sources,
+    g: tl.constexpr,
+):  # fmt: skip
     last: tl.constexpr = g.layers - 1
     d_parts = ()
     for _ in tl.static_range(g.parts):

@@ -26,16 +26,16 @@ from nca_kernels.backends.triton.mlp import (
 
 
 @triton.jit
-def has_margin(z0, y0, x0, g: tl.constexpr):
+def has_margin(z0, y0, x0, grid, g: tl.constexpr):
     """Whether all neighbours of a tile's cells are inside the grid."""
-    in_z = (z0 >= g.before_z) & (z0 + g.tile_z + g.kernel_z - 1 - g.before_z <= g.depth)
-    in_y = (y0 >= g.before_y) & (y0 + g.tile_y + g.kernel_y - 1 - g.before_y <= g.height)
-    in_x = (x0 >= g.before_x) & (x0 + g.tile_x + g.kernel_x - 1 - g.before_x <= g.width)
+    in_z = (z0 >= g.before_z) & (z0 + g.tile_z + g.kernel_z - 1 - g.before_z <= grid.depth)
+    in_y = (y0 >= g.before_y) & (y0 + g.tile_y + g.kernel_y - 1 - g.before_y <= grid.height)
+    in_x = (x0 >= g.before_x) & (x0 + g.tile_x + g.kernel_x - 1 - g.before_x <= grid.width)
     return in_z & in_y & in_x
 
 
 @triton.jit
-def neighbours(state_ptr, k, sample, z, y, x, inside: tl.constexpr, g: tl.constexpr):
+def neighbours(state_ptr, k, sample, z, y, x, inside: tl.constexpr, grid, g: tl.constexpr):
     """What lies at position ``k`` of the kernel around each cell: [R, BC].
 
     ``inside``: nothing of that is across a border.
@@ -43,20 +43,22 @@ def neighbours(state_ptr, k, sample, z, y, x, inside: tl.constexpr, g: tl.conste
     kz, ky, kx = k // (g.kernel_y * g.kernel_x), k // g.kernel_x % g.kernel_y, k % g.kernel_x
     dz, dy, dx = kz - g.before_z, ky - g.before_y, kx - g.before_x
     channel, there = channel_offsets(g)
+    rows, columns = dz * 0, dx * 0
     if inside or g.padding == "zeros":  # a step of its own, so that all positions share an address
-        step = (dz * g.height + dy) * g.width + dx
-        if g.wide:
-            step = step.to(tl.int64)
-        state_ptr += step * g.channels
+        rows, columns = (dz * grid.height + dy) * grid.width, dx * g.channels
+    if g.wide:
+        rows = rows.to(tl.int64)
     if not inside:
-        cz, there_z = border(z + dz, g.depth, g.padding)
-        cy, there_y = border(y + dy, g.height, g.padding)
-        cx, there_x = border(x + dx, g.width, g.padding)
+        cz, there_z = border(z + dz, grid.depth, g.padding, g.near_z)
+        cy, there_y = border(y + dy, grid.height, g.padding, g.near_y)
+        cx, there_x = border(x + dx, grid.width, g.padding, g.near_x)
         there = (there_z & there_y & there_x)[:, None] & there
         if g.padding != "zeros":
             z, y, x = cz, cy, cx
-    at = cell_number(sample, z, y, x, g)[:, None] * g.channels + channel
-    return tl.load(state_ptr + at, mask=there, other=0.0).to(tl.float32)
+    at = cell_number(sample, z, y, x, grid, g)[:, None] * g.channels + channel
+    # Positions of one row differ by a constant: it costs nothing in a load's address.
+    row_ptr = (state_ptr + rows * g.channels) + at
+    return tl.load(row_ptr + columns, mask=there, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -74,7 +76,7 @@ def tap_block(weights_ptr, k, g: tl.constexpr):
 
 
 @triton.jit
-def perceive(state_ptr, weights_ptr, sample, z, y, x, margin, g: tl.constexpr):
+def perceive(state_ptr, weights_ptr, sample, z, y, x, margin, grid, g: tl.constexpr):
     """The perception of R cells before its activation; each neighbour is loaded once.
 
     ``margin``: that of their tile, most of which need not look at borders.
@@ -82,14 +84,14 @@ def perceive(state_ptr, weights_ptr, sample, z, y, x, margin, g: tl.constexpr):
     if g.filters == 0:
         filters = ()
     elif margin:
-        filters = _perceive(state_ptr, weights_ptr, sample, z, y, x, True, g)
+        filters = _perceive(state_ptr, weights_ptr, sample, z, y, x, True, grid, g)
     else:
-        filters = _perceive(state_ptr, weights_ptr, sample, z, y, x, False, g)
+        filters = _perceive(state_ptr, weights_ptr, sample, z, y, x, False, grid, g)
     return filters
 
 
 @triton.jit
-def _perceive(state_ptr, weights_ptr, sample, z, y, x, inside: tl.constexpr, g: tl.constexpr):
+def _perceive(state_ptr, weights_ptr, sample, z, y, x, inside: tl.constexpr, grid, g: tl.constexpr):
     filters = ()
     for f in tl.static_range(g.filters):
         start = tl.zeros((g.rows, g.block_p), tl.float32)
@@ -100,11 +102,11 @@ def _perceive(state_ptr, weights_ptr, sample, z, y, x, inside: tl.constexpr, g: 
     if g.constant_taps:
         for k in tl.static_range(g.kernel):
             if g.used[k]:
-                value = neighbours(state_ptr, k, sample, z, y, x, inside, g)
+                value = neighbours(state_ptr, k, sample, z, y, x, inside, grid, g)
                 filters = _add_seen(filters, value, k, weights_ptr, g)
     else:
         for k in tl.range(0, g.kernel, loop_unroll_factor=g.unroll):
-            value = neighbours(state_ptr, k, sample, z, y, x, inside, g)
+            value = neighbours(state_ptr, k, sample, z, y, x, inside, grid, g)
             filters = _add_seen(filters, value, k, weights_ptr, g)
     return filters
 
@@ -179,7 +181,7 @@ def activated_backward(filters, d_parts, g: tl.constexpr):
 
 
 @triton.jit
-def add_taps_gradient(d_parts, state_ptr, grads_ptr, sample, z, y, x, g: tl.constexpr):
+def add_taps_gradient(d_parts, state_ptr, grads_ptr, sample, z, y, x, grid, g: tl.constexpr):
     """Adds R cells' share of the gradients of taps and perception bias to the partial sums.
 
     Those of rows that do not exist are zeros.
@@ -189,7 +191,7 @@ def add_taps_gradient(d_parts, state_ptr, grads_ptr, sample, z, y, x, g: tl.cons
             add_vector(grads_ptr + g.perception_bias_at, f * g.block_p, tl.sum(d_parts[f], axis=0))
     if g.taps_grad:
         for k in range(0, g.kernel):
-            value = neighbours(state_ptr, k, sample, z, y, x, False, g)
+            value = neighbours(state_ptr, k, sample, z, y, x, False, grid, g)
             for f in tl.static_range(g.filters):
                 if g.dense:
                     zeros = tl.zeros((g.block_c, g.block_p), tl.float32)
@@ -295,8 +297,8 @@ def _add_reaching(acc, here, k, exists, scratch_ptr, weights_ptr, g: tl.constexp
 
 
 @triton.jit
-def overlap(s, j, size: tl.constexpr, tile: tl.constexpr, kernel: tl.constexpr,
-            before: tl.constexpr, few: tl.constexpr, g: tl.constexpr):  # fmt: skip
+def overlap(s, j, size, tile: tl.constexpr, kernel: tl.constexpr, before: tl.constexpr,
+            few: tl.constexpr, near: tl.constexpr, g: tl.constexpr):  # fmt: skip
     """Which tile's surroundings, number ``s`` on one axis, hold something for cell ``j``.
 
     Positions outside the grid that show cell ``j`` count as it does; each position lies in the
@@ -305,7 +307,7 @@ def overlap(s, j, size: tl.constexpr, tile: tl.constexpr, kernel: tl.constexpr,
     """
     image = s // few  # 0: the cell itself, 1 .. before: left of the grid, then right of it
     position = tl.where(image == 0, j, tl.where(image <= before, -image, size - 1 + image - before))
-    shown, there = border(position, size, g.padding)
+    shown, there = border(position, size, g.padding, near)
     nth = (position + before) // tile - s % few
     place = position + before - nth * tile
     exists = there & (shown == j) & (nth >= 0) & (nth * tile < size) & (place < tile + kernel - 1)
@@ -314,23 +316,23 @@ def overlap(s, j, size: tl.constexpr, tile: tl.constexpr, kernel: tl.constexpr,
 
 
 @triton.jit
-def edge_cells(z0, y0, x0, g: tl.constexpr):
+def edge_cells(z0, y0, x0, grid, g: tl.constexpr):
     """How many of a tile's cells others may contribute to, and whether these are all of them.
 
     Near borders that show cells to cells, all; else those that other tiles reach.
     """
     count, everywhere = z0 * 0 + g.edges, z0 < 0
     if g.padding != "zeros":
-        near_z = _near_border(z0, g.depth, g.tile_z, g.kernel_z)
-        near_y = _near_border(y0, g.height, g.tile_y, g.kernel_y)
-        near_x = _near_border(x0, g.width, g.tile_x, g.kernel_x)
+        near_z = _near_border(z0, grid.depth, g.tile_z, g.kernel_z)
+        near_y = _near_border(y0, grid.height, g.tile_y, g.kernel_y)
+        near_x = _near_border(x0, grid.width, g.tile_x, g.kernel_x)
         everywhere = near_z | near_y | near_x
         count = tl.where(everywhere, g.tile, count)
     return count, everywhere
 
 
 @triton.jit
-def _near_border(first, size: tl.constexpr, tile: tl.constexpr, kernel: tl.constexpr):
+def _near_border(first, size, tile: tl.constexpr, kernel: tl.constexpr):
     """Whether positions outside of an axis may show one of a tile's cells."""
     return ((first < kernel) | (first + tile > size - kernel)) & (kernel > 1)
 
@@ -375,7 +377,7 @@ def _from_edges(i, size: tl.constexpr, low: tl.constexpr, edge: tl.constexpr):
 
 
 @triton.jit
-def shares(first, size: tl.constexpr, tile: tl.constexpr, kernel: tl.constexpr, few: tl.constexpr):
+def shares(first, size, tile: tl.constexpr, kernel: tl.constexpr, few: tl.constexpr):
     """How many turns of :func:`share` cells from ``first`` on need on an axis.
 
     Positions outside the grid, images of cells, matter only to cells near its borders.
@@ -384,17 +386,23 @@ def shares(first, size: tl.constexpr, tile: tl.constexpr, kernel: tl.constexpr, 
 
 
 @triton.jit
-def share(s, turns_y, turns_x, sample, z, y, x, inside, touched_ptr, g: tl.constexpr):
+def share(s, turns_y, turns_x, sample, z, y, x, inside, touched_ptr, grid, g: tl.constexpr):
     """Where tiles hold something for cells, in turn ``s``: (at [R, BC], is there any [R]).
 
     Turns of all axes count in C order. Only what is not the cells' own tile.
     """
     sz, sy, sx = s // (turns_y * turns_x), s // turns_x % turns_y, s % turns_x
-    tz, pz, ok_z, own_z = overlap(sz, z, g.depth, g.tile_z, g.kernel_z, g.before_z, g.shares_z, g)
-    ty, py, ok_y, own_y = overlap(sy, y, g.height, g.tile_y, g.kernel_y, g.before_y, g.shares_y, g)
-    tx, px, ok_x, own_x = overlap(sx, x, g.width, g.tile_x, g.kernel_x, g.before_x, g.shares_x, g)
+    tz, pz, ok_z, own_z = overlap(
+        sz, z, grid.depth, g.tile_z, g.kernel_z, g.before_z, g.shares_z, g.near_z, g
+    )
+    ty, py, ok_y, own_y = overlap(
+        sy, y, grid.height, g.tile_y, g.kernel_y, g.before_y, g.shares_y, g.near_y, g
+    )
+    tx, px, ok_x, own_x = overlap(
+        sx, x, grid.width, g.tile_x, g.kernel_x, g.before_x, g.shares_x, g.near_x, g
+    )
     there = inside & ok_z & ok_y & ok_x & ~(own_z & own_y & own_x)
-    tile = ((sample * g.tiles_z + tz) * g.tiles_y + ty) * g.tiles_x + tx
+    tile = ((sample * grid.tiles_z + tz) * grid.tiles_y + ty) * grid.tiles_x + tx
     there = there & (tl.load(touched_ptr + tile, mask=there, other=0) > 0)
     if g.wide:
         tile = tile.to(tl.int64)
