@@ -129,6 +129,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "three_programs": {"registers": 168, "programs": 396},
         "four_programs": {"registers": 128, "programs": 528, "hoisted": False},
         "rows_128": {"rows": 128, "warps": 8, "programs": 132},
+        "not_held": {"held": 0},  # in 48 KB, up to which JAX leaves the L1 cache its size
     },
     "step_backward": {
         "carried": {

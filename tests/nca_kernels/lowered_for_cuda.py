@@ -2,8 +2,8 @@
 
 Run as a program of its own: Triton compiles, which a process that interprets cannot. Prints JSON:
 targets and API versions of the module's custom calls, by kernel whether its code is that of
-``nca_kernels.testing.triton_aot`` and what an older ptxas has against it, and how many kernels
-were compiled for each of two grid sizes.
+``nca_kernels.testing.triton_aot`` and what an older ptxas has against it, how many kernels were
+compiled for each of two grid sizes, and the grids that a vmap of 70,000 members is launched on.
 """
 
 import json
@@ -42,6 +42,23 @@ def lowered(case):
     return training.lower(lowering_platforms=("cuda",))
 
 
+def grids_of_many_members(case) -> list[list[int]]:
+    """Of the forward's launches: [x, y, z]."""
+    grids, call = [], gpu_triton.TritonKernelCall
+
+    def recorded(code, *grid_and_parameters):
+        grids.append(list(grid_and_parameters[:3]))
+        return call(code, *grid_and_parameters)
+
+    gpu_triton.TritonKernelCall = recorded
+    params, _, key, _ = case.arguments()
+    states = jax.ShapeDtypeStruct((70_000, 4, 4, case.channels), "float32")
+    step = jax.vmap(lambda state: nk.step(case.rule, params, state, key, backend="triton"))
+    jax.jit(step).trace(states).lower(lowering_platforms=("cuda",))
+    gpu_triton.TritonKernelCall = call
+    return grids
+
+
 def complaint(ptx: str) -> str:
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
@@ -61,11 +78,13 @@ def main() -> None:
     gpu_triton.TritonKernel = recorded
     case = BENCHMARKS[0]
     module = lowered(case).compiler_ir(dialect="hlo").as_hlo_text()
+    of_module = dict(handed)
     compiled = [compile_kernel.cache_info().misses]
     lowered(replace(case, grid=(56, 40), batch=(3,)))
     compiled.append(compile_kernel.cache_info().misses - compiled[0])
+    grids = grids_of_many_members(case)
     counted = {job.name: triton_aot.ptx(job, "sm_90") for job in triton_aot.jobs(case, "sm_90")}
-    same = {name: handed[name] == ptx for name, ptx in counted.items()}
+    same = {name: of_module[name] == ptx for name, ptx in counted.items()}
     # As on a machine where JAX finds the older of the two ptxas that Triton brings.
     os.environ["PATH"] = str(TOOLS)
     launch._ptx_version = lambda: assembler.ptx_version(90)
@@ -77,6 +96,7 @@ def main() -> None:
         "same": same,
         "complaints": {name: complaint(ptx) for name, ptx in handed.items()},
         "compiled": compiled,
+        "grids": grids,
     }))  # fmt: skip
 
 

@@ -161,6 +161,15 @@ def test_declines_positions_beyond_int32():
         lowered_gradient(case, params, state, inputs)
 
 
+def test_declines_more_members_of_a_vmap_than_a_grid_has():
+    case = BY_NAME["line"]
+    params, state, key, _ = case.arguments()
+    states = jax.ShapeDtypeStruct((2**16, *state.shape), state.dtype)
+    step = jax.jit(jax.vmap(lambda state: nk.step(case.rule, params, state, key, backend="pallas")))
+    with a_gpu(), pytest.raises(nk.BackendUnavailable, match="65535 members of a vmap, got 65536"):
+        step.trace(states).lower(lowering_platforms=("cuda",))
+
+
 def test_asks_for_a_gpu():
     params, state, key, _ = BY_NAME["plane"].arguments()
     with pytest.raises(nk.BackendUnavailable, match="there is no GPU"):

@@ -111,6 +111,12 @@ def test_a_second_grid_size_compiles_nothing(lowered):
     assert lowered["compiled"] == [len(KERNELS), 0]
 
 
+def test_a_vmap_of_any_size_is_launched(lowered):
+    """On the first axis of the grid: the others end at 65,535."""
+    forward, clear = lowered["grids"]
+    assert forward == clear == [70_000, 1, 1]
+
+
 def test_awkward_cases_compile(tmp_path):
     """Paths through the kernels that the benchmark cases do not take."""
     cases = AWKWARD if OLD else AWKWARD[::3]

@@ -23,6 +23,7 @@ ENGINE = Engine(
     capability=lambda: min(device.capability(), 89),  # they make use of nothing newer
     lacks=("by_tap", "hoisted", "joined", "registers", "carried"),
 )
+MOST_GROUPS = 65535  # on the second axis of a launch
 
 
 def unsupported(call: Any, avals: Sequence[Any]) -> str | None:
@@ -31,8 +32,11 @@ def unsupported(call: Any, avals: Sequence[Any]) -> str | None:
 
 
 def _too_large(call: Any, avals: Sequence[Any]) -> str | None:
-    """Positions are int32: without x64, JAX has no wider integers."""
+    """Too many groups, or positions beyond int32: without x64, JAX has no wider integers."""
     operands = jax.tree.unflatten(call.treedef, avals[: call.treedef.num_leaves])
+    groups = avals[0].shape[0]
+    if call.op != "neighborhood_attention" and groups > MOST_GROUPS:
+        return f"it takes up to {MOST_GROUPS} members of a vmap, got {groups}"
     if call.op == "neighborhood_attention":
         g = attention_constants(call, operands, Launch())
     else:
