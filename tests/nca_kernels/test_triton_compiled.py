@@ -11,6 +11,8 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed (it is for Linux only)")
 
+from nca_kernels.tuning import VARIANTS
+
 ROOT = Path(__file__).parents[2]
 SHARED = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KB
 TENSOR = {"sm_80": "HMMA", "sm_89": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
@@ -73,6 +75,22 @@ def test_kernels_compile_for_every_target(tmp_path, case):
             assert most / 4 < row["warp_instructions_a_cell"] < most, name
         if row["kernel"] == "clear_dead":  # one before flags are written in place, one of layouts
             assert row["barriers"] > 1, name
+
+
+# What is ready to be tried on a GPU is not held up by spills: bytes, of the small grid alone.
+SPILLED_BY_VARIANTS = {"three_programs": 8}
+
+
+@pytest.mark.skipif(not OLD, reason="variants are for the machine with the H200: Triton 3.6")
+def test_variants_compile_without_spills(tmp_path):
+    arguments = ("--cases", "growing", "--targets", "sm_90", "--variants")
+    rows = [row for row in compiled(tmp_path, *arguments) if row["variant"]]
+    names = {kernel: {*changes, "half_tiles"} for kernel, changes in VARIANTS.items()}
+    for kernel, expected in names.items():
+        assert {row["variant"] for row in rows if row["kernel"] == kernel} == expected
+    for row in rows:
+        assert row["spill_bytes"] <= SPILLED_BY_VARIANTS.get(row["variant"], 0), row
+        assert row["shared_bytes"] <= SHARED["sm_90"] << 10, row
 
 
 @pytest.fixture(scope="module")
