@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from benchmarks.measure import ROOT, device_name, markdown_table, provenance
 from nca_kernels import dispatch
+from nca_kernels.backends import COMMON
 from nca_kernels.files import write_json
 from nca_kernels.testing import CONFORMANCE, Case, error_ratio, tolerance, triton_host
 from nca_kernels.testing.conformance import ORACLE, value_and_gradients
@@ -60,7 +61,7 @@ def main() -> int:
     # A name that Triton's products know, and that the kernels do not: they round nothing.
     engine = replace(engine, precision=lambda *_: "TF32")
     ops = (partial(forward, engine), partial(backward, engine))
-    dispatch.register(dispatch.Backend(CUT_OFF, "rounds nothing", lambda op: ops))
+    dispatch.register(dispatch.Backend(CUT_OFF, "rounds nothing", lambda op: ops, covers=COMMON))
     chosen = [c for c in CONFORMANCE if c.dtype == "float32" and c.rule.precision == "float32"]
     kinds = {"": chosen, "smooth": [case.smooth() for case in chosen]}
     rows = {

@@ -1,10 +1,15 @@
-"""Which backend runs: one predicate, ``why_not``, chooses quietly and explains loudly."""
+"""Which backend runs: one predicate, ``why_not``, chooses quietly and explains loudly.
+
+A backend says what it covers, a call says what it is (:mod:`nca_kernels.call`), and what is not
+covered is refused with a reason. So an option that is new in ``Rule`` is refused by every backend
+that does not know it yet, wherever it is not at its default.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +29,74 @@ class Kernels(NamedTuple):
     # (call, platform, operands, saved, cotangent, wrt) -> the gradients that wrt asks for
 
 
+EVERY = "every value that is allowed"
+Values = Collection[Any] | str  # the values of a field that are covered, or EVERY
+
+
+@dataclass(frozen=True)
+class Covers:
+    """The calls that a backend does right. A field that is not listed may be at its default only.
+
+    Args:
+        rule: by field of ``Rule``, the values; of ``alive`` None and "Alive", for one of any kind.
+        alive: by field of ``Alive``, the values.
+        attention: by field of ``AttentionCall``, ``radius`` and ``padding``, the values.
+        dtypes: of states, queries, keys and values.
+        spatial_dims: how many axes a grid may have.
+        width: why the widths of a call ``(call, avals)`` are too large, or None.
+    """
+
+    rule: Mapping[str, Values] = field(default_factory=dict)
+    alive: Mapping[str, Values] = field(default_factory=dict)
+    attention: Mapping[str, Values] = field(default_factory=dict)
+    dtypes: Collection[str] = ("float32", "bfloat16")
+    spatial_dims: Collection[int] = (1, 2, 3)
+    width: Callable[[Any, Sequence[Any]], str | None] = field(default=lambda call, avals: None)
+
+    def why_not(self, call: Any, avals: Sequence[Any]) -> str | None:
+        """Why a call with such arrays is not among them, or None."""
+        dtype, dims = avals[0].dtype.name, call.num_spatial_dims
+        if dtype not in self.dtypes:
+            return f"it takes {' or '.join(self.dtypes)}, and this is {dtype}: cast it"
+        if dims not in self.spatial_dims:
+            return f"it takes grids of {_any_of(self.spatial_dims)} axes, got {dims}"
+        if rule := getattr(call, "rule", None):
+            reason = _uncovered(rule, "Rule", self.rule)
+            if reason is None and rule.alive is not None:
+                reason = _uncovered(rule.alive, "Alive", self.alive)
+        else:
+            reason = _uncovered(call, "neighborhood_attention", self.attention, ATTENTION_FIELDS)
+        return reason or self.width(call, avals)
+
+
+ATTENTION_FIELDS = ("radius", "padding")
+
+
+def _uncovered(
+    options: Any, name: str, covered: Mapping[str, Values], only: Collection[str] = ()
+) -> str | None:
+    """Of a dataclass's fields, the first whose value is not covered, as a sentence."""
+    for option in fields(options):
+        if only and option.name not in only:
+            continue
+        value = getattr(options, option.name)
+        allowed = covered.get(option.name, (_default(option),))
+        value = type(value).__name__ if is_dataclass(value) else value
+        if allowed != EVERY and value not in allowed:
+            return f"it does {name}.{option.name} {_any_of(allowed)} only, got {value!r}"
+    return None
+
+
+def _default(option: Field) -> Any:
+    if option.default is not MISSING:
+        return option.default
+    return option.default_factory() if option.default_factory is not MISSING else MISSING
+
+
+def _any_of(values: Values) -> str:
+    return " or ".join(repr(value) for value in values)
+
+
 @dataclass(frozen=True)
 class Backend:
     """One way to run the ops.
@@ -35,7 +108,7 @@ class Backend:
             plain backend, the function. See :class:`Kernels`.
         platforms: JAX platforms it runs on, None for every one.
         missing: why it cannot run in this process (a missing package, ...), or None.
-        unsupported: why it cannot run this call ``(call, avals)``, or None.
+        covers: the calls that it does right.
         markers: by op, what the lowered module of its gradient holds if the kernels run.
         plain: it is ordinary JAX code, differentiated by JAX, and never chosen by "auto".
     """
@@ -45,9 +118,7 @@ class Backend:
     load: Callable[[str], Any]
     platforms: tuple[str, ...] | None = None
     missing: Callable[[], str | None] = field(default=lambda: None)
-    unsupported: Callable[[Any, Sequence[Any]], str | None] = field(
-        default=lambda call, avals: None
-    )
+    covers: Covers = field(default_factory=Covers)
     markers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     plain: bool = False
 
@@ -79,7 +150,7 @@ def why_not(
     """Why ``backend`` cannot run ``call`` on ``platform``, or None if it can."""
     if backend.platforms is not None and platform not in (None, *backend.platforms):
         return f"it runs on {' and '.join(backend.platforms)}, and this is {platform}"
-    return backend.missing() or (backend.unsupported(call, avals) if call is not None else None)
+    return backend.missing() or (backend.covers.why_not(call, avals) if call is not None else None)
 
 
 def requested(backend: Any) -> str:

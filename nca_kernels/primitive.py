@@ -6,7 +6,7 @@ of forward-mode differentiation, which exists to be transposed into ``f_backward
 Differentiation rules on primitives, rather than ``jax.custom_vjp``, tell the backward which
 gradients are wanted, so that a kernel computes no other.
 
-Every operand has a leading group axis (see :class:`nca_kernels.rule.Operands`). ``jax.vmap``
+Every operand has a leading group axis (see :mod:`nca_kernels.call`). ``jax.vmap``
 multiplies the groups; an operand that all groups share may keep a group axis of 1. Which backend
 runs is decided at lowering, per platform, by :mod:`nca_kernels.dispatch`.
 """
@@ -34,6 +34,10 @@ class Call(Protocol):
     op: str
     treedef: Any  # of the operands
     shared: tuple[bool, ...]  # per operand: may its group axis be 1?
+
+    def operands(self, arrays: Sequence[Any]) -> Any:
+        """The operands, with names, among the arrays that a primitive has."""
+        ...
 
     def outputs(self, avals: Sequence[Any]) -> list[Any]:
         """Abstract outputs of the forward: the value, then what is saved for the backward."""
@@ -228,13 +232,12 @@ def _lower(
     kernels = dispatch.kernels(call, ctx.avals_in, platform, backend)
 
     def forward(*flat: Array) -> Any:
-        return kernels.forward(call, platform, jax.tree.unflatten(call.treedef, flat))
+        return kernels.forward(call, platform, call.operands(flat))
 
     def backward(*flat: Array) -> Any:
         num_operands = call.treedef.num_leaves
-        operands = jax.tree.unflatten(call.treedef, flat[:num_operands])
         *saved, cotangent = flat[num_operands:]
-        return kernels.backward(call, platform, operands, saved, cotangent, wrt)
+        return kernels.backward(call, platform, call.operands(flat), saved, cotangent, wrt)
 
     # Inside shard_map the kernel sees its own shard only: it is lowered without manual axes.
     avals: list[Any] = list(ctx.avals_in)

@@ -1,10 +1,15 @@
-"""The one list of backends, in the order in which "auto" prefers them."""
+"""The one list of backends, in the order in which "auto" prefers them, and what each covers.
+
+A new value of an option goes into ``covers`` of the backends that do it right; the others refuse it
+by name. The backend ``reference`` is plain JAX, knows every option, and has no such list.
+"""
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
-from nca_kernels.dispatch import Backend, register
+from nca_kernels.dispatch import EVERY, Backend, Covers, Values, register
 
 
 def _loader(package: str) -> Callable[[str], Any]:
@@ -13,10 +18,24 @@ def _loader(package: str) -> Callable[[str], Any]:
 
 
 def _ask(module: str, function: str) -> Callable[..., str | None]:
-    """``missing`` or ``unsupported`` of a backend, imported when first asked."""
+    """``missing``, or what is too wide for a backend, imported when first asked."""
     name = f"nca_kernels.backends.{module}"
     return lambda *args: getattr(import_module(name), function)(*args)
 
+
+ACTIVATIONS = ("relu", "gelu", "silu", "tanh", "leaky_relu", "identity")
+RULE: dict[str, Values] = {
+    "activation": ACTIVATIONS,
+    "perception_activation": ACTIVATIONS,
+    "padding": ("zeros", "circular", "replicate", "reflect"),
+    "fire_rate": EVERY,
+    "step_size": EVERY,
+    "alive": (None, "Alive"),
+    "precision": ("default", "float32", "tensorfloat32", "bfloat16"),
+}
+ALIVE: dict[str, Values] = {"channel": EVERY, "threshold": EVERY}
+ATTENTION: dict[str, Values] = {"radius": EVERY, "padding": ("zeros", "circular")}
+COMMON = Covers(RULE, ALIVE, ATTENTION)  # what all of them do
 
 for backend in (
     Backend(
@@ -25,7 +44,7 @@ for backend in (
         load=_loader("triton"),
         platforms=("cuda", "rocm"),
         missing=_ask("triton.launch", "missing"),
-        unsupported=_ask("triton.engine", "unsupported"),
+        covers=replace(COMMON, width=_ask("triton.engine", "too_wide")),
         markers={
             "step": ("@nca_triton_step_forward", "@nca_triton_step_backward"),
             "neighborhood_attention": (
@@ -40,7 +59,7 @@ for backend in (
         load=_loader("pallas"),
         platforms=("cuda", "rocm"),
         missing=_ask("pallas.launch", "missing"),
-        unsupported=_ask("pallas.engine", "unsupported"),
+        covers=replace(COMMON, width=_ask("pallas.engine", "too_wide")),
         markers={
             "step": ("nca_pallas_step_forward", "nca_pallas_step_backward"),
             "neighborhood_attention": (
@@ -55,7 +74,7 @@ for backend in (
         load=_loader("cpu"),
         platforms=("cpu",),
         missing=_ask("cpu.library", "missing"),
-        unsupported=_ask("cpu", "unsupported"),
+        covers=COMMON,
         markers={
             "step": ("@nca_cpu_step_forward", "@nca_cpu_step_backward"),
             "neighborhood_attention": (
@@ -68,6 +87,7 @@ for backend in (
         name="xla",
         summary="fused by XLA: shifted slices and matrix products, hand-written backward",
         load=_loader("xla"),
+        covers=replace(COMMON, dtypes=("float32", "bfloat16", "float64")),
         markers={
             "step": ("@nca_xla_forward", "@nca_xla_backward"),
             "neighborhood_attention": (

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from nca_kernels import dispatch
+from nca_kernels.call import AttentionCall, AttentionOperands
+from nca_kernels.checks import check_attention
 from nca_kernels.primitive import differentiable_op
-from nca_kernels.rule import AttentionOperands, check_attention, compute_dtype
 
 OP = "neighborhood_attention"
 
@@ -91,27 +89,6 @@ def nca_neighborhood_attention(
     operands = AttentionOperands(*(a.reshape(1, samples, *per_sample) for a in (q, k, v)))
     call = AttentionCall(OP, radius, num_spatial_dims, padding, jax.tree.structure(operands))
     return bind(call, backend, operands).reshape(q.shape)
-
-
-@dataclass(frozen=True)
-class AttentionCall:
-    """The static facts of one call; see :class:`nca_kernels.primitive.Call`."""
-
-    op: str
-    radius: int
-    num_spatial_dims: int
-    padding: str  # "zeros" or "circular"
-    treedef: Any
-
-    @property
-    def shared(self) -> tuple[bool, ...]:
-        return (False,) * self.treedef.num_leaves
-
-    def outputs(self, avals: Sequence[Any]) -> list[Any]:
-        """The value ``[G, B, *S, heads, d]`` and the log-sum-exp ``[G, B, *S, heads]``."""
-        query = avals[0]
-        lse = query.update(shape=query.shape[:-1], dtype=compute_dtype(query.dtype))
-        return [query, lse]
 
 
 bind = differentiable_op(OP)

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from nca_kernels.checks import check_rollout, check_step
 from nca_kernels.ops.step import step
-from nca_kernels.rule import Rule, RuleParams, check_rollout, check_step
+from nca_kernels.rule import Rule, RuleParams
 
 AfterStep = Callable[[Array, Array, Sequence[Array]], Array]
 

@@ -26,6 +26,7 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
+from nca_kernels.checks import check_rollout, check_step
 from nca_kernels.fire_mask import drawn_at
 from nca_kernels.ops.rollout import (
     AfterStep,
@@ -37,7 +38,7 @@ from nca_kernels.ops.rollout import (
 )
 from nca_kernels.ops.step import nca_step, requested
 from nca_kernels.perception import ConstantTaps, constant_taps, same_margins
-from nca_kernels.rule import Rule, RuleParams, check_rollout, check_step
+from nca_kernels.rule import Rule, RuleParams
 
 
 def sharded_rollout(

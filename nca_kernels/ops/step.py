@@ -8,10 +8,11 @@ from typing import Any
 import jax
 from jax import Array
 
+from nca_kernels.checks import check_step
 from nca_kernels.dispatch import plain, requested
-from nca_kernels.ops.call import bind
+from nca_kernels.ops.bind import bind
 from nca_kernels.perception import ConstantTaps, constant_taps
-from nca_kernels.rule import Rule, RuleParams, check_step
+from nca_kernels.rule import Rule, RuleParams
 
 
 def step(

@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from nca_kernels.checks import check_rollout, check_step
 from nca_kernels.ops.rollout import AfterStep, numbers_and_keys, scan_steps
 from nca_kernels.ops.sharded_rollout import reach, step_of_part
 from nca_kernels.ops.step import requested
 from nca_kernels.perception import ConstantTaps, constant_taps
-from nca_kernels.rule import Rule, RuleParams, check_rollout, check_step
+from nca_kernels.rule import Rule, RuleParams
 
 
 def tiled_rollout(

@@ -9,8 +9,9 @@ import jax
 from jax import Array
 
 from nca_kernels import dispatch
-from nca_kernels.ops.call import bind
-from nca_kernels.rule import Rule, check_update
+from nca_kernels.checks import check_update
+from nca_kernels.ops.bind import bind
+from nca_kernels.rule import Rule
 
 
 def update(

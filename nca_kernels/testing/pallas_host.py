@@ -17,10 +17,11 @@ import numpy as np
 from jax.experimental import io_callback
 
 from nca_kernels import dispatch
+from nca_kernels.backends import COMMON
 from nca_kernels.backends.pallas import launch as launching
 from nca_kernels.testing.races import Accesses, Extent, function_in
 from nca_kernels.testing.triton_host import small_tiles
-from nca_kernels.tiled.configuration import unsupported_by_tiles
+from nca_kernels.tiled.configuration import too_wide_for_tiles
 from nca_kernels.tuning import Launch
 
 NAME = "pallas_interpreted"
@@ -43,7 +44,7 @@ def register(name: str = NAME, launch: Callable[..., list[Any]] | None = None) -
             summary="the Pallas kernels in interpret mode",
             load=load,
             platforms=("cpu",),
-            unsupported=unsupported_by_tiles,
+            covers=replace(COMMON, width=too_wide_for_tiles),
             markers={
                 "step": ("@interpreted_step_forward", "@interpreted_step_backward"),
                 "neighborhood_attention": attention,

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 import nca_kernels as nk
 from nca_kernels import dispatch
+from nca_kernels.backends import COMMON
 from nca_kernels.backends import triton as backend
 from nca_kernels.backends.triton import launch
 from nca_kernels.backends.triton.constants import Constants
@@ -107,7 +108,8 @@ def jobs(
         )
 
     name = "triton_recorded"
-    dispatch.register(dispatch.Backend(name=name, summary="records launches", load=load))
+    recorder = dispatch.Backend(name, summary="records launches", load=load, covers=COMMON)
+    dispatch.register(recorder)
     jax.clear_caches()  # a lowering taken from the cache records nothing
     _lower_gradient(case, name)
     return list(dict.fromkeys(found))

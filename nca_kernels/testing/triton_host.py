@@ -28,9 +28,10 @@ import ml_dtypes
 import numpy as np
 
 from nca_kernels import dispatch
+from nca_kernels.backends import COMMON
 from nca_kernels.backends.triton.launch import size_names
 from nca_kernels.testing.races import Accesses, Extent, function_in
-from nca_kernels.tiled.configuration import product_precision, unsupported_by_tiles
+from nca_kernels.tiled.configuration import product_precision, too_wide_for_tiles
 from nca_kernels.tiled.geometry import SIZES
 from nca_kernels.tuning import Launch
 
@@ -49,7 +50,7 @@ def register() -> None:
             load=_load,
             platforms=("cpu",),
             missing=missing,
-            unsupported=unsupported_by_tiles,
+            covers=replace(COMMON, width=too_wide_for_tiles),
             markers=dict.fromkeys(("step", "neighborhood_attention"), (CALLBACK,)),
         )
     )

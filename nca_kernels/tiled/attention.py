@@ -10,14 +10,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from nca_kernels.rule import AttentionOperands
+from nca_kernels.call import AttentionCall, AttentionOperands
 from nca_kernels.tiled.configuration import Engine, attention_launch
 from nca_kernels.tuning import Launch
 
 Shape = jax.ShapeDtypeStruct
 
 
-def attention_constants(call: Any, operands: AttentionOperands, how: Launch) -> dict[str, Any]:
+def attention_constants(
+    call: AttentionCall, operands: AttentionOperands, how: Launch
+) -> dict[str, Any]:
     """Sizes of a call; groups are just more samples. Missing axes have one cell."""
     groups, batch, *grid, heads, size = operands.query.shape
     missing = 3 - len(grid)
@@ -43,7 +45,9 @@ def attention_constants(call: Any, operands: AttentionOperands, how: Launch) -> 
     }
 
 
-def forward(engine: Engine, call: Any, platform: str, operands: AttentionOperands) -> list[Array]:
+def forward(
+    engine: Engine, call: AttentionCall, platform: str, operands: AttentionOperands
+) -> list[Array]:
     """``[out [G, B, *S, heads, d], log-sum-exp [G, B, *S, heads]]``."""
     how = attention_launch(engine, "attention_forward", call, platform, operands)
     g = attention_constants(call, operands, how)
@@ -64,7 +68,7 @@ def forward(engine: Engine, call: Any, platform: str, operands: AttentionOperand
 
 def backward(
     engine: Engine,
-    call: Any,
+    call: AttentionCall,
     platform: str,
     operands: AttentionOperands,
     saved: Sequence[Array],

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax import Array
 
-from nca_kernels.rule import AttentionOperands, Operands
+from nca_kernels.call import AttentionOperands, Operands
 from nca_kernels.tiled import device
 from nca_kernels.tiled.geometry import RUN, block
 from nca_kernels.tiled.tuner import tuned
@@ -113,17 +113,15 @@ def _chosen(
 
 def problem_name(call: Any, operands: Operands) -> str:
     """What a winner depends on, as text: dims, widths, precision, whether cells are few or many."""
-    channels, cells = operands.state.shape[-1], math.prod(operands.state.shape[1:-1])
+    channels, cells = operands.channels, math.prod(operands.state.shape[1:-1])
     size = " few" if cells < FEW else " many" if cells >= MANY else ""
-    taps = operands.taps
+    taps = operands.weights.taps
     perception = "given" if taps is None else "x".join(map(str, taps.shape[1:]))
     perception += " constant" if call.constant_taps else ""
-    widths = [weight.shape[-1] for weight, _ in operands.layers[:-1]]
-    inputs = 0 if operands.inputs is None else operands.inputs.shape[-1]
-    hidden = "-".join(map(str, widths)) or "none"
+    hidden = "-".join(map(str, operands.hidden_widths)) or "none"
     return (
         f"{call.num_spatial_dims}d {operands.state.dtype} C{channels} taps {perception} "
-        f"inputs {inputs} hidden {hidden} {call.rule.precision}{size}"
+        f"inputs {operands.input_size} hidden {hidden} {call.rule.precision}{size}"
     )
 
 
@@ -163,13 +161,12 @@ def heuristic(kernel: str, call: Any, operands: Operands, precise: bool, capabil
         precise: products take three times the registers, see ``Engine.precision``.
         capability: the device's, see ``Engine.capability``.
     """
-    state = operands.state
-    block_c, width = block(state.shape[-1]), _width(operands)
+    block_c, width = block(operands.channels), _width(operands)
     backward, hopper = kernel == "step_backward", device.is_hopper(capability)
     sizes = (SIZES_ON_HOPPER if hopper else SIZES)[backward, precise]
     size = sizes[sum(width > limit for limit in WIDTHS[:-1])]
-    hidden = max((weight.shape[-1] for weight, _ in operands.layers[:-1]), default=16)
-    tile = _tile(call.num_spatial_dims, state.shape[2:-1], state.shape[1], block_c)
+    hidden = max(operands.hidden_widths, default=16)
+    tile = _tile(call.num_spatial_dims, operands.grid, operands.samples, block_c)
     beyond = -(-width // WIDTHS[-1])  # a row's parts still fit registers, of fewer rows
     each = 18 if precise and backward else 12  # bytes of a column, at most, as compiled
     fit = device.shared_memory(capability) // (width * each)
@@ -189,11 +186,11 @@ def heuristic(kernel: str, call: Any, operands: Operands, precise: bool, capabil
 
 def _width(operands: Operands) -> int:
     """Columns of all the parts of a row's perception, and of its update."""
-    channels, taps = operands.state.shape[-1], operands.taps
-    if taps is None:
-        return 2 * block(channels)
-    dense, outputs = taps.shape[-2] != 1, taps.shape[-1]
-    return block(channels) + (block(outputs) if dense else block(channels) * (outputs // channels))
+    block_c = block(operands.channels)
+    if not operands.filters:  # the perception is given
+        return 2 * block_c
+    dense = operands.dense
+    return block_c + (block(operands.perception_size) if dense else block_c * operands.filters)
 
 
 def _power_of_two(size: int) -> int:
@@ -215,15 +212,12 @@ def _tile(dims: int, grid: tuple[int, ...], batch: int, block_c: int) -> tuple[i
     return z, y, max(x, RUN)
 
 
-def unsupported_by_tiles(call: Any, avals: Sequence[Any]) -> str | None:
+def too_wide_for_tiles(call: Any, avals: Sequence[Any]) -> str | None:
     """Why kernels over tiles cannot run a call, or None: a block of cells holds all channels."""
-    state = avals[0]
-    if state.dtype == "float64":
-        return "float64 needs backend='xla' or 'reference'"
     if call.op == "neighborhood_attention":
-        size, most = state.shape[-1], WIDEST
+        size, most = avals[0].shape[-1], WIDEST
         return f"it takes heads of up to {most} numbers, got {size}" if size > most else None
-    operands = jax.tree.unflatten(call.treedef, avals[: call.treedef.num_leaves])
+    operands = call.operands(avals)
     capability = device.capability()
     exact = ("float32",) if device.has_tf32(capability) else ("float32", "tensorfloat32", "default")
     share = 2 if call.rule.precision in exact else 1
@@ -235,8 +229,7 @@ def unsupported_by_tiles(call: Any, avals: Sequence[Any]) -> str | None:
             f"precision={call.rule.precision!r}, those of the channels and of each filter rounded "
             f"up to a power of two, got {width}"
         )
-    taps = operands.taps
-    dense = 0 if taps is None or taps.shape[-2] == 1 else math.prod(map(block, taps.shape[-2:]))
+    dense = block(operands.channels) * block(operands.perception_size) if operands.dense else 0
     if dense > DENSEST // share:
         return (
             f"on this device it takes dense taps of up to {DENSEST // share} numbers a position "

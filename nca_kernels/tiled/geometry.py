@@ -9,11 +9,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
+from nca_kernels.call import Operands, StepCall
 from nca_kernels.fire_mask import threshold
 from nca_kernels.perception import ConstantTaps, same_margins
-from nca_kernels.rule import Operands
 from nca_kernels.tuning import Launch
 
 RUN = 16  # cells in a word of flags, see cells.py
@@ -31,23 +32,21 @@ def block(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def grid_of(operands: Operands) -> tuple[int, int, int]:
-    """(depth, height, width); missing axes have one cell."""
-    shape = operands.state.shape[2:-1]
-    return (1,) * (3 - len(shape)) + tuple(shape)
+def three_axes(sizes: Sequence[int]) -> tuple[int, ...]:
+    """(z, y, x); missing axes have size 1."""
+    return (1,) * (3 - len(sizes)) + tuple(sizes)
 
 
 def step_constants(
-    call: Any,
+    call: StepCall,
     operands: Operands,
     launch: Launch,
     precision: str,
     wanted: Operands | None = None,
 ) -> dict[str, Any]:
     """The constants of a ``step`` or ``update``; ``wanted``: gradients asked for, as flags."""
-    groups, batch = operands.state.shape[:2]
-    channels = operands.state.shape[-1]
-    values = _grid_constants(grid_of(operands), batch, operands, launch)
+    groups, channels = operands.groups, operands.channels
+    values = _grid_constants(operands, launch)
     values |= _rule_constants(call.rule, channels, values, operands)
     values |= _layer_constants(operands, launch, values, call.constant_taps)
     values |= _gradient_constants(wanted)
@@ -76,12 +75,8 @@ def step_constants(
     return values
 
 
-def _grid_constants(
-    grid: tuple[int, int, int], batch: int, operands: Operands, launch: Launch
-) -> dict[str, Any]:
-    taps = operands.taps
-    kernel = () if taps is None else taps.shape[1:-2]
-    kernel = (1,) * (3 - len(kernel)) + tuple(kernel)
+def _grid_constants(operands: Operands, launch: Launch) -> dict[str, Any]:
+    grid, kernel, batch = *map(three_axes, (operands.grid, operands.kernel)), operands.samples
     values: dict[str, Any] = {}
     for axis, size, tile, reach, (before, after) in zip(
         ("z", "y", "x"), grid, launch.tile, kernel, same_margins(kernel), strict=True
@@ -123,7 +118,6 @@ def _rule_constants(
     rule: Any, channels: int, grid: dict[str, Any], operands: Operands
 ) -> dict[str, Any]:
     fire, alive = operands.fire, rule.alive
-    how = "all" if fire is None else "mask" if fire.dtype == np.bool_ else "key"
     return {
         "channels": channels,
         "block_c": block(channels),
@@ -131,7 +125,7 @@ def _rule_constants(
         "activation": rule.activation,
         "perception_activation": rule.perception_activation,
         "step_size": float(rule.step_size),
-        "fire": how,
+        "fire": operands.fire_source,
         "own_fire": int(fire is not None and fire.shape[0] > 1),
         "fire_threshold": threshold(rule.fire_rate),
         "alive": alive is not None,
@@ -154,13 +148,9 @@ def _layer_constants(
     constant_taps: ConstantTaps,
 ) -> dict[str, Any]:
     """Parts, sources and layers, and where each lies in the packed weights; see weights.py."""
-    taps, channels = operands.taps, values["channels"]
-    dense = taps is not None and taps.shape[-2] != 1
-    filters = 0 if taps is None else 1 if dense else taps.shape[-1] // channels
-    given = 0 if operands.perception is None else operands.perception.shape[-1]
-    inputs = 0 if operands.inputs is None else operands.inputs.shape[-1]
-    hidden = [weight.shape[-1] for weight, _ in operands.layers[:-1]]
-    block_p = block(taps.shape[-1]) if dense else values["block_c"]
+    dense, filters, hidden = operands.dense, operands.filters, operands.hidden_widths
+    given, inputs = operands.given_size, operands.input_size
+    block_p = block(operands.perception_size) if dense else values["block_c"]
     block_h = min(launch.block_h, block(max(hidden, default=1)))
     block_s = min(64, block(max(given, inputs, 1)))
     widths = [-(-h // block_h) * block_h for h in hidden] + [values["block_c"]]
@@ -201,23 +191,16 @@ def _layer_constants(
         "padded_widths": tuple(widths),
         "source_sizes": (given, inputs),
         "padded_sources": tuple(sources),
-        "inputs_per_cell": operands.inputs is None or operands.inputs.ndim == operands.state.ndim,
+        "inputs_per_cell": operands.inputs is None or operands.inputs_per_cell,
         "taps_at": 0,
-        "perception_bias": operands.perception_bias is not None,
+        "perception_bias": operands.weights.perception_bias is not None,
         "perception_bias_at": perception_bias_at,
         "weight_at": tuple(weight_at),
         "source_at": source_at,
         "bias_at": tuple(bias_at),
         "weights": at,
-        "own_weights": int(weight_groups(operands) > 1),
+        "own_weights": int(operands.weight_groups > 1),
     }
-
-
-def weight_groups(operands: Operands) -> int:
-    """How many sets of weights there are: one, or one a group."""
-    arrays: Sequence[Any] = [operands.taps, operands.perception_bias]
-    arrays = [*arrays, *(a for layer in operands.layers for a in layer)]
-    return max(a.shape[0] for a in arrays if a is not None)
 
 
 def _gradient_constants(wanted: Operands | None) -> dict[str, Any]:
@@ -226,11 +209,10 @@ def _gradient_constants(wanted: Operands | None) -> dict[str, Any]:
             "weight_grad": False, "taps_grad": False, "perception_bias_grad": False,
             "state_grad": False, "source_grad": (False, False),
         }  # fmt: skip
-    weights = [wanted.taps, wanted.perception_bias, *(w for layer in wanted.layers for w in layer)]
     return {
-        "weight_grad": any(w is True for w in weights),
-        "taps_grad": wanted.taps is True,
-        "perception_bias_grad": wanted.perception_bias is True,
+        "weight_grad": any(jax.tree.leaves(wanted.weights)),
+        "taps_grad": wanted.weights.taps is True,
+        "perception_bias_grad": wanted.weights.perception_bias is True,
         "state_grad": wanted.state is True,
         "source_grad": (wanted.perception is True, wanted.inputs is True),
     }

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from nca_kernels.rule import Operands
+from nca_kernels.call import Operands, StepCall
 from nca_kernels.tiled.configuration import Engine, step_launch
 from nca_kernels.tiled.device import is_hopper
 from nca_kernels.tiled.geometry import step_constants
@@ -23,12 +23,12 @@ from nca_kernels.tuning import Launch
 Shape = jax.ShapeDtypeStruct
 
 
-def forward(engine: Engine, call: Any, platform: str, operands: Operands) -> list[Array]:
+def forward(engine: Engine, call: StepCall, platform: str, operands: Operands) -> list[Array]:
     """``[new state [G, B, *S, C]]``, and with alive masking the mask ``[G, B, *S]``."""
     launch, kernels = engine.launch, engine.step_kernels()
     how = step_launch(engine, "step_forward", call, platform, operands)
     g = _constants(engine, call, platform, operands, how)
-    groups = operands.state.shape[0]
+    groups = operands.groups
     state, fire, given, inputs = _flat_operands(operands)
     alive = g["alive"]
     new, plane, mask, _ = launch(
@@ -61,7 +61,7 @@ def forward(engine: Engine, call: Any, platform: str, operands: Operands) -> lis
 
 def backward(
     engine: Engine,
-    call: Any,
+    call: StepCall,
     platform: str,
     operands: Operands,
     saved: Sequence[Array],
@@ -73,7 +73,7 @@ def backward(
     wanted = jax.tree.unflatten(jax.tree.structure(operands), wrt)
     how = step_launch(engine, "step_backward", call, platform, operands)
     g = _constants(engine, call, platform, operands, how, wanted)
-    groups = operands.state.shape[0]
+    groups = operands.groups
     state, fire, given, inputs = _flat_operands(operands)
     alive = saved[0].reshape(groups, -1) if saved else jnp.zeros((groups, 1), jnp.bool_)
 
@@ -112,7 +112,7 @@ def backward(
             how,
             aliases={2: 0},
         )
-    grads = Operands(d_state, operands.fire, d_given, d_inputs, None, None, ())
+    grads = Operands(d_state, operands.fire, d_given, d_inputs, operands.weights)
     if g["weight_grad"]:
         (total,) = launch(
             kernels.add_programs,
@@ -122,15 +122,13 @@ def backward(
             g,
             how,
         )
-        grads = Operands(*grads[:4], *unpack(total, operands, g))
-    else:
-        grads = Operands(*grads[:4], *operands[4:])
+        grads = grads._replace(weights=unpack(total, operands, g))
     return _wanted_gradients(grads, operands, wanted)
 
 
 def _constants(
     engine: Engine,
-    call: Any,
+    call: StepCall,
     platform: str,
     operands: Operands,
     how: Launch,
@@ -143,7 +141,7 @@ def _constants(
 
 def _flat_operands(operands: Operands) -> tuple[Array, Array, Array, Array]:
     """State, fire, given perception and inputs, each ``[G, -1]``; one number for what is absent."""
-    groups = operands.state.shape[0]
+    groups = operands.groups
     nothing = jnp.zeros((groups, 1), jnp.float32)
     arrays = (operands.state, operands.fire, operands.perception, operands.inputs)
     flat = [nothing if a is None else a.reshape(a.shape[0], -1) for a in arrays]
@@ -152,19 +150,17 @@ def _flat_operands(operands: Operands) -> tuple[Array, Array, Array, Array]:
 
 def _wanted_gradients(grads: Operands, operands: Operands, wanted: Operands) -> list[Array]:
     """In the shapes and dtypes of the operands, those that were asked for."""
-    groups, inputs = operands.state.shape[0], operands.inputs
+    groups, inputs = operands.groups, operands.inputs
     if wanted.inputs is True:
         d_inputs = grads.inputs.reshape(groups, operands.state.shape[1], -1, inputs.shape[-1])
-        if inputs.ndim < operands.state.ndim:  # per sample: the sum over its cells
+        if not operands.inputs_per_cell:  # per sample: the sum over its cells
             d_inputs = jnp.sum(d_inputs, axis=2)
         grads = grads._replace(inputs=d_inputs)
-    out = []
-    for name in Operands._fields:
-        leaves = zip(
-            jax.tree.leaves(getattr(grads, name) if getattr(operands, name) is not None else None),
-            jax.tree.leaves(getattr(operands, name)),
-            jax.tree.leaves(getattr(wanted, name)),
-            strict=True,
-        )
-        out += [d.reshape(groups, *a.shape[1:]).astype(a.dtype) for d, a, w in leaves if w]
-    return out
+    if operands.perception is None:
+        grads = grads._replace(perception=None)
+    if operands.inputs is None:
+        grads = grads._replace(inputs=None)
+    leaves = zip(
+        jax.tree.leaves(grads), jax.tree.leaves(operands), jax.tree.leaves(wanted), strict=True
+    )
+    return [d.reshape(groups, *a.shape[1:]).astype(a.dtype) for d, a, w in leaves if w]

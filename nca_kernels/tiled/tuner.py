@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nca_kernels.rule import AttentionOperands, Operands
+from nca_kernels.call import AttentionOperands, Operands
 from nca_kernels.tuning import FIELDS, Launch, candidates, user_folder, winner_of, write_winner
 
 ROUNDS = 20
@@ -105,7 +105,7 @@ def _runner(
     cotangent, *saved = map(like, call.outputs(avals))
     floating = jax.tree.map(lambda a: jnp.issubdtype(a.dtype, jnp.floating), own)
     if getattr(call, "constant_taps", None):
-        floating = floating._replace(taps=False)
+        floating = floating._replace(weights=floating.weights._replace(taps=False))
     wrt = tuple(jax.tree.leaves(floating))
 
     def prepare(how: Launch) -> Callable[[], Any]:

@@ -15,24 +15,23 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from nca_kernels.rule import Operands
-from nca_kernels.tiled.geometry import weight_groups
+from nca_kernels.call import Operands, Weights
 
 Sizes = dict[str, Any]  # of nca_kernels.tiled.geometry.step_constants
-Weights = tuple[Array | None, Array | None, tuple]  # taps, perception bias, layers
 MANTISSA = {"tf32": 10, "bfloat16": 7}  # bits that operands of products keep
 
 
 def pack(operands: Operands, g: Sizes) -> Array:
     """``[G or 1, weights]``."""
-    groups = weight_groups(operands)
+    groups = operands.weight_groups
     taps, perception_bias, layers = jax.tree.map(
-        lambda w: jnp.broadcast_to(w, (groups, *w.shape[1:])).astype(jnp.float32), operands[4:]
+        lambda w: jnp.broadcast_to(w, (groups, *w.shape[1:])).astype(jnp.float32),
+        operands.weights,
     )
     if g["precision"] == "tf32":  # to the nearest: products would cut off what they have more
         taps = _rounded(taps, g) if g["dense"] else taps
         layers = tuple((_rounded(weight, g), bias) for weight, bias in layers)
-    packed = _pack((taps, perception_bias, layers), g)
+    packed = _pack(Weights(taps, perception_bias, layers), g)
     if not g["ones"] or layers[0][1] is None or g["precision"] not in MANTISSA:
         return packed
     bias, at = _pad(layers[0][1], -1, g["padded_widths"][0]), g["bias_at"][0]
@@ -50,13 +49,13 @@ def unpack(packed: Array, operands: Operands, g: Sizes) -> Weights:
     """Gradients ``[G, weights]`` as those of the operands: the transpose of :func:`pack`."""
     groups = packed.shape[0]
     shapes = jax.tree.map(
-        lambda w: jax.ShapeDtypeStruct((groups, *w.shape[1:]), jnp.float32), operands[4:]
+        lambda w: jax.ShapeDtypeStruct((groups, *w.shape[1:]), jnp.float32), operands.weights
     )
     (grads,) = jax.linear_transpose(lambda weights: _pack(weights, g), shapes)(packed)
-    return jax.tree.map(lambda d, w: d.astype(w.dtype), grads, operands[4:])
+    return jax.tree.map(lambda d, w: d.astype(w.dtype), grads, operands.weights)
 
 
-def _pack(weights: Any, g: Sizes) -> Array:
+def _pack(weights: Weights, g: Sizes) -> Array:
     taps, perception_bias, layers = weights
     groups = layers[0][0].shape[0]
     sections = []

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-CORE = {"nca_kernels.rule", "nca_kernels.perception", "nca_kernels.fire_mask"}
+CORE = {f"nca_kernels.{name}" for name in ("rule", "perception", "fire_mask", "call")}
 # What backends that work tile by tile share.
 TILED = {
     f"nca_kernels.tiled.{path.stem}"
@@ -79,7 +79,9 @@ def test_dispatch_never_names_a_backend(name):
 def test_rollouts_see_only_step(name):
     path = ROOT / f"nca_kernels/ops/{name}.py"
     if path.exists():
-        assert ours(path) <= CORE | {"nca_kernels.ops.step", "nca_kernels.ops.rollout"}
+        assert ours(path) <= CORE | {
+            "nca_kernels.checks", "nca_kernels.ops.step", "nca_kernels.ops.rollout"
+        }  # fmt: skip
 
 
 def test_ops_do_not_import_backends():

@@ -5,7 +5,7 @@ import pytest
 
 import nca_kernels as nk
 from nca_kernels import dispatch
-from nca_kernels.backends import xla
+from nca_kernels.backends import COMMON, xla
 from nca_kernels.testing import CONFORMANCE, TRANSFORMATION_CHECKS
 from nca_kernels.testing.conformance import (
     check_fate_hangs_on_dead_neighbours,
@@ -23,6 +23,7 @@ dispatch.register(
             for kernel in getattr(xla, op)
         ),
         markers={"step": dispatch.markers("xla", "step")},
+        covers=COMMON,
     )
 )
 KERNELS = ("xla", "xla_all_at_once")  # the reference is checked in test_reference.py

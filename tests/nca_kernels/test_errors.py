@@ -284,14 +284,14 @@ def test_a_named_backend_never_falls_back(monkeypatch):
     wanting = {
         "elsewhere": dispatch.Backend("elsewhere", "", None, platforms=("tpu",)),
         "missing": dispatch.Backend("missing", "", None, missing=lambda: "no tool; install it"),
-        "unable": dispatch.Backend("unable", "", None, unsupported=lambda call, avals: "no alive"),
+        "unable": dispatch.Backend("unable", "", None, covers=dispatch.Covers({"alive": (None,)})),
     }
     for backend in wanting.values():
         monkeypatch.setitem(dispatch._registry, backend.name, backend)
     words = {
         "elsewhere": "runs on tpu, and this is cpu",
         "missing": "install it",
-        "unable": "no alive",
+        "unable": "does Rule.alive None only, got 'Alive'",
     }
     for name, reason in words.items():
         with pytest.raises(nk.BackendUnavailable, match=reason):

@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="Triton is not installed (it is for Linux o
 
 import nca_kernels as nk
 from nca_kernels import dispatch
+from nca_kernels.backends import COMMON
 from nca_kernels.backends.triton.engine import ENGINE
 from nca_kernels.backends.triton.launch import missing
 from nca_kernels.rule import ACTIVATIONS
@@ -83,7 +84,7 @@ def _engine():
 
 def _register(name, summary, engine):
     both = (partial(forward, engine), partial(backward, engine))
-    dispatch.register(dispatch.Backend(name, summary, lambda op: both))
+    dispatch.register(dispatch.Backend(name, summary, lambda op: both, covers=COMMON))
 
 
 @pytest.mark.parametrize("name", ["dense", "three_hidden", "inputs_per_cell", "plane_batch_1"])

@@ -13,7 +13,8 @@ import pytest
 
 import nca_kernels as nk
 from nca_kernels import dispatch, tuning
-from nca_kernels.rule import Operands
+from nca_kernels.backends import COMMON
+from nca_kernels.call import Operands, Weights
 from nca_kernels.testing import ATTENTION, CONFORMANCE
 from nca_kernels.testing.attention_conformance import attention as attend
 from nca_kernels.tiled import attention, step, tuner
@@ -77,7 +78,7 @@ def register():
         module = attention if op == "neighborhood_attention" else step
         return partial(module.forward, ENGINE), partial(module.backward, ENGINE)
 
-    dispatch.register(dispatch.Backend("sleeping", "for tests", load))
+    dispatch.register(dispatch.Backend("sleeping", "for tests", load, covers=COMMON))
 
 
 def gradient_of_step(case=CASE):
@@ -224,5 +225,5 @@ CALL = SimpleNamespace(num_spatial_dims=2)
 
 def operands_of(case):
     params, state, _, _ = case.arguments()
-    weights = jax.tree.map(lambda w: w[None], (params.perception, None, params.layers))
-    return Operands(state[None], None, None, None, *weights)
+    weights = Weights(params.perception, None, params.layers)
+    return Operands(state[None], None, None, None, jax.tree.map(lambda w: w[None], weights))

@@ -11,20 +11,10 @@ import numpy as np
 from jax import Array
 
 from nca_kernels.backends.cpu import library
-from nca_kernels.rule import AttentionOperands
-
-DTYPES = ("float32", "bfloat16")
+from nca_kernels.call import AttentionCall, AttentionOperands
 
 
-def unsupported(call: Any, avals: Sequence[Any]) -> str | None:
-    """Why a call cannot run, or None."""
-    dtype = avals[0].dtype
-    if dtype.name not in DTYPES:
-        return f"q, k and v are {' or '.join(DTYPES)} there, and these are {dtype}: cast them"
-    return None
-
-
-def forward(call: Any, platform: str, operands: AttentionOperands) -> list[Array]:
+def forward(call: AttentionCall, platform: str, operands: AttentionOperands) -> list[Array]:
     """``[out [G, B, *S, heads, d], log-sum-exp [G, B, *S, heads]]``."""
     library.load()
     query = operands.query
@@ -37,7 +27,7 @@ def forward(call: Any, platform: str, operands: AttentionOperands) -> list[Array
 
 
 def backward(
-    call: Any,
+    call: AttentionCall,
     platform: str,
     operands: AttentionOperands,
     saved: Sequence[Array],
@@ -54,7 +44,7 @@ def backward(
     return [grad for grad, wanted in zip(grads, wrt, strict=True) if wanted]
 
 
-def _attributes(call: Any, query: Array) -> dict[str, Any]:
+def _attributes(call: AttentionCall, query: Array) -> dict[str, Any]:
     groups, batch, *grid, heads, head_size = query.shape
     missing = 3 - len(grid)  # a plane has depth 1, a line is a row along x
     sizes, radii = [1] * missing + grid, [0] * missing + [call.radius] * len(grid)
@@ -64,6 +54,5 @@ def _attributes(call: Any, query: Array) -> dict[str, Any]:
         "samples": groups * batch,
         "heads": heads,
         "head_size": head_size,
-        "circular": call.padding == "circular",
     }
-    return {name: np.int64(value) for name, value in integers.items()}
+    return {"padding": call.padding} | {name: np.int64(n) for name, n in integers.items()}

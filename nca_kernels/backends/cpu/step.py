@@ -15,24 +15,11 @@ import numpy as np
 from jax import Array
 
 from nca_kernels.backends.cpu import library
+from nca_kernels.call import Operands, StepCall
 from nca_kernels.fire_mask import threshold
-from nca_kernels.rule import ACTIVATIONS, PADDINGS, Operands
-
-PERCEPTIONS = ("depthwise", "dense", "given")
-FIRES = ("all", "key", "mask")
-PRECISIONS = {"default": 0, "float32": 0, "tensorfloat32": 1, "bfloat16": 2}
-STATES = ("float32", "bfloat16")
 
 
-def unsupported(call: Any, avals: Sequence[Any]) -> str | None:
-    """Why a call cannot run, or None."""
-    dtype = avals[0].dtype
-    if dtype.name not in STATES:
-        return f"states are {' or '.join(STATES)} there, and this one is {dtype}: cast it"
-    return None
-
-
-def forward(call: Any, platform: str, operands: Operands) -> list[Array]:
+def forward(call: StepCall, platform: str, operands: Operands) -> list[Array]:
     """``[new state [G, B, *S, C]]``, and with alive masking the mask ``[G, B, *S]``."""
     library.load()
     state = operands.state
@@ -44,7 +31,7 @@ def forward(call: Any, platform: str, operands: Operands) -> list[Array]:
 
 
 def backward(
-    call: Any,
+    call: StepCall,
     platform: str,
     operands: Operands,
     saved: Sequence[Array],
@@ -64,9 +51,13 @@ def backward(
     pairs = [
         (operands.perception, wanted.perception),
         (operands.inputs, wanted.inputs),
-        (operands.taps, wanted.taps),
-        (operands.perception_bias, wanted.perception_bias),
-        *((a, w) for layer in zip(operands.layers, wanted.layers) for a, w in zip(*layer)),
+        (operands.weights.taps, wanted.weights.taps),
+        (operands.weights.perception_bias, wanted.weights.perception_bias),
+        *(
+            pair
+            for layers in zip(operands.weights.layers, wanted.weights.layers, strict=True)
+            for pair in zip(*layers, strict=True)
+        ),
     ]
     results = [result(operands.state, wanted.state, operands.state.dtype)]
     results += [result(operand, flag) for operand, flag in pairs]
@@ -83,41 +74,40 @@ def _arrays(operands: Operands) -> list[Array]:
     def float32(array: Any) -> Array:
         return nothing if array is None else array.astype(jnp.float32)
 
-    rest = (operands.perception, operands.inputs, operands.taps, operands.perception_bias)
-    weights = [array for layer in operands.layers for array in layer]
+    taps, perception_bias, layers = operands.weights
+    rest = (operands.perception, operands.inputs, taps, perception_bias, *sum(layers, ()))
     fire = nothing if operands.fire is None else operands.fire
-    return [operands.state, fire, *map(float32, (*rest, *weights))]
+    return [operands.state, fire, *map(float32, rest)]
 
 
-def _attributes(call: Any, operands: Operands) -> dict[str, Any]:
-    rule, state, taps, inputs = call.rule, operands.state, operands.taps, operands.inputs
-    groups, batch, *grid, channels = state.shape
-    fire = "all" if operands.fire is None else "mask" if operands.fire.dtype == jnp.bool_ else "key"
-    perception = "given" if taps is None else "depthwise" if taps.shape[-2] == 1 else "dense"
-    kernel = () if taps is None else taps.shape[1:-2]
-    alive = rule.alive
+def _attributes(call: StepCall, operands: Operands) -> dict[str, Any]:
+    rule, alive = call.rule, call.rule.alive
+    perception = "dense" if operands.dense else "depthwise" if operands.filters else "given"
+    names = {
+        "padding": rule.padding,
+        "perception": perception,
+        "precision": "float32" if rule.precision == "default" else rule.precision,
+        "activation": rule.activation,
+        "perception_activation": rule.perception_activation,
+        "fire": operands.fire_source,
+    }
     integers = {
-        **dict(zip(("depth", "height", "width"), _three_axes(grid), strict=True)),
-        **dict(zip(("kernel_z", "kernel_y", "kernel_x"), _three_axes(kernel), strict=True)),
-        "groups": groups,
-        "batch": batch,
-        "channels": channels,
-        "padding": PADDINGS.index(rule.padding),
-        "perception": PERCEPTIONS.index(perception),
-        "perceived": (operands.perception if taps is None else taps).shape[-1],
-        "inputs": 0 if inputs is None else inputs.shape[-1],
-        "inputs_per_cell": inputs is not None and inputs.ndim == state.ndim,
-        "precision": PRECISIONS[rule.precision],
-        "activation": list(ACTIVATIONS).index(rule.activation),
-        "perception_activation": list(ACTIVATIONS).index(rule.perception_activation),
-        "fire": FIRES.index(fire),
+        **dict(zip(("depth", "height", "width"), _three_axes(operands.grid), strict=True)),
+        **dict(zip(("kernel_z", "kernel_y", "kernel_x"), _three_axes(operands.kernel))),
+        "groups": operands.groups,
+        "batch": operands.samples,
+        "channels": operands.channels,
+        "perceived": operands.perception_size,
+        "inputs": operands.input_size,
+        "inputs_per_cell": operands.inputs_per_cell,
         "fire_threshold": threshold(rule.fire_rate),
         "alive": alive is not None,
-        "alive_channel": 0 if alive is None else alive.channel % channels,
-        "layers": len(operands.layers),
+        "alive_channel": 0 if alive is None else alive.channel % operands.channels,
+        "layers": len(operands.weights.layers),
     }
     reals = {"step_size": rule.step_size, "alive_threshold": alive.threshold if alive else 0.0}
     return {
+        **names,
         **{name: np.int64(value) for name, value in integers.items()},
         **{name: np.float32(value) for name, value in reals.items()},
     }

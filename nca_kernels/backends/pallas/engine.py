@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-import jax
-
 from nca_kernels.backends.pallas.launch import launch
 from nca_kernels.tiled import device
 from nca_kernels.tiled.attention import attention_constants
-from nca_kernels.tiled.configuration import Engine, heuristic, unsupported_by_tiles
+from nca_kernels.tiled.configuration import Engine, heuristic, too_wide_for_tiles
 from nca_kernels.tiled.geometry import step_constants
 from nca_kernels.tuning import Launch
 
@@ -26,14 +24,14 @@ ENGINE = Engine(
 MOST_GROUPS = 65535  # on the second axis of a launch
 
 
-def unsupported(call: Any, avals: Sequence[Any]) -> str | None:
+def too_wide(call: Any, avals: Sequence[Any]) -> str | None:
     """Why these kernels cannot run a call, or None."""
-    return unsupported_by_tiles(call, avals) or _too_large(call, avals)
+    return too_wide_for_tiles(call, avals) or _too_large(call, avals)
 
 
 def _too_large(call: Any, avals: Sequence[Any]) -> str | None:
     """Too many groups, or positions beyond int32: without x64, JAX has no wider integers."""
-    operands = jax.tree.unflatten(call.treedef, avals[: call.treedef.num_leaves])
+    operands = call.operands(avals)
     groups = avals[0].shape[0]
     if call.op != "neighborhood_attention" and groups > MOST_GROUPS:
         return f"it takes up to {MOST_GROUPS} members of a vmap, got {groups}"

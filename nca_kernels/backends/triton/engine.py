@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from nca_kernels.backends.triton.launch import launch
-from nca_kernels.tiled.configuration import Engine, product_precision, unsupported_by_tiles
+from nca_kernels.tiled.configuration import Engine, product_precision, too_wide_for_tiles
 from nca_kernels.tiled.device import capability, has_tf32
 
 
@@ -23,4 +23,4 @@ ENGINE = Engine(
     precision=_precision,
     capability=capability,
 )
-unsupported = unsupported_by_tiles
+too_wide = too_wide_for_tiles

@@ -26,10 +26,11 @@ import numpy as np
 from jax import Array, lax
 
 from nca_kernels.backends.xla import stencil
-from nca_kernels.rule import AttentionOperands, compute_dtype
+from nca_kernels.call import AttentionCall, AttentionOperands
+from nca_kernels.rule import compute_dtype
 
 
-def forward(call: Any, platform: str, operands: AttentionOperands) -> list[Array]:
+def forward(call: AttentionCall, platform: str, operands: AttentionOperands) -> list[Array]:
     """``[out [G, B, *S, heads, d], log-sum-exp [G, B, *S, heads]]``."""
     groups = operands.query.shape[:2]
     window = Window(call.radius, call.padding, operands.query.shape[2:-2])
@@ -38,7 +39,7 @@ def forward(call: Any, platform: str, operands: AttentionOperands) -> list[Array
 
 
 def backward(
-    call: Any,
+    call: AttentionCall,
     platform: str,
     operands: AttentionOperands,
     saved: Sequence[Array],

@@ -15,29 +15,32 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from nca_kernels.backends.xla import active_rows, stencil
+from nca_kernels.call import Operands, StepCall, Weights
 from nca_kernels.fire_mask import fires
-from nca_kernels.rule import Operands, Rule, compute_dtype
+from nca_kernels.rule import Rule, compute_dtype
 
 
-def forward(call: Any, platform: str, operands: Operands) -> list[Array]:
+def forward(call: StepCall, platform: str, operands: Operands) -> list[Array]:
     """``[new state [G, B, *S, C]]``, and with alive masking the mask ``[G, B, *S]``."""
     one = partial(nca_xla_forward, rule=call.rule, platform=platform)
     operands = _draw_mask(call.rule, operands)
-    groups = operands.state.shape[0]
-    weights = operands[4:]
-    if any(w.shape[0] > 1 for w in jax.tree.leaves(weights)):
+    groups = operands.groups
+    if operands.weight_groups > 1:
         return _map_groups(one, (operands,), platform)
     # With one set of weights, groups are just more samples.
     if operands.fire is not None:
         mask = jnp.broadcast_to(operands.fire, operands.state.shape[:-1])
         operands = operands._replace(fire=mask)
-    folded = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), operands[:4])
-    outs = one(Operands(*folded, *jax.tree.map(lambda w: w[0], weights)))
+    weights = jax.tree.map(lambda w: w[0], operands.weights)
+    state, fire, perception, inputs = jax.tree.map(
+        lambda x: x.reshape(-1, *x.shape[2:]), operands[:-1]
+    )
+    outs = one(Operands(state, fire, perception, inputs, weights))
     return [o.reshape(groups, -1, *o.shape[1:]) for o in outs]
 
 
 def backward(
-    call: Any,
+    call: StepCall,
     platform: str,
     operands: Operands,
     saved: Sequence[Array],
@@ -65,7 +68,7 @@ def nca_xla_forward(operands: Operands, *, rule: Rule, platform: str) -> list[Ar
         own = _filter_major(operands, dtype)
         update = active_rows.map_active(
             rule,
-            own.layers,
+            own.weights.layers,
             _rows(rule, own),
             None if needed is None else needed.reshape(-1),
             _perception_size(own),
@@ -102,15 +105,15 @@ def nca_xla_backward(
     def some() -> Operands:
         d_rows, d_layers = active_rows.map_active_backward(
             rule,
-            operands.layers,
+            operands.weights.layers,
             _rows(rule, operands),
             rule.step_size * d_new.reshape(-1, d_new.shape[-1]),
             None if active is None else active.reshape(-1),
             _perception_size(operands),
             platform,
         )
-        grads = _rows_backward(rule, operands, d_rows, d_new, asked.taps is True)
-        return grads._replace(layers=tuple(d_layers))
+        grads = _rows_backward(rule, operands, d_rows, d_new, asked.weights.taps is True)
+        return grads._replace(weights=grads.weights._replace(layers=tuple(d_layers)))
 
     def none() -> Operands:
         shapes = jax.eval_shape(some)
@@ -125,14 +128,13 @@ def nca_xla_backward(
 def _rows(rule: Rule, operands: Operands) -> Array:
     """What the MLP sees of every cell, ``[N, P + I]``: perception without activation, inputs."""
     state, dtype = operands.state, compute_dtype(operands.state.dtype)
-    if operands.taps is None:
+    taps, perception_bias, _ = operands.weights
+    if taps is None:
         perception = operands.perception.astype(dtype)
     else:
-        perception = stencil.perceive(
-            state.astype(dtype), operands.taps, rule.padding, rule.precision
-        )
-        if operands.perception_bias is not None:
-            perception += operands.perception_bias.reshape((1,) * (state.ndim - 1) + (-1,))
+        perception = stencil.perceive(state.astype(dtype), taps, rule.padding, rule.precision)
+        if perception_bias is not None:
+            perception += perception_bias.reshape((1,) * (state.ndim - 1) + (-1,))
     rows = perception.reshape(-1, perception.shape[-1])
     if operands.inputs is None:
         return rows
@@ -155,17 +157,18 @@ def _rows_backward(
         d_inputs = d_rows[:, size:].reshape(*grid, -1)
         if operands.inputs.ndim < d_new.ndim:
             d_inputs = jnp.sum(d_inputs, axis=tuple(range(1, d_new.ndim - 1)))
-    grads = Operands(d_new, None, d_perception, d_inputs, None, None, ())
-    if operands.taps is None:
+    grads = Operands(d_new, None, d_perception, d_inputs, Weights(None, None, ()))
+    taps, bias, _ = operands.weights
+    if taps is None:
         return grads
-    state, taps = operands.state.astype(d_new.dtype), operands.taps
+    state = operands.state.astype(d_new.dtype)
     where = (d_perception, state, taps, rule.padding, rule.precision)
-    bias = operands.perception_bias
+    d_taps = stencil.taps_gradient(*where) if taps_wanted else jnp.zeros_like(taps)
+    d_bias = None if bias is None else jnp.sum(d_perception, range(len(grid)))
     return grads._replace(
         state=d_new + stencil.perceive_transpose(*where),
         perception=None,
-        taps=stencil.taps_gradient(*where) if taps_wanted else jnp.zeros_like(taps),
-        perception_bias=None if bias is None else jnp.sum(d_perception, range(len(grid))),
+        weights=Weights(d_taps, d_bias, ()),
     )
 
 
@@ -190,7 +193,8 @@ def _clear_dead(rule: Rule, state: Array, alive: Array | None) -> list[Array]:
 
 def _perception_size(operands: Operands) -> int:
     """Columns of the rows that take the perception's activation: none if it is given."""
-    return 0 if operands.taps is None else operands.taps.shape[-1]
+    taps = operands.weights.taps
+    return 0 if taps is None else taps.shape[-1]
 
 
 def _is_alive(rule: Rule, state: Array) -> Array:
@@ -241,8 +245,8 @@ def _map_groups(fun: Callable, args: Any, platform: str) -> Any:
 
 def _filter_major(operands: Operands, dtype: Any) -> Operands:
     """Weights in ``dtype``, those of a depthwise perception from ``c*F + f`` to ``f*C + c``."""
-    weights = jax.tree.map(lambda w: w.astype(dtype), operands[4:])
-    operands = Operands(*operands[:4], *weights)
+    weights = jax.tree.map(lambda w: w.astype(dtype), operands.weights)
+    operands = operands._replace(weights=weights)
     return _reorder(operands, operands, lambda channels, filters: (channels, filters))
 
 
@@ -253,7 +257,7 @@ def _channel_major(grads: Operands, operands: Operands) -> Operands:
 
 def _reorder(values: Operands, operands: Operands, split: Callable) -> Operands:
     """Transposes the perception axis of taps, bias and first layer, seen as ``split(C, F)``."""
-    taps, channels = operands.taps, operands.state.shape[-1]
+    taps, channels = operands.weights.taps, operands.state.shape[-1]
     if taps is None or taps.shape[-2] != 1:
         return values
     size = taps.shape[-1]
@@ -264,11 +268,8 @@ def _reorder(values: Operands, operands: Operands, split: Callable) -> Operands:
         unflat = array.reshape(*array.shape[:axis], *shape, *array.shape[axis + 1 :])
         return jnp.swapaxes(unflat, axis, axis + 1).reshape(array.shape)
 
-    (weight, first_bias), *rest = values.layers
+    taps, bias, ((weight, first_bias), *rest) = values.weights
     weight = jnp.concatenate([swap(weight[:size], 0), weight[size:]])
-    bias = values.perception_bias
-    return values._replace(
-        taps=swap(values.taps, -1),
-        perception_bias=None if bias is None else swap(bias, -1),
-        layers=((weight, first_bias), *rest),
-    )
+    bias = None if bias is None else swap(bias, -1)
+    layers = ((weight, first_bias), *rest)
+    return values._replace(weights=Weights(swap(taps, -1), bias, layers))

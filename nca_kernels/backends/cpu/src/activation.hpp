@@ -30,14 +30,16 @@ NCA_INLINE Both activate(Activation kind, Vec x) {
       const Vec inner = 0.7978845608028654f * (1.0f + 3 * 0.044715f * square);
       return {0.5f * x * (1.0f + t), 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * inner};
     }
-    default:
-      return {x, splat(1.0f)};
+    case Activation::identity:
+      break;
   }
+  return {x, splat(1.0f)};
 }
 
 // values [rows, columns of stride] in place; slopes, if wanted, into an array of the same form.
 template <Activation kind>
 void activate_rows(Index rows, Index columns, Index stride, float* values, float* slopes) {
+  if constexpr (kind == Activation::identity) return;  // nobody asks for its slopes
   for (Index r = 0; r < rows; ++r)
     for (Index c = 0; c < columns; c += kLanes) {
       const Both both = activate(kind, load(values + r * stride + c));
@@ -49,17 +51,11 @@ void activate_rows(Index rows, Index columns, Index stride, float* values, float
 inline void activate_rows(Activation kind, Index rows, Index columns, Index stride, float* values,
                           float* slopes) {
   switch (kind) {
-#define NCA_CASE(name)                                                                      \
-  case Activation::name:                                                                    \
+#define NCA_CASE(name)     \
+  case Activation::name:   \
     return activate_rows<Activation::name>(rows, columns, stride, values, slopes);
-    NCA_CASE(relu)
-    NCA_CASE(gelu)
-    NCA_CASE(silu)
-    NCA_CASE(tanh)
-    NCA_CASE(leaky_relu)
+    NCA_ACTIVATIONS(NCA_CASE)
 #undef NCA_CASE
-    case Activation::identity:
-      return;
   }
 }
 

@@ -24,9 +24,10 @@ NCA_INLINE Index at_border(Index p, Index size, Padding padding) {
       const Index there = (p % period + period) % period, back = (-p % period + period) % period;
       return std::min(there, back);
     }
-    default:
-      return -1;
+    case Padding::zeros:
+      break;
   }
+  return -1;
 }
 
 struct Tiles {

@@ -193,6 +193,10 @@ class Call {
 
   Index integer(const char* name) const { return attribute<std::int64_t>(name); }
   float real(const char* name) const { return attribute<float>(name); }
+  template <class Enum>
+  void name(const char* attribute_name, Enum& value) const {
+    read_name(attribute<std::string_view>(attribute_name), value);
+  }
 
   ffi::AnyBuffer next_argument() { return take(args_.get<ffi::AnyBuffer>(argument_++)); }
   ffi::AnyBuffer next_result() { return *take(rets_.get<ffi::AnyBuffer>(result_++)); }
@@ -235,15 +239,15 @@ void read_grid(const Call& call, Index (&size)[3], Index& cells) {
   for (int axis = 0; axis < 3; ++axis) cells *= size[axis] = call.integer(names[axis]);
 }
 
-// Operands in the order of nca_kernels.rule.Operands; see step.py beside this folder.
+// Operands in the order of nca_kernels.call.Operands; see step.py beside this folder.
 Step read_step(Call& call, std::vector<Layer>& layers) {
   Step step{};
   read_grid(call, step.size, step.cells);
   step.groups = call.integer("groups");
   step.batch = call.integer("batch");
   step.channels = call.integer("channels");
-  step.padding = static_cast<Padding>(call.integer("padding"));
-  step.perception = static_cast<Perception>(call.integer("perception"));
+  call.name("padding", step.padding);
+  call.name("perception", step.perception);
   const char* kernels[] = {"kernel_z", "kernel_y", "kernel_x"};
   for (int axis = 0; axis < 3; ++axis) {
     step.kernel[axis] = call.integer(kernels[axis]);
@@ -252,11 +256,11 @@ Step read_step(Call& call, std::vector<Layer>& layers) {
   step.perceived = call.integer("perceived");
   step.inputs = call.integer("inputs");
   step.inputs_per_cell = call.integer("inputs_per_cell");
-  step.precision = static_cast<Precision>(call.integer("precision"));
-  step.activation = static_cast<Activation>(call.integer("activation"));
-  step.perception_activation = static_cast<Activation>(call.integer("perception_activation"));
+  call.name("precision", step.precision);
+  call.name("activation", step.activation);
+  call.name("perception_activation", step.perception_activation);
   step.step_size = call.real("step_size");
-  step.fire = static_cast<Fire>(call.integer("fire"));
+  call.name("fire", step.fire);
   step.fire_threshold = static_cast<std::uint32_t>(call.integer("fire_threshold"));
   step.alive = call.integer("alive");
   step.alive_channel = call.integer("alive_channel");
@@ -284,7 +288,7 @@ Step read_step(Call& call, std::vector<Layer>& layers) {
   return step;
 }
 
-// Operands in the order of nca_kernels.rule.AttentionOperands; see attention.py beside this folder.
+// Operands in the order of nca_kernels.call.AttentionOperands; see attention.py beside this folder.
 Attention read_attention(Call& call) {
   Attention attention{};
   read_grid(call, attention.size, attention.cells);
@@ -293,7 +297,9 @@ Attention read_attention(Call& call) {
   attention.samples = call.integer("samples");
   attention.heads = call.integer("heads");
   attention.head_size = call.integer("head_size");
-  attention.circular = call.integer("circular");
+  Padding padding;
+  call.name("padding", padding);
+  attention.circular = padding == Padding::circular;
   const ffi::AnyBuffer query = call.next_argument();
   attention.bfloat16 = query.element_type() == ffi::DataType::BF16;
   attention.query = query.untyped_data();

@@ -5,16 +5,41 @@
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <string_view>
 
 namespace nca {
 
 using Index = std::int64_t;
 
-enum class Activation : int { relu, gelu, silu, tanh, leaky_relu, identity };
-enum class Padding : int { zeros, circular, replicate, reflect };
-enum class Fire : int { all, key, mask };
-enum class Perception : int { depthwise, dense, given };
-enum class Precision : int { float32, tensorfloat32, bfloat16 };  // of products, at least
+// Each enum once, as a list of its names: a call says them as text, and a name that is not in the
+// list is refused. A switch over one has no default, so that the compiler misses no case.
+#define NCA_ACTIVATIONS(X) X(relu) X(gelu) X(silu) X(tanh) X(leaky_relu) X(identity)
+#define NCA_PADDINGS(X) X(zeros) X(circular) X(replicate) X(reflect)
+#define NCA_FIRES(X) X(all) X(key) X(mask)
+#define NCA_PERCEPTIONS(X) X(depthwise) X(dense) X(given)
+#define NCA_PRECISIONS(X) X(float32) X(tensorfloat32) X(bfloat16)  // of products, at least
+
+#define NCA_MEMBER(name) name,
+#define NCA_COMPARE(name) \
+  if (text == #name) return value = Enum::name, void();
+#define NCA_ENUM(type, NAMES)                                        \
+  enum class type : int { NAMES(NCA_MEMBER) };                       \
+  inline void read_name(std::string_view text, type& value) {        \
+    using Enum = type;                                               \
+    NAMES(NCA_COMPARE)                                               \
+    throw std::invalid_argument("the native kernels know no " #type  \
+                                " named " + std::string(text));      \
+  }
+NCA_ENUM(Activation, NCA_ACTIVATIONS)
+NCA_ENUM(Padding, NCA_PADDINGS)
+NCA_ENUM(Fire, NCA_FIRES)
+NCA_ENUM(Perception, NCA_PERCEPTIONS)
+NCA_ENUM(Precision, NCA_PRECISIONS)
+#undef NCA_ENUM
+#undef NCA_COMPARE
+#undef NCA_MEMBER
 
 // An operand or a gradient [groups, ...]; an operand that all groups share has stride 0.
 template <class T>

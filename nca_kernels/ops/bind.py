@@ -1,47 +1,19 @@
-"""What ``step`` and ``update`` share: one call as the primitives see it."""
+"""What ``step`` and ``update`` share: their arrays in the form of the primitives."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from nca_kernels.call import Operands, StepCall, Weights
 from nca_kernels.fire_mask import fire_operand
 from nca_kernels.perception import ConstantTaps
 from nca_kernels.primitive import differentiable_op
-from nca_kernels.rule import Operands, Rule
-
-PER_GROUP = ("state", "perception", "inputs")
-
-
-@dataclass(frozen=True)
-class StepCall:
-    """The static facts of one ``step`` or ``update``; see :class:`nca_kernels.primitive.Call`."""
-
-    op: str  # "step" or "update"
-    rule: Rule
-    num_spatial_dims: int
-    treedef: Any
-    constant_taps: ConstantTaps = None
-
-    @property
-    def shared(self) -> tuple[bool, ...]:
-        """True for the key and the weights."""
-        flags = jax.tree.unflatten(self.treedef, [True] * self.treedef.num_leaves)
-        own = {f: None if getattr(flags, f) is None else False for f in PER_GROUP}
-        return tuple(jax.tree.leaves(flags._replace(**own)))
-
-    def outputs(self, avals: Sequence[Any]) -> list[Any]:
-        state = avals[0]
-        if self.rule.alive is None:
-            return [state]
-        return [state, state.update(shape=state.shape[:-1], dtype=jnp.dtype(bool))]
-
+from nca_kernels.rule import Rule
 
 BIND = {op: differentiable_op(op) for op in ("step", "update")}
 
@@ -75,10 +47,9 @@ def bind(
     fire = fire_operand(key, rule.fire_rate, state.shape[:-1])
     if fire is not None:
         fire = grouped(fire) if fire.dtype == jnp.bool_ else fire[None]
-    weights = jax.tree.map(
-        lambda w: jnp.asarray(w)[None], (taps, perception_bias, tuple(map(tuple, layers)))
-    )
-    operands = Operands(grouped(state), fire, grouped(perception), grouped(inputs), *weights)
+    weights = Weights(taps, perception_bias, tuple(map(tuple, layers)))
+    weights = jax.tree.map(lambda w: jnp.asarray(w)[None], weights)
+    operands = Operands(grouped(state), fire, grouped(perception), grouped(inputs), weights)
     treedef = jax.tree.structure(operands)
     call = StepCall(op, rule, num_spatial_dims, treedef, constant_taps)
     return BIND[op](call, backend, operands).reshape(state.shape)
