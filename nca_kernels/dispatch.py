@@ -183,6 +183,11 @@ def markers(name: str, op: str) -> tuple[str, ...]:
     return _registry[name].markers[op]
 
 
+def covers(name: str) -> Covers:
+    """The calls that backend ``name`` does right."""
+    return _registry[name].covers
+
+
 def kernels(call: Any, avals: Sequence[Any], platform: str, name: str) -> Kernels:
     """The kernels that run ``call`` on ``platform``: those of ``name``, or the best for "auto".
 

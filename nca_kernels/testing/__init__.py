@@ -1,7 +1,14 @@
 """What tests, benchmarks and the authors of backends share: cases, comparisons, conformance."""
 
 from nca_kernels.testing.attention_conformance import ATTENTION_CHECKS
-from nca_kernels.testing.cases import ATTENTION, BENCHMARKS, CONFORMANCE, AttentionCase, Case
+from nca_kernels.testing.cases import (
+    ATTENTION,
+    BENCHMARKS,
+    CONFORMANCE,
+    AttentionCase,
+    Case,
+    covered_cases,
+)
 from nca_kernels.testing.compare import assert_close, error_ratio, tolerance
 from nca_kernels.testing.conformance import CHECKS, TRANSFORMATION_CHECKS
 from nca_kernels.testing.equivalence import check_equivalent
@@ -17,6 +24,7 @@ __all__ = [
     "Case",
     "assert_close",
     "check_equivalent",
+    "covered_cases",
     "error_ratio",
     "tolerance",
 ]

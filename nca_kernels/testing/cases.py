@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nca_kernels.dispatch import Covers, Values
 from nca_kernels.perception import taps as depthwise_taps
 from nca_kernels.rule import Alive, Rule, RuleParams
 
@@ -207,6 +209,41 @@ CONFORMANCE = (
     Case("constant_taps_volume", (9, 9, 33), _rule(), (1,), filters=("identity", "sobel")),
     Case("growing", (12, 48), filters=("identity", "sobel"), channels=16, hidden=(128,)),
 )
+
+# Of fields that take every number, some that are not the default.
+EXAMPLES: dict[str, tuple[Any, ...]] = {
+    "fire_rate": (0.3,),
+    "step_size": (0.25,),
+    "channel": (0, -1),
+    "threshold": (0.2,),
+}
+
+
+def covered_cases(covers: Covers) -> list[Case]:
+    """A small case for each value of each field that a backend says it covers.
+
+    Raises:
+        KeyError: a field takes every value, and ``EXAMPLES`` has none of it.
+    """
+    rule = _rule()
+    assert rule.alive is not None
+    rules = [(f"{name}={value}", {name: value}) for name, value in _each(covers.rule)]
+    for name, value in _each(covers.alive):
+        rules.append((f"alive_{name}={value}", {"alive": replace(rule.alive, **{name: value})}))
+    cases = [Case(name, (9, 6), replace(rule, **change)) for name, change in rules]
+    cases = [c if c.rule.precision == "float32" else c.smooth() for c in cases]
+    cases += [Case(f"{dims}d", (5, 4, 6)[:dims], rule) for dims in covers.spatial_dims]
+    dtypes = (dtype for dtype in covers.dtypes if dtype != "float64")  # which needs x64
+    return cases + [Case(dtype, (9, 6), rule, dtype=dtype) for dtype in dtypes]
+
+
+def _each(covered: Mapping[str, Values]) -> Iterator[tuple[str, Any]]:
+    """(field, value), but for "Alive", whose own fields have cases."""
+    for name, values in covered.items():
+        for value in EXAMPLES[name] if isinstance(values, str) else values:
+            if value != "Alive":
+                yield name, value
+
 
 ATTENTION = (
     AttentionCase("line", (11,)),

@@ -7,6 +7,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import jax
@@ -16,9 +17,10 @@ import numpy as np
 import pytest
 
 import nca_kernels as nk
+from nca_kernels import dispatch
 from nca_kernels.backends.cpu import library
 from nca_kernels.rule import ACTIVATIONS
-from nca_kernels.testing import CONFORMANCE, TRANSFORMATION_CHECKS, conformance
+from nca_kernels.testing import CONFORMANCE, TRANSFORMATION_CHECKS, conformance, covered_cases
 from nca_kernels.testing.compare import assert_close, assert_same_bits, error_ratio
 
 ROOT = Path(__file__).parents[2]
@@ -36,6 +38,23 @@ def instruction_set(request):
 @pytest.mark.parametrize("case", CONFORMANCE, ids=str)
 def test_values_and_gradients(case):
     conformance.check_values_and_gradients("cpu", case)
+
+
+@pytest.mark.parametrize("case", covered_cases(dispatch.covers("cpu")), ids=str)
+def test_each_value_that_is_covered(case):
+    conformance.check_values_and_gradients("cpu", case)
+
+
+def test_unknown_names_are_refused(monkeypatch):
+    """By the library itself: the names are its own, and no position stands for them."""
+    calls = import_module("nca_kernels.backends.cpu.step")
+    attributes = calls._attributes
+    monkeypatch.setattr(
+        calls, "_attributes", lambda *args: {**attributes(*args), "activation": "softplus"}
+    )
+    jax.clear_caches()
+    with pytest.raises(jax.errors.JaxRuntimeError, match="know no Activation named softplus"):
+        conformance.check_values_and_gradients("cpu", BY_NAME["line"])
 
 
 # By themselves, cases as small as these hardly run in tile registers: here all of them do.

@@ -23,6 +23,7 @@ from nca_kernels.testing import (
     ATTENTION_CHECKS,
     CONFORMANCE,
     TRANSFORMATION_CHECKS,
+    covered_cases,
     triton_host,
 )
 from nca_kernels.testing.compare import assert_close
@@ -51,6 +52,11 @@ CASES = [replace(c, grid=(24, 20)) if c.name == "many_blocks" else c for c in CA
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values_and_gradients(case):
+    check_values_and_gradients(BACKEND, case, calls=1)
+
+
+@pytest.mark.parametrize("case", covered_cases(dispatch.covers(BACKEND)), ids=str)
+def test_each_value_that_is_covered(case):
     check_values_and_gradients(BACKEND, case, calls=1)
 
 
