@@ -17,6 +17,11 @@ def _loader(package: str) -> Callable[[str], Any]:
     return lambda op: getattr(import_module(f"nca_kernels.backends.{package}"), op)
 
 
+def _forward_with_gradients_of_xla(package: str) -> Callable[[str], Any]:
+    """``load`` of a backend that has no backward of its own: its ops are forwards."""
+    return lambda op: (_loader(package)(op), _loader("xla")(op)[1])
+
+
 def _ask(module: str, function: str) -> Callable[..., str | None]:
     """``missing``, or what is too wide for a backend, imported when first asked."""
     name = f"nca_kernels.backends.{module}"
@@ -55,17 +60,14 @@ for backend in (
     ),
     Backend(
         name="pallas",
-        summary="the same kernels in Pallas, lowered through Triton",
-        load=_loader("pallas"),
+        summary="a plain fused forward in Pallas, without Triton installed; gradients are xla's",
+        load=_forward_with_gradients_of_xla("pallas"),
         platforms=("cuda", "rocm"),
-        missing=_ask("pallas.launch", "missing"),
-        covers=replace(COMMON, width=_ask("pallas.engine", "too_wide")),
+        missing=_ask("pallas.memory", "missing"),
+        covers=replace(COMMON, width=_ask("pallas", "too_wide")),
         markers={
-            "step": ("nca_pallas_step_forward", "nca_pallas_step_backward"),
-            "neighborhood_attention": (
-                "nca_pallas_attention_forward",
-                "nca_pallas_attention_backward_query",
-            ),
+            "step": ("nca_pallas_step", "@nca_xla_backward"),
+            "neighborhood_attention": ("nca_pallas_attention", "@nca_xla_attention_backward"),
         },
     ),
     Backend(
