@@ -17,7 +17,6 @@ from nca_kernels import dispatch
 from nca_kernels.backends import COMMON
 from nca_kernels.backends.triton.engine import ENGINE
 from nca_kernels.backends.triton.launch import missing
-from nca_kernels.rule import ACTIVATIONS
 from nca_kernels.testing import (
     ATTENTION,
     ATTENTION_CHECKS,
@@ -75,7 +74,7 @@ def test_a_mask_drawn_by_jax():
     assert_close(run(backend=BACKEND), run(backend="reference"), 1e-5, "state")
 
 
-@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+@pytest.mark.parametrize("activation", dispatch.covers(BACKEND).rule["activation"])
 def test_what_is_not_a_number_is_not_hidden(activation):
     check_nan_is_not_hidden(BACKEND, BY_NAME["line"], activation)
 
