@@ -93,14 +93,22 @@ def rollout_loss(case: Case, backend: str, steps: int) -> Callable:
     return loss
 
 
-def jax_run(case: Case, backend: str, mode: str, steps: int) -> Callable[[], Any]:
-    """A compiled call: "forward", or "training" with gradients of the layers."""
+def program(case: Case, backend: str, mode: str, steps: int) -> tuple[Callable, tuple]:
+    """What is timed, and its arguments: "forward", or "training" with gradients of the layers."""
     params, state, key, _ = case.arguments()
     loss = rollout_loss(case, backend, steps)
     fun = jax.grad(loss, has_aux=True) if mode == "training" else lambda *args: loss(*args)[1]
     taps = params.perception  # closed over: of named filters they are constants
-    compiled = jax.jit(lambda layers, state, key: fun(layers, taps, state, key))
-    return lambda: jax.block_until_ready(compiled(params.layers, state, key))
+    return lambda layers, state, key: fun(layers, taps, state, key), (params.layers, state, key)
+
+
+def jax_run(
+    case: Case, backend: str, mode: str, steps: int, options: dict[str, Any] | None = None
+) -> Callable[[], Any]:
+    """A compiled call of ``program``, with options of XLA's compiler."""
+    fun, args = program(case, backend, mode, steps)
+    compiled = jax.jit(fun, compiler_options=options)
+    return lambda: jax.block_until_ready(compiled(*args))
 
 
 def bytes_kept(case: Case, backend: str) -> float:
@@ -140,14 +148,18 @@ def device_name() -> str:
     return f"cpu-{'-'.join(words).lower()}-{cores}-cores"
 
 
+def commit() -> str:
+    """What git calls this state of the files; "unknown" without git, or outside of a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        git = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return git.stdout.strip() or "unknown"
+
+
 def provenance(command: str) -> dict[str, Any]:
     """What a result needs to be believed: commit, versions, device and the command."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
     versions = {}
     for package in ("jax", "jaxlib", "triton", "jax-triton", "flax", "cax", "torch", "numpy"):
         try:
@@ -156,7 +168,7 @@ def provenance(command: str) -> dict[str, Any]:
             continue
     return {
         "command": command,
-        "commit": git.stdout.strip() or "unknown",
+        "commit": commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "device": device_name(),
         "python": platform.python_version(),
