@@ -10,7 +10,7 @@ CONSTRAIN := $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 # What `make test` runs: files or folders.
 TESTS ?= tests
 
-.PHONY: help demo test check bench gallery fuzz sanitize gpu aot clean
+.PHONY: help demo test check bench gallery fuzz sanitize gpu gpu-kit aot clean
 
 help:
 	@echo "make demo   train a Growing NCA on the packaged target and show it (under 4 minutes)"
@@ -20,7 +20,8 @@ help:
 	@echo "make gallery  train the small preset of every system; pictures and figures to docs/gallery"
 	@echo "make fuzz   10,000 random shapes and rules on the native kernels; can be interrupted"
 	@echo "make sanitize  the native kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer"
-	@echo "make gpu    conformance and timings on a GPU, with the Python that has its JAX"
+	@echo "make gpu    all that needs a GPU, the most valuable first, with the Python that has its JAX"
+	@echo "make gpu-kit  what make gpu would compile on a machine with a GPU, or lacks there; no GPU"
 	@echo "make aot    registers, spills, shared memory, instructions of the Triton kernels; no GPU"
 	@echo "make clean  remove virtual environments and caches"
 
@@ -82,12 +83,19 @@ sanitize: $(SANITIZED)/libnca_cpu.so
 	  "tests/nca_kernels/test_attention.py" \
 	  -k "not transformations and not threads and not without_tile" $(PYTEST_ARGS)
 
-# A machine with a GPU often has its own JAX and no network: nothing is installed there. What is
-# missing, as jax-triton, may be unpacked in a folder that PYTHONPATH names.
+# A machine with a GPU often has its own JAX and no network: nothing is installed there. What it
+# lacks, and kernels that are compiled already, come in a kit.
+GPU_OUT ?= out/gpu
+GPU_KIT ?= out/gpu-kit
 gpu:
 	@$(PYTHON) -c "import jax" 2>/dev/null || { \
 	  echo "$(PYTHON) has no JAX: name the Python whose JAX sees the GPU, make gpu PYTHON=..." >&2; exit 2; }
-	PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m benchmarks.gpu --save $(GPU_ARGS)
+	PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m benchmarks.gpu --out $(GPU_OUT) \
+	  $(if $(wildcard $(GPU_KIT)/kit.json),--kit $(GPU_KIT)) $(GPU_ARGS)
+
+# With the Python and the Triton of the machine with the GPU: CONSTRAINTS names their versions.
+gpu-kit: $(VENV)/installed-models,test $(VENV)/no-deps
+	$(BIN)/python -m benchmarks.gpu.kit --out $(GPU_KIT) $(KIT_ARGS)
 
 # What the Triton kernels take, compiled ahead of time; needs no GPU.
 aot: $(VENV)/installed-models,test $(VENV)/no-deps

@@ -1,0 +1,11 @@
+"""Everything that needs a GPU, for a person who has one for fifteen minutes.
+
+``python -m benchmarks.gpu --out DIR`` (``make gpu``) finds out, in the order of what is worth most:
+whether the kernels run at all, whether they are right, how fast they are, which launches are
+faster, and the rest. What is found is on disk at once. ``python -m benchmarks.gpu.kit --out DIR``
+(``make gpu-kit``) compiles its kernels beforehand, on a machine without a GPU.
+
+``items`` says what there is to find out, ``checks`` and ``timings`` hold it, ``stages`` is the
+table. ``runner`` is the parent process, which never touches the GPU, ``child`` what it starts.
+``results`` are the files, ``report`` the tables.
+"""

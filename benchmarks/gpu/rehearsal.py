@@ -1,0 +1,72 @@
+"""A child that lowers instead of running: it compiles for CUDA, on a machine without a GPU."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from triton.runtime.cache import get_cache_manager
+
+from benchmarks.gpu.child import serve
+from benchmarks.gpu.items import Asked, Facts, Item
+from benchmarks.gpu.stages import Stages
+from nca_kernels import dispatch
+from nca_kernels.backends import triton
+
+
+class Rehearsal(Stages):
+    """``child.Work``: the items that launch Triton kernels."""
+
+    def __init__(self, asked: Asked) -> None:
+        register_stand_in(asked.device)
+        super().__init__(asked)
+
+    def items(self, stage: str) -> list[Item]:
+        return [item for item in super().items(stage) if item.lower]
+
+    def kernels(self) -> Facts:
+        """Of all that were compiled, now or before, the folders in Triton's cache."""
+        return {"folders": [Path(get_cache_manager(key).cache_dir).name for key in self.taken()]}
+
+    def healthy(self) -> bool:
+        return True
+
+
+def register_stand_in(device: str) -> None:
+    """A backend ``triton`` that compiles for CUDA what it is to launch, and gives zeros."""
+
+    def launch(
+        kernel: Any, inputs: Sequence[Any], outputs: Sequence[Any], *rest: Any, **named: Any
+    ) -> list[Any]:
+        run = lambda *arrays: triton.ENGINE.launch(kernel, arrays, outputs, *rest, **named)
+        shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in inputs]
+        jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",))
+        return [jnp.zeros(o.shape, o.dtype) for o in outputs]
+
+    def load(op: str) -> tuple[Callable, ...]:
+        forward, backward = (partial(f.func, engine) for f in getattr(triton, op))
+        return (
+            lambda call, _, *args: forward(call, "cuda", *args),
+            lambda call, _, *args: backward(call, "cuda", *args),
+        )
+
+    engine = replace(triton.ENGINE, launch=launch, device=lambda: device)
+    dispatch.register(
+        dispatch.Backend(
+            "triton",
+            summary="compiles what it is to launch",
+            load=load,
+            covers=dispatch.covers("triton"),
+            markers=dict.fromkeys(("step", "neighborhood_attention"), ()),
+        )
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(serve(Rehearsal))

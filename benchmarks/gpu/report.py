@@ -1,0 +1,291 @@
+"""What was found, in words: a line a record, and the tables of ``gpu.md``."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from benchmarks.gpu.items import Facts
+from benchmarks.gpu.results import Results
+from benchmarks.measure import markdown_table
+from nca_kernels import tuning
+from nca_kernels.files import write_json, write_text
+
+MOST = 40  # failures that are listed
+FASTER = 0.98  # of the default's time, for a launch to win
+Rows = Iterable[list[str]]
+
+
+# ---- a record in a line ----
+
+
+def line(record: Facts) -> str:
+    """What a record says, as it is found."""
+    name, said = f"{record['stage']}: {record['item']}", _said(record)
+    if "error" in record:
+        last = "".join(f"\n      {text}" for text in _last_lines(record.get("stderr", "")))
+        return f"{name}: FAILED, {record['error'][:300]}{last}"
+    for key in ("skipped", "cut_off"):
+        if key in record:
+            found = f"; {said}" if said else ""
+            return f"{name}: {key.replace('_', ' ')}, {record[key][:200]}{found}"
+    compiled = record.get("kernels", {}).get("compiled")
+    kernels = f", {compiled} kernels compiled" if compiled else ""
+    return f"{name}: {said or 'ok'} ({record['seconds']:.1f} s{kernels})"
+
+
+def _said(record: Facts) -> str:
+    """Of the facts, as far as they are there."""
+    try:
+        return LINES[record["stage"]](record["found"])
+    except (KeyError, TypeError):
+        return ""
+
+
+def _last_lines(text: str, count: int = 3) -> list[str]:
+    return [line[:200] for line in text.splitlines() if line.strip()][-count:]
+
+
+def _smoke_line(found: Facts) -> str:
+    if "kernels" in found:
+        return f"the same bits twice of {', '.join(found['kernels']) or 'no kernel of its own'}"
+    if "kind" in found:
+        return ", ".join(
+            f"{found.get(key)}" for key in ("kind", "nvidia-smi", "ptxas") if key in found
+        )
+    return "; ".join(f"{name}: {graphs(counted)}" for name, counted in found.items() if counted)
+
+
+def graphs(counted: Facts) -> str:
+    """What ``graphs.counted`` found."""
+    inside, graphs = counted["in_graphs"], counted["graphs"]
+    captured = "yes" if graphs and inside["launches"] == counted["launches"] else "in part"
+    return (
+        f"{captured if graphs else 'no'}, {graphs} graphs with {inside['launches']} of "
+        f"{counted['launches']} launches and {inside['loops']} of {counted['loops']} loops"
+    )
+
+
+def _ratio_line(found: Facts) -> str:
+    worst = worst_ratio(found)
+    return f"error ratio {worst[0]:.1e} of {worst[1]:.0e}" if worst else ""
+
+
+def worst_ratio(found: Facts) -> tuple[float, float] | None:
+    """(error ratio, limit) of the array that is closest to its limit."""
+    pairs = [
+        (float("inf") if r is None else r, limit) for r, limit in found.get("ratios", {}).values()
+    ]
+    return max(pairs, key=lambda pair: pair[0] / pair[1], default=None)
+
+
+def _speed_line(found: Facts) -> str:
+    if "flops" in found:
+        rates = [f"{name} {flops / 1e12:.0f} TFLOP/s" for name, flops in found["flops"].items()]
+        return f"copy {found['bytes'] / 1e12:.2f} TB/s, {', '.join(rates)}"
+    times = [f"{name} {1e6 * s:.1f}" for name, s in step_seconds(found).items()]
+    return f"us a step: {', '.join(times)}" + _not_run(found)
+
+
+def _not_run(found: Facts) -> str:
+    return "".join(f"; not {name}: {why[:80]}" for name, why in found["not_run"].items())
+
+
+def step_seconds(found: Facts) -> dict[str, float]:
+    """Median of a step, by name."""
+    return {n: statistics.median(s) / found["steps"] for n, s in found["seconds"].items()}
+
+
+def share_of_default(found: Facts) -> float:
+    """Of a variant: its time as a share of the default's, the median of the rounds."""
+    ratios = map(
+        lambda a, b: a / b, found["seconds"][found["variant"]], found["seconds"]["default"]
+    )
+    return statistics.median(ratios)
+
+
+def _variant_line(found: Facts) -> str:
+    return f"{100 * share_of_default(found):.1f}% of the default's time"
+
+
+def _profile_line(found: Facts) -> str:
+    if "report" in found:
+        return f"{found['launches']} launches in {found['report']}"
+    times = [f"{name[:30]} {1e6 * s:.1f}" for name, (_, s) in list(found["kernels"].items())[:6]]
+    return f"us a step: {', '.join(times)}" if times else ""
+
+
+def _memory_line(found: Facts) -> str:
+    gigabytes = found["peak_bytes"] / 1e9
+    return f"{gigabytes:.2f} GB, {found['states']:.1f} states for {found['steps']} steps"
+
+
+def _train_line(found: Facts) -> str:
+    reached = found.get("reached", {})
+    return ", ".join(
+        f"log10 MSE {quality} in {taken['seconds']:.0f} s ({taken['steps']} steps)"
+        for quality, taken in reached.items()
+    )
+
+
+LINES: dict[str, Callable[[Facts], str]] = {
+    "smoke": _smoke_line,
+    "paths": _ratio_line,
+    "conformance": _ratio_line,
+    "speed": _speed_line,
+    "variants": _variant_line,
+    "profile": _profile_line,
+    "memory": _memory_line,
+    "train": _train_line,
+}
+
+
+# ---- summaries ----
+
+
+def summarize(results: Results) -> None:
+    """Writes ``gpu.json``, ``gpu.md`` and, where launches won, ``<device>.json``."""
+    records = list(results.records.values())
+    write_json(
+        results.folder / "gpu.json",
+        {**results.about, "left_out": results.left_out, "records": records},
+    )
+    write_text(results.folder / "gpu.md", markdown(results))
+    if found := winners(results.of("variants")):
+        name = tuning.file_name(results.about["device"])
+        write_json(results.folder / f"{name}.json", found, sort_keys=True)
+
+
+def winners(records: Iterable[Facts]) -> dict[str, dict[str, Any]]:
+    """Launches as ``nca_kernels/tuning`` keeps them: by kernel and problem, the fastest variant."""
+    best: dict[tuple[str, str], tuple[float, Facts]] = {}
+    for found in (record["found"] for record in records if _is_done(record)):
+        problem, share = (found["kernel"], found["problem"]), share_of_default(found)
+        if share < best.get(problem, (FASTER, {}))[0]:
+            best[problem] = share, found["launch"]
+    launches: dict[str, dict[str, Any]] = {}
+    for (kernel, name), (_, launch) in best.items():
+        launches.setdefault(kernel, {})[name] = launch
+    return launches
+
+
+def _is_done(record: Facts) -> bool:
+    return not {"error", "skipped", "cut_off"} & record.keys()
+
+
+def markdown(results: Results) -> str:
+    """All tables, and what is not in them."""
+    about, failed = results.about, results.failed()
+    done = sum(map(_is_done, results.records.values()))
+    versions = ", ".join(f"{name} {v}" for name, v in about.get("versions", {}).items())
+    parts = [
+        f"# {about.get('device', 'no device')}",
+        f"Commit {about['commit']}, Python {about.get('python')}, {versions}.",
+        f"{done} items done, {len(failed)} failed.",
+        "\n".join(f"* {line(record)}" for record in failed[:MOST]),
+    ]
+    for stage, table in TABLES.items():
+        if texts := [*table(results.of(stage))]:
+            parts += [f"## {stage}", *texts]
+    return "\n\n".join(filter(None, [*parts, *_not_done(results)])) + "\n"
+
+
+def _not_done(results: Results) -> Iterator[str]:
+    lines = [f"* {line(r)}" for r in results.records.values() if {"skipped", "cut_off"} & r.keys()]
+    for left in results.left_out:
+        names = ", ".join(left["items"][:8]) + (", ..." if len(left["items"]) > 8 else "")
+        count = f"{len(left['items'])} items left out ({names}): " if left["items"] else ""
+        lines.append(f"* {left['stage']}: {count}{left['reason']}")
+    if lines:
+        yield "## Not done"
+        yield "\n".join(lines)
+
+
+def _lines(records: list[Facts]) -> Iterator[str]:
+    yield "\n".join(f"* {line(record)}" for record in records if _is_done(record))
+
+
+def _ratios(records: list[Facts]) -> Iterator[str]:
+    """By item and backend, with which an item's name ends."""
+    cells: dict[str, dict[str, str]] = {}
+    backends = list(dict.fromkeys(record["item"].rsplit(" ", 1)[1] for record in records))
+    for record in records:
+        name, backend = record["item"].rsplit(" ", 1)
+        worst = worst_ratio(record["found"])
+        said = f"{worst[0]:.1e} of {worst[1]:.0e}" if worst else "to the bit"
+        failed = f"FAILED {said if worst else ''}".strip()
+        cells.setdefault(name, {})[backend] = said if _is_done(record) else failed
+    if cells:
+        yield "The largest error ratio of an array, and its limit."
+        rows = [[name, *(of.get(b, "-") for b in backends)] for name, of in cells.items()]
+        yield markdown_table(["", *backends], rows)
+
+
+def _counts(records: list[Facts]) -> Iterator[str]:
+    backends = [record["item"].rsplit(" ", 1)[1] for record in records if _is_done(record)]
+    if backends:
+        counts = [f"{backend} {backends.count(backend)}" for backend in dict.fromkeys(backends)]
+        yield f"Passed: {', '.join(counts)}."
+
+
+def _speed(records: list[Facts]) -> Iterator[str]:
+    found = [record["found"] for record in records]
+    peak = next((f for f in found if "flops" in f), None)
+    if peak:
+        yield f"Of this device: {_speed_line(peak)}."
+    rows = [row for f in found if "seconds" in f for row in _speed_rows(f, peak)]
+    if rows:
+        yield (
+            "Medians of rounds in turn. The limit counts every cell as if it fired, with products "
+            "in TF32."
+        )
+        head = ["case", "mode", "by", "us a step", "ps a cell", "of the limit", "to the first"]
+        yield markdown_table(head, rows)
+
+
+def _speed_rows(found: Facts, peak: Facts | None) -> Rows:
+    times = step_seconds(found)
+    first = next(iter(times.values()), 0.0)
+    for name, seconds in times.items():
+        cell = seconds / found["cells"]
+        share = f"{100 * _least(found['work'], peak) / cell:.0f}%" if peak else "-"
+        figures = [f"{1e6 * seconds:.1f}", f"{1e12 * cell:.1f}", share, f"{seconds / first:.2f}"]
+        yield [found["case"], found["mode"], name, *figures]
+
+
+def _least(work: Facts, peak: Facts) -> float:
+    """Seconds of a cell at the device's limit."""
+    flops = work["flops"] / peak["flops"]["tensorfloat32"]
+    return float(max(flops, work["bytes"] / peak["bytes"]))
+
+
+def _variants(records: list[Facts]) -> Iterator[str]:
+    found = [record["found"] for record in records if "seconds" in record["found"]]
+    rows = [
+        [f["case"], f["kernel"], f["variant"], _variant_line(f), f"{f['error']:.1e}"] for f in found
+    ]
+    if rows:
+        yield markdown_table(["case", "kernel", "launch", "time", "difference"], rows)
+
+
+def _profile(records: list[Facts]) -> Iterator[str]:
+    rows = [
+        [f["case"], f["mode"], f"`{name[:40]}`", f"{launches:.2f}", f"{1e6 * seconds:.1f}"]
+        for f in (record["found"] for record in records)
+        for name, (launches, seconds) in f.get("kernels", {}).items()
+    ]
+    if rows:
+        yield markdown_table(["case", "mode", "kernel", "launches a step", "us a step"], rows)
+
+
+TABLES: dict[str, Callable[[list[Facts]], Iterator[str]]] = {
+    "smoke": _lines,
+    "paths": _ratios,
+    "speed": _speed,
+    "variants": _variants,
+    "profile": _profile,
+    "conformance": _counts,
+    "memory": _lines,
+    "train": _lines,
+}

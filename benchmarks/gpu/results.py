@@ -1,0 +1,89 @@
+"""What is found, on disk the moment it is found: records, one a line, and summaries of them.
+
+A record is a dict: ``stage``, ``item``, ``at`` (seconds since the start), ``found`` (facts),
+``seconds``, and what ``child`` says of ``done``. One whose process died has ``error`` and
+``stderr``, the end of what that said; one that was not done when the time was over has ``cut_off``,
+with the reason, and is done again by a run that goes on. A line that is ``partial`` holds facts of
+an item that is not done yet.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.gpu.items import Facts
+from nca_kernels.files import write_text
+
+LOG = "results.jsonl"
+
+
+class Results:
+    """The records of a folder, and what is known beside them.
+
+    Attributes:
+        about: command, commit, versions, device.
+        records: by (stage, item), in the order of finding.
+        left_out: of each stage that was not gone through, the reason, and the items.
+    """
+
+    def __init__(self, folder: Path, about: Facts, summarize: Callable[[Results], None]) -> None:
+        """Reads what the folder has already, for a run that goes on.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        self.folder, self.about, self._summarize = folder, about, summarize
+        self.records: dict[tuple[str, str], Facts] = {}
+        self.left_out: list[Facts] = []
+        self._log = folder / LOG
+        for line in self._log.read_text().splitlines() if self._log.exists() else ():
+            self._keep(line)
+        known = [json.dumps(record) + "\n" for record in self.records.values()]
+        write_text(self._log, "".join(known))  # without a last line that was cut off
+
+    def _keep(self, line: str) -> None:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            return
+        if not record.get("partial"):
+            self.records[record["stage"], record["item"]] = record
+
+    def has(self, stage: str, item: str) -> bool:
+        """Whether an item is done, with whatever outcome."""
+        record = self.records.get((stage, item))
+        return record is not None and "cut_off" not in record
+
+    def of(self, stage: str) -> list[Facts]:
+        """The records of a stage."""
+        return [record for (name, _), record in self.records.items() if name == stage]
+
+    def failed(self) -> list[Facts]:
+        """The records of checks that failed."""
+        return [record for record in self.records.values() if "error" in record]
+
+    def add(self, record: Facts) -> None:
+        """Writes a record down, and the summaries anew."""
+        self._write(record)
+        if not record.get("partial"):
+            self.records[record["stage"], record["item"]] = record
+            self.summarize()
+
+    def leave_out(self, stage: str, items: list[str], reason: str, stderr: str = "") -> None:
+        """Notes what is not done, and of a process that did not start what it said."""
+        facts = {"stage": stage, "items": items, "reason": reason}
+        self.left_out.append({**facts, "stderr": stderr} if stderr else facts)
+        self.summarize()
+
+    def summarize(self) -> None:
+        """Never fails: what is found is in the log, however it is told."""
+        try:
+            self._summarize(self)
+        except Exception as error:
+            self.about["not_summarized"] = f"{type(error).__name__}: {error}"
+
+    def _write(self, record: Facts) -> None:
+        with self._log.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(record) + "\n")
