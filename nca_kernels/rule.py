@@ -23,6 +23,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=True),
     "silu": jax.nn.silu,
     "tanh": jnp.tanh,
+    "elu": jax.nn.elu,
     "leaky_relu": partial(jax.nn.leaky_relu, negative_slope=0.01),
     "identity": lambda x: x,
 }
@@ -55,7 +56,7 @@ class Rule:
 
     Args:
         activation: after every hidden layer: relu, gelu (tanh form, as ``jax.nn.gelu``), silu,
-            tanh, leaky_relu (slope 0.01) or identity.
+            tanh, elu (alpha 1), leaky_relu (slope 0.01) or identity.
         perception_activation: applied to the perception before the inputs join; the same names.
         padding: what lies outside the grid, for the perception and the alive pool: zeros (for
             the pool: nothing), circular, replicate (the edge cell) or reflect (without the edge).

@@ -9,14 +9,16 @@ import pytest
 from jax.test_util import check_grads
 
 import nca_kernels as nk
+from nca_kernels import dispatch
 from nca_kernels.perception import border_index
-from nca_kernels.testing import CONFORMANCE, error_ratio
+from nca_kernels.testing import CONFORMANCE, covered_cases, error_ratio
 
 ACTIVATIONS = {
     "relu": lambda x: np.maximum(x, 0),
     "gelu": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
     "silu": lambda x: x / (1 + np.exp(-x)),
     "tanh": np.tanh,
+    "elu": lambda x: np.where(x > 0, x, np.expm1(np.minimum(x, 0))),
     "leaky_relu": lambda x: np.where(x > 0, x, 0.01 * x),
     "identity": lambda x: x,
 }
@@ -93,7 +95,15 @@ SKIPPED = {
 SMALL = [c for c in CONFORMANCE if c.name not in SKIPPED and c.batch != (0,)]
 
 
-@pytest.mark.parametrize("case", SMALL, ids=str)
+# Of products and states of bfloat16 the loops know nothing.
+VALUES = [
+    case
+    for case in covered_cases(dispatch.covers("xla"))
+    if (case.dtype, case.rule.precision) == ("float32", "float32")
+]
+
+
+@pytest.mark.parametrize("case", [*SMALL, *VALUES], ids=str)
 def test_equals_loops_over_cells(case):
     params, state, key, inputs = case.arguments()
     out = nk.step(case.rule, params, state, key, inputs, backend="reference")
