@@ -28,7 +28,7 @@ def _ask(module: str, function: str) -> Callable[..., str | None]:
     return lambda *args: getattr(import_module(name), function)(*args)
 
 
-ACTIVATIONS = ("relu", "gelu", "silu", "tanh", "leaky_relu", "identity")
+ACTIVATIONS = ("relu", "gelu", "silu", "tanh", "elu", "leaky_relu", "identity")
 RULE: dict[str, Values] = {
     "activation": ACTIVATIONS,
     "perception_activation": ACTIVATIONS,
@@ -38,10 +38,6 @@ RULE: dict[str, Values] = {
     "alive": (None, "Alive"),
     "precision": ("default", "float32", "tensorfloat32", "bfloat16"),
 }
-# What not all of them do yet.
-NEW: dict[str, Values] = dict.fromkeys(
-    ("activation", "perception_activation"), (*ACTIVATIONS, "elu")
-)
 ALIVE: dict[str, Values] = {"channel": EVERY, "threshold": EVERY}
 ATTENTION: dict[str, Values] = {"radius": EVERY, "padding": ("zeros", "circular")}
 COMMON = Covers(RULE, ALIVE, ATTENTION)  # what all of them do
@@ -93,7 +89,7 @@ for backend in (
         name="xla",
         summary="fused by XLA: shifted slices and matrix products, hand-written backward",
         load=_loader("xla"),
-        covers=replace(COMMON, rule=RULE | NEW, dtypes=("float32", "bfloat16", "float64")),
+        covers=replace(COMMON, dtypes=("float32", "bfloat16", "float64")),
         markers={
             "step": ("@nca_xla_forward", "@nca_xla_backward"),
             "neighborhood_attention": (

@@ -9,7 +9,7 @@ import pytest
 
 import nca_kernels as nk
 from nca_kernels import dispatch
-from nca_kernels.backends import COMMON, xla
+from nca_kernels.backends import xla
 from nca_kernels.rule import ACTIVATIONS, PADDINGS, PRECISIONS
 from nca_kernels.testing import CONFORMANCE, TRANSFORMATION_CHECKS, covered_cases
 from nca_kernels.testing.conformance import (
@@ -28,7 +28,7 @@ dispatch.register(
             for kernel in getattr(xla, op)
         ),
         markers={"step": dispatch.markers("xla", "step")},
-        covers=COMMON,
+        covers=dispatch.covers("xla"),
     )
 )
 KERNELS = ("xla", "xla_all_at_once")  # the reference is checked in test_reference.py

@@ -143,11 +143,13 @@ def border(i, size, padding: tl.constexpr, near: tl.constexpr):
         if padding == "circular":
             i = tl.where(i < 0, i + size, tl.where(i < size, i, i - size))
         else:
+            tl.static_assert(padding == "reflect", "the Triton kernels lack a padding")
             i = tl.where(i < 0, -i, tl.where(i < size, i, 2 * (size - 1) - i))
         there = _below(i, size)
     elif padding == "circular":
         i = (i % size + size) % size  # % keeps the sign of i
     else:
+        tl.static_assert(padding == "reflect", "the Triton kernels lack a padding")
         period = tl.maximum(2 * (size - 1), 1)  # of a single cell, all positions are its own
         i = (i % period + period) % period
         i = tl.minimum(i, period - i)

@@ -37,8 +37,12 @@ def activate(x, name: tl.constexpr):
         x = x * tl.sigmoid(x)
     elif name == "tanh":
         x = tanh(x)
+    elif name == "elu":
+        x = tl.where(x > 0, x, tl.exp(x) - 1)
     elif name == "leaky_relu":
         x = tl.where(x >= 0, x, 0.01 * x)
+    else:
+        tl.static_assert(name == "identity", "the Triton kernels lack an activation")
     return x
 
 
@@ -57,8 +61,12 @@ def activate_backward(x, d, name: tl.constexpr):
     elif name == "tanh":
         t = tanh(x)
         d = d * (1 - t * t)
+    elif name == "elu":
+        d = tl.where(x > 0, d, d * tl.exp(x))
     elif name == "leaky_relu":
         d = tl.where(x >= 0, d, 0.01 * d)
+    else:
+        tl.static_assert(name == "identity", "the Triton kernels lack an activation's gradient")
     return d
 
 

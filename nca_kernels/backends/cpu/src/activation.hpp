@@ -16,6 +16,10 @@ NCA_INLINE Both activate(Activation kind, Vec x) {
       return {x, x};
     case Activation::leaky_relu:
       return {select(x >= 0.0f, x, 0.01f * x), select(x >= 0.0f, splat(1.0f), splat(0.01f))};
+    case Activation::elu: {
+      const Vec negative = exp(select(x < 0.0f, x, Vec{}));
+      return {select(x > 0.0f, x, select(x <= 0.0f, negative - 1.0f, x)), negative};
+    }
     case Activation::tanh: {
       const Vec t = tanh(x);
       return {t, 1.0f - t * t};

@@ -15,7 +15,7 @@ using Index = std::int64_t;
 
 // Each enum once, as a list of its names: a call says them as text, and a name that is not in the
 // list is refused. A switch over one has no default, so that the compiler misses no case.
-#define NCA_ACTIVATIONS(X) X(relu) X(gelu) X(silu) X(tanh) X(leaky_relu) X(identity)
+#define NCA_ACTIVATIONS(X) X(relu) X(gelu) X(silu) X(tanh) X(elu) X(leaky_relu) X(identity)
 #define NCA_PADDINGS(X) X(zeros) X(circular) X(replicate) X(reflect)
 #define NCA_FIRES(X) X(all) X(key) X(mask)
 #define NCA_PERCEPTIONS(X) X(depthwise) X(dense) X(given)
