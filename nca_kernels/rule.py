@@ -24,7 +24,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "tanh": jnp.tanh,
     "elu": jax.nn.elu,
-    "leaky_relu": partial(jax.nn.leaky_relu, negative_slope=0.01),
+    "leaky_relu": jax.nn.leaky_relu,
     "identity": lambda x: x,
 }
 PADDINGS = ("zeros", "circular", "replicate", "reflect")
@@ -56,7 +56,7 @@ class Rule:
 
     Args:
         activation: after every hidden layer: relu, gelu (tanh form, as ``jax.nn.gelu``), silu,
-            tanh, elu (alpha 1), leaky_relu (slope 0.01) or identity.
+            tanh, elu (alpha 1), leaky_relu or identity.
         perception_activation: applied to the perception before the inputs join; the same names.
         padding: what lies outside the grid, for the perception and the alive pool: zeros (for
             the pool: nothing), circular, replicate (the edge cell) or reflect (without the edge).
@@ -66,6 +66,7 @@ class Rule:
         precision: of the matrix products: default (what XLA does on the platform), float32,
             tensorfloat32 (where the hardware has it or gains from it, else float32) or bfloat16
             (operands rounded to bfloat16, accumulated in float32).
+        negative_slope: of leaky_relu, below 0.
 
     Raises:
         TypeError, ValueError: naming the field, what was given and what is allowed.
@@ -78,6 +79,7 @@ class Rule:
     step_size: float = 1.0
     alive: Alive | None = field(default_factory=Alive)
     precision: str = "default"
+    negative_slope: float = 0.01
 
     def __post_init__(self) -> None:
         require_choice("Rule.activation", self.activation, ACTIVATIONS)
@@ -90,11 +92,19 @@ class Rule:
                 f"Rule.fire_rate must be greater than 0 and at most 1, got {self.fire_rate!r}"
             )
         require_real("Rule.step_size", self.step_size)
+        require_real("Rule.negative_slope", self.negative_slope)
         if self.alive is not None and not isinstance(self.alive, Alive):
             raise TypeError(
                 f"Rule.alive must be an Alive or None, got {type(self.alive).__name__}; "
                 "write alive=nk.Alive(channel=-1, threshold=0.1)"
             )
+
+
+def activation(rule: Rule, name: str) -> Callable[[Array], Array]:
+    """The function of ``ACTIVATIONS`` with that name, with what the rule says of it."""
+    if name == "leaky_relu":
+        return partial(jax.nn.leaky_relu, negative_slope=rule.negative_slope)
+    return ACTIVATIONS[name]
 
 
 @jax.tree_util.register_dataclass

@@ -89,7 +89,11 @@ for backend in (
         name="xla",
         summary="fused by XLA: shifted slices and matrix products, hand-written backward",
         load=_loader("xla"),
-        covers=replace(COMMON, dtypes=("float32", "bfloat16", "float64")),
+        covers=replace(
+            COMMON,
+            rule=RULE | {"negative_slope": EVERY},
+            dtypes=("float32", "bfloat16", "float64"),
+        ),
         markers={
             "step": ("@nca_xla_forward", "@nca_xla_backward"),
             "neighborhood_attention": (

@@ -216,7 +216,10 @@ EXAMPLES: dict[str, tuple[Any, ...]] = {
     "step_size": (0.25,),
     "channel": (0, -1),
     "threshold": (0.2,),
+    "negative_slope": (0.2,),
 }
+# What else has to be so for a field to matter.
+TOGETHER: dict[str, dict[str, Any]] = {"negative_slope": {"activation": "leaky_relu"}}
 
 
 def covered_cases(covers: Covers) -> list[Case]:
@@ -227,7 +230,10 @@ def covered_cases(covers: Covers) -> list[Case]:
     """
     rule = _rule()
     assert rule.alive is not None
-    rules = [(f"{name}={value}", {name: value}) for name, value in _each(covers.rule)]
+    rules = [
+        (f"{name}={value}", {name: value, **TOGETHER.get(name, {})})
+        for name, value in _each(covers.rule)
+    ]
     for name, value in _each(covers.alive):
         rules.append((f"alive_{name}={value}", {"alive": replace(rule.alive, **{name: value})}))
     cases = [Case(name, (9, 6), replace(rule, **change)) for name, change in rules]

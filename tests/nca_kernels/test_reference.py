@@ -19,9 +19,14 @@ ACTIVATIONS = {
     "silu": lambda x: x / (1 + np.exp(-x)),
     "tanh": np.tanh,
     "elu": lambda x: np.where(x > 0, x, np.expm1(np.minimum(x, 0))),
-    "leaky_relu": lambda x: np.where(x > 0, x, 0.01 * x),
     "identity": lambda x: x,
 }
+
+
+def activate(rule, name, x):
+    if name == "leaky_relu":
+        return np.where(x > 0, x, rule.negative_slope * x)
+    return ACTIVATIONS[name](x)
 
 
 def cell(padding, grid, position):
@@ -69,14 +74,14 @@ def step_by_cells(rule, params, state, fires, inputs):
                     perceived[p] += taps[tap][c if fan_in > 1 else 0, p] * state[there][c]
         if params.perception_bias is not None:
             perceived += np.asarray(params.perception_bias, np.float64)
-        hidden = ACTIVATIONS[rule.perception_activation](perceived)
+        hidden = activate(rule, rule.perception_activation, perceived)
         if inputs is not None:
             hidden = np.concatenate([hidden, inputs[position] if inputs.ndim > 1 else inputs])
         for i, (weight, bias) in enumerate(params.layers):
             hidden = hidden @ np.asarray(weight, np.float64)
             hidden = hidden if bias is None else hidden + np.asarray(bias, np.float64)
             if i < len(params.layers) - 1:
-                hidden = ACTIVATIONS[rule.activation](hidden)
+                hidden = activate(rule, rule.activation, hidden)
         if fires[position]:
             new[position] = state[position] + rule.step_size * hidden
     if rule.alive is None:

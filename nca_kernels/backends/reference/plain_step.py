@@ -9,7 +9,7 @@ from jax import Array, lax
 
 from nca_kernels.fire_mask import drawn
 from nca_kernels.perception import same_margins
-from nca_kernels.rule import ACTIVATIONS, Rule, RuleParams, compute_dtype, dot, lax_precision
+from nca_kernels.rule import Rule, RuleParams, activation, compute_dtype, dot, lax_precision
 
 PAD_MODES = {
     "zeros": "constant",
@@ -51,7 +51,7 @@ def update(
         if bias is not None:
             hidden = hidden + bias.astype(dtype).reshape((1,) * (hidden.ndim - 1) + (-1,))
         if i < len(layers) - 1:
-            hidden = ACTIVATIONS[rule.activation](hidden)
+            hidden = activation(rule, rule.activation)(hidden)
     fires = drawn(key, rule.fire_rate, state.shape[:-1])
     change = jnp.where(fires[..., None], rule.step_size * hidden, 0)
     new_state = (state.astype(dtype) + change).astype(state.dtype)
@@ -86,7 +86,7 @@ def perceive(rule: Rule, params: RuleParams, state: Array) -> Array:
     if params.perception_bias is not None:
         bias = params.perception_bias.astype(dtype)
         perception = perception + bias.reshape((1,) * (perception.ndim - 1) + (-1,))
-    perception = ACTIVATIONS[rule.perception_activation](perception)
+    perception = activation(rule, rule.perception_activation)(perception)
     return perception.reshape(*batch, *grid[:-1], size)
 
 

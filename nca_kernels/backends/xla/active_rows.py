@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from nca_kernels.rule import ACTIVATIONS, Rule, dot
+from nca_kernels.rule import Rule, activation, dot
 
 Layers = Sequence[tuple[Array, Array | None]]
 BLOCK_ELEMENTS = 2**17  # of the widest layer: 512 KiB of float32, within an L2 cache
@@ -27,7 +27,7 @@ def mlp(rule: Rule, layers: Layers, rows: Array, perception_size: int) -> Array:
     for i, layer in enumerate(layers):
         hidden = _affine(rule, layer, hidden)
         if i < len(layers) - 1:
-            hidden = ACTIVATIONS[rule.activation](hidden)
+            hidden = activation(rule, rule.activation)(hidden)
     return hidden
 
 
@@ -47,7 +47,7 @@ def mlp_backward(
     inputs, pulls = [], [pull]
     for layer in layers[:-1]:
         inputs.append(hidden)
-        hidden, pull = jax.vjp(ACTIVATIONS[rule.activation], _affine(rule, layer, hidden))
+        hidden, pull = jax.vjp(activation(rule, rule.activation), _affine(rule, layer, hidden))
         pulls.append(pull)
     inputs.append(hidden)
     grads: list[tuple[Array, Array | None]] = []
@@ -75,7 +75,9 @@ def _activate_perception(rule: Rule, rows: Array, size: int) -> Array:
     if rule.perception_activation == "identity" or not size:
         return rows
     perception, inputs = rows[:, :size], rows[:, size:]
-    return jnp.concatenate([ACTIVATIONS[rule.perception_activation](perception), inputs], axis=1)
+    return jnp.concatenate(
+        [activation(rule, rule.perception_activation)(perception), inputs], axis=1
+    )
 
 
 def map_active(
