@@ -37,6 +37,7 @@ RULE: dict[str, Values] = {
     "step_size": EVERY,
     "alive": (None, "Alive"),
     "precision": ("default", "float32", "tensorfloat32", "bfloat16"),
+    "negative_slope": EVERY,
 }
 ALIVE: dict[str, Values] = {"channel": EVERY, "threshold": EVERY}
 ATTENTION: dict[str, Values] = {"radius": EVERY, "padding": ("zeros", "circular")}
@@ -89,11 +90,7 @@ for backend in (
         name="xla",
         summary="fused by XLA: shifted slices and matrix products, hand-written backward",
         load=_loader("xla"),
-        covers=replace(
-            COMMON,
-            rule=RULE | {"negative_slope": EVERY},
-            dtypes=("float32", "bfloat16", "float64"),
-        ),
+        covers=replace(COMMON, dtypes=("float32", "bfloat16", "float64")),
         markers={
             "step": ("@nca_xla_forward", "@nca_xla_backward"),
             "neighborhood_attention": (

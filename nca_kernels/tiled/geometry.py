@@ -124,6 +124,7 @@ def _rule_constants(
         "padding": rule.padding,
         "activation": rule.activation,
         "perception_activation": rule.perception_activation,
+        "negative_slope": float(rule.negative_slope),
         "step_size": float(rule.step_size),
         "fire": operands.fire_source,
         "own_fire": int(fire is not None and fire.shape[0] > 1),

@@ -105,7 +105,11 @@ def _attributes(call: StepCall, operands: Operands) -> dict[str, Any]:
         "alive_channel": 0 if alive is None else alive.channel % operands.channels,
         "layers": len(operands.weights.layers),
     }
-    reals = {"step_size": rule.step_size, "alive_threshold": alive.threshold if alive else 0.0}
+    reals = {
+        "negative_slope": rule.negative_slope,
+        "step_size": rule.step_size,
+        "alive_threshold": alive.threshold if alive else 0.0,
+    }
     return {
         **names,
         **{name: np.int64(value) for name, value in integers.items()},

@@ -26,7 +26,7 @@ from nca_kernels.backends.pallas.memory import (
 )
 from nca_kernels.call import Operands, StepCall, Weights
 from nca_kernels.fire_mask import threefry_bits, threshold
-from nca_kernels.rule import ACTIVATIONS, Rule
+from nca_kernels.rule import Rule, activation
 
 MOST_COLUMNS = 512  # of all that a cell keeps: its perception, inputs and update
 MOST_WEIGHTS = 2**13  # of one product: 32 KB, three times that where it is precise
@@ -262,8 +262,8 @@ def perceive(operands: Operands, cells: Cells, plan: Plan) -> list[Part]:
             start += load(bias, (member(bias, cells.group), column), exists)[None, :]
         sums.append(start)
     sums = add_taps(sums, outputs, operands, cells, plan)
-    activation = ACTIVATIONS[plan.rule.perception_activation]
-    return [Part(activation(value), *output) for value, output in zip(sums, outputs, strict=True)]
+    activate = activation(plan.rule, plan.rule.perception_activation)
+    return [Part(activate(value), *output) for value, output in zip(sums, outputs, strict=True)]
 
 
 def add_taps(
@@ -330,7 +330,7 @@ def layer_outputs(
     def add_units(i: Array, outputs: Array) -> Array:
         unit = i * plan.units + indices(plan.units)
         hidden = layer_outputs(layer - 1, unit, parts, operands, cells, plan)
-        hidden = ACTIVATIONS[plan.rule.activation](hidden)
+        hidden = activation(plan.rule, plan.rule.activation)(hidden)
         rows = load_block(weight, (group,), unit, unit < weight.shape[1], column)
         return outputs + dot(hidden, rows, plan)
 

@@ -28,7 +28,7 @@ def _gelu_inner(x):
 
 
 @triton.jit
-def activate(x, name: tl.constexpr):
+def activate(x, name: tl.constexpr, g: tl.constexpr):
     if name == "relu":
         x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)  # else NaN becomes 0
     elif name == "gelu":
@@ -40,14 +40,14 @@ def activate(x, name: tl.constexpr):
     elif name == "elu":
         x = tl.where(x > 0, x, tl.exp(x) - 1)
     elif name == "leaky_relu":
-        x = tl.where(x >= 0, x, 0.01 * x)
+        x = tl.where(x >= 0, x, g.negative_slope * x)
     else:
         tl.static_assert(name == "identity", "the Triton kernels lack an activation")
     return x
 
 
 @triton.jit
-def activate_backward(x, d, name: tl.constexpr):
+def activate_backward(x, d, name: tl.constexpr, g: tl.constexpr):
     """The gradient before the activation at ``x``, given that after it."""
     if name == "relu":
         d = tl.where(x > 0, d, 0.0)
@@ -64,7 +64,7 @@ def activate_backward(x, d, name: tl.constexpr):
     elif name == "elu":
         d = tl.where(x > 0, d, d * tl.exp(x))
     elif name == "leaky_relu":
-        d = tl.where(x >= 0, d, 0.01 * d)
+        d = tl.where(x >= 0, d, g.negative_slope * d)
     else:
         tl.static_assert(name == "identity", "the Triton kernels lack an activation's gradient")
     return d
@@ -165,7 +165,7 @@ def hidden(z, g: tl.constexpr):
     if g.activation == "relu" and g.precision == "tf32" and g.hopper:
         h = _by_instruction("cvt.rn.relu.tf32.f32 $0, $1;", z)
     else:
-        h = rounded(activate(z, g.activation), g)
+        h = rounded(activate(z, g.activation, g), g)
     return h
 
 
@@ -378,7 +378,7 @@ def _carried_mlp_backward(
     w_last = load_block(weights_ptr + g.weight_at[1], 0, 0, g.block_c, N, g.block_c)
     d_out = rounded(du, g)
     dh = dot(d_out, tl.trans(w_last), tl.zeros((g.rows, N), tl.float32), g)
-    dz = activate_backward(z, dh, g.activation)
+    dz = activate_backward(z, dh, g.activation, g)
     d_last = dot(tl.trans(hidden(z, g)), d_out, d_last, g)
     d_bias += tl.sum(du, axis=0)
     d_first = dot(tl.trans(dz), parts[0], d_first, g)
@@ -435,7 +435,7 @@ def _mlp_backward(
             w = load_block(weights_ptr + g.weight_at[last], n, 0, g.block_c, g.block_h, g.block_c)
             d_out = rounded(du, g)
             dh = dot(d_out, tl.trans(w), tl.zeros((g.rows, g.block_h), tl.float32), g)
-            dz = activate_backward(z, dh, g.activation)
+            dz = activate_backward(z, dh, g.activation, g)
             if g.weight_grad:
                 add_block(grads_ptr + g.weight_at[last], n, 0, g.block_c, _outer(h, d_out, g))
             if last == 1:
@@ -481,7 +481,7 @@ def _hidden_layer_backward(
             dh = dot(d, tl.trans(w), dh, g)
             if g.weight_grad:
                 add_block(grads_ptr + g.weight_at[layer], k, n, stride, _outer(h, d, g))
-        dz = activate_backward(z, dh, g.activation)
+        dz = activate_backward(z, dh, g.activation, g)
         if layer == 1:
             d_parts = first_layer_backward(
                 dz, k, parts, d_parts, sources, row, exists, weights_ptr, grads_ptr, d_sources, g

@@ -150,7 +150,7 @@ def activated(filters, g: tl.constexpr):
     """
     parts = ()
     for f in tl.static_range(g.filters):
-        parts = parts + (rounded(activate(filters[f], g.perception_activation), g),)
+        parts = parts + (rounded(activate(filters[f], g.perception_activation, g), g),)
     if g.joined:
         column = tl.zeros((g.rows, g.block_p), tl.int32) + tl.arange(0, g.block_p)[None, :]
         for f in tl.static_range(g.filters, g.part // g.block_p):
@@ -176,7 +176,7 @@ def activated_backward(filters, d_parts, g: tl.constexpr):
             d_parts = halves
     new = ()
     for f in tl.static_range(g.filters):
-        new = new + (activate_backward(filters[f], d_parts[f], g.perception_activation),)
+        new = new + (activate_backward(filters[f], d_parts[f], g.perception_activation, g),)
     return new
 
 

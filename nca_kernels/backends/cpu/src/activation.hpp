@@ -9,13 +9,14 @@ struct Both {
   Vec value, slope;
 };
 
-NCA_INLINE Both activate(Activation kind, Vec x) {
+NCA_INLINE Both activate(Activation kind, Vec x, float negative_slope) {
   switch (kind) {
     case Activation::relu:
       x = select(x < 0.0f, Vec{}, x);  // keeps NaN
       return {x, x};
     case Activation::leaky_relu:
-      return {select(x >= 0.0f, x, 0.01f * x), select(x >= 0.0f, splat(1.0f), splat(0.01f))};
+      return {select(x >= 0.0f, x, negative_slope * x),
+              select(x >= 0.0f, splat(1.0f), splat(negative_slope))};
     case Activation::elu: {
       const Vec negative = exp(select(x < 0.0f, x, Vec{}));
       return {select(x > 0.0f, x, select(x <= 0.0f, negative - 1.0f, x)), negative};
@@ -42,22 +43,23 @@ NCA_INLINE Both activate(Activation kind, Vec x) {
 
 // values [rows, columns of stride] in place; slopes, if wanted, into an array of the same form.
 template <Activation kind>
-void activate_rows(Index rows, Index columns, Index stride, float* values, float* slopes) {
+void activate_rows(float negative_slope, Index rows, Index columns, Index stride, float* values,
+                   float* slopes) {
   if constexpr (kind == Activation::identity) return;  // nobody asks for its slopes
   for (Index r = 0; r < rows; ++r)
     for (Index c = 0; c < columns; c += kLanes) {
-      const Both both = activate(kind, load(values + r * stride + c));
+      const Both both = activate(kind, load(values + r * stride + c), negative_slope);
       store(values + r * stride + c, both.value);
       if (slopes != nullptr && kind != Activation::relu) store(slopes + r * stride + c, both.slope);
     }
 }
 
-inline void activate_rows(Activation kind, Index rows, Index columns, Index stride, float* values,
-                          float* slopes) {
+inline void activate_rows(Activation kind, float negative_slope, Index rows, Index columns,
+                          Index stride, float* values, float* slopes) {
   switch (kind) {
 #define NCA_CASE(name)     \
   case Activation::name:   \
-    return activate_rows<Activation::name>(rows, columns, stride, values, slopes);
+    return activate_rows<Activation::name>(negative_slope, rows, columns, stride, values, slopes);
     NCA_ACTIVATIONS(NCA_CASE)
 #undef NCA_CASE
   }

@@ -259,6 +259,7 @@ Step read_step(Call& call, std::vector<Layer>& layers) {
   call.name("precision", step.precision);
   call.name("activation", step.activation);
   call.name("perception_activation", step.perception_activation);
+  step.negative_slope = call.real("negative_slope");
   step.step_size = call.real("step_size");
   call.name("fire", step.fire);
   step.fire_threshold = static_cast<std::uint32_t>(call.integer("fire_threshold"));

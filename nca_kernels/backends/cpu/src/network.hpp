@@ -392,8 +392,8 @@ inline const float* Block::forward(const Weights& weights, Rows rows, Index samp
                                    const float* box) {
   perceive(weights, rows, sample, box);
   if (net.filters > 0)
-    activate_rows(step.perception_activation, rows.count, net.width, net.maps[0].in_stride,
-                  values[0], perception_slopes);
+    activate_rows(step.perception_activation, step.negative_slope, rows.count, net.width,
+                  net.maps[0].in_stride, values[0], perception_slopes);
   add_inputs(rows, sample);
   for (Index i = 0; i < net.num_maps; ++i) {
     const Map& map = net.maps[i];
@@ -406,7 +406,8 @@ inline const float* Block::forward(const Weights& weights, Rows rows, Index samp
                           weights.packed + map.packed_at, to, stride,
                           {weights.packed + map.bias_at, 0});
     if (last || !relu_is_due(i + 1))
-      activate_rows(map.activation, rows.count, map.out_padded, stride, to, slopes[i]);
+      activate_rows(map.activation, step.negative_slope, rows.count, map.out_padded, stride, to,
+                    slopes[i]);
   }
   if (net.backward) {
     const Map& map = net.maps[net.num_maps - 1];

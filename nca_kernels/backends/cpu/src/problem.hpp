@@ -66,6 +66,7 @@ struct Step {
   bool inputs_per_cell;
   Precision precision;
   Activation activation, perception_activation;
+  float negative_slope;  // of leaky_relu
   float step_size;
   Fire fire;
   std::uint32_t fire_threshold;
