@@ -39,15 +39,20 @@ class Alive:
 
     Args:
         channel: index of the alive channel in the state; negative counts from the end.
-        threshold: a cell is alive if the 3^d max-pool of the channel is greater than this.
+        threshold: a cell is alive if the max-pool of the channel around it is greater than this.
+        radius: how many cells the pool reaches on every axis, at least 1: ``(2 * radius + 1)^d``.
     """
 
     channel: int = -1
     threshold: float = 0.1
+    radius: int = 1
 
     def __post_init__(self) -> None:
         require_int("Alive.channel", self.channel)
         require_real("Alive.threshold", self.threshold)
+        require_int("Alive.radius", self.radius)
+        if self.radius < 1:
+            raise ValueError(f"Alive.radius must be at least 1 (a 3^d pool), got {self.radius}")
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,9 @@ for backend in (
         name="xla",
         summary="fused by XLA: shifted slices and matrix products, hand-written backward",
         load=_loader("xla"),
-        covers=replace(COMMON, dtypes=("float32", "bfloat16", "float64")),
+        covers=replace(
+            COMMON, alive=ALIVE | {"radius": EVERY}, dtypes=("float32", "bfloat16", "float64")
+        ),
         markers={
             "step": ("@nca_xla_forward", "@nca_xla_backward"),
             "neighborhood_attention": (

@@ -338,7 +338,7 @@ def step_of_part(
 def reach(rule: Rule, params: RuleParams) -> list[int]:
     """Along each grid dim: how many cells away a step of a cell sees anything."""
     margins = same_margins(np.shape(params.perception)[:-2])
-    return [max(margin) + (rule.alive is not None) for margin in margins]
+    return [max(margin) + (rule.alive.radius if rule.alive else 0) for margin in margins]
 
 
 def _window(block: Array, axes: Sequence[_Axis]) -> Array:

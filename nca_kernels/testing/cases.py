@@ -217,6 +217,7 @@ EXAMPLES: dict[str, tuple[Any, ...]] = {
     "channel": (0, -1),
     "threshold": (0.2,),
     "negative_slope": (0.2,),
+    "radius": (2, 3),
 }
 # What else has to be so for a field to matter.
 TOGETHER: dict[str, dict[str, Any]] = {"negative_slope": {"activation": "leaky_relu"}}

@@ -47,10 +47,11 @@ def cell(padding, grid, position):
 
 
 def pooled(rule, state):
-    """The 3^d max-pool of the alive channel of one sample, cell by cell."""
+    """The max-pool of the alive channel of one sample, cell by cell."""
+    by = range(-rule.alive.radius, rule.alive.radius + 1)
     grid, out = state.shape[:-1], np.zeros(state.shape[:-1])
     for position in np.ndindex(*grid):
-        around = [np.add(position, o) for o in product((-1, 0, 1), repeat=len(grid))]
+        around = [np.add(position, o) for o in product(by, repeat=len(grid))]
         cells = [c for c in (cell(rule.padding, grid, p) for p in around) if c is not None]
         out[position] = max(state[c][rule.alive.channel] for c in cells)
     return out > rule.alive.threshold

@@ -102,6 +102,13 @@ def both(
     return found
 
 
+@pytest.mark.parametrize("padding", ["zeros", "reflect"])
+def test_a_wider_pool_reaches_further(padding):
+    rule = nk.Rule(padding=padding, alive=nk.Alive(radius=2))
+    case = Case("", (17, 12), rule, batch=(1,), channels=4, hidden=(6,), living=0.4)
+    both(case, (2, 2), P(None, *NAMES[:2]), backend="xla")
+
+
 @pytest.mark.parametrize(("shape", "case"), [pytest.param(*c, id=str(c[1])) for c in every_case()])
 def test_eight_devices_are_as_one(shape, case):
     fewest = min(n // m for n, m in zip(case.grid, shape, strict=True) if m > 1)

@@ -96,15 +96,16 @@ def pad(rule: Rule, array: Array, margins: list[tuple[int, int]]) -> Array:
 
 
 def is_alive(rule: Rule, state: Array, num_spatial_dims: int) -> Array:
-    """Whether the 3^d max-pool of the alive channel exceeds the threshold: bool ``[..., *S]``."""
+    """Whether the max-pool of the alive channel exceeds the threshold: bool ``[..., *S]``."""
     assert rule.alive is not None
+    radius = rule.alive.radius
     channel = rule.alive.channel % state.shape[-1]
     alpha = state[..., channel : channel + 1].astype(compute_dtype(state.dtype))
     grid = alpha.shape[-num_spatial_dims - 1 :]
     flat = alpha.reshape(-1, *grid)
     padding = "SAME"
     if rule.padding != "zeros":
-        flat, padding = pad(rule, flat, [(1, 1)] * num_spatial_dims), "VALID"
-    window = (1, *(3,) * num_spatial_dims, 1)
+        flat, padding = pad(rule, flat, [(radius, radius)] * num_spatial_dims), "VALID"
+    window = (1, *(2 * radius + 1,) * num_spatial_dims, 1)
     pooled = lax.reduce_window(flat, -jnp.inf, lax.max, window, (1,) * len(window), padding)
     return (pooled > rule.alive.threshold).reshape(alpha.shape[:-1])

@@ -60,7 +60,7 @@ def nca_xla_forward(operands: Operands, *, rule: Rule, platform: str) -> list[Ar
     if rule.alive is not None:
         alive = _is_alive(rule, state)
         # A dead cell's update matters to the fate of living neighbours, and to no other cell.
-        near = stencil.max_pool(alive.astype(jnp.float32), rule.padding) > 0
+        near = stencil.max_pool(alive.astype(jnp.float32), rule.padding, rule.alive.radius) > 0
         needed = near if needed is None else needed & near
 
     def some() -> list[Array]:
@@ -200,7 +200,7 @@ def _perception_size(operands: Operands) -> int:
 def _is_alive(rule: Rule, state: Array) -> Array:
     assert rule.alive is not None
     plane = state[..., rule.alive.channel].astype(compute_dtype(state.dtype))
-    return stencil.max_pool(plane, rule.padding) > rule.alive.threshold
+    return stencil.max_pool(plane, rule.padding, rule.alive.radius) > rule.alive.threshold
 
 
 # ---- groups ----

@@ -103,12 +103,12 @@ def _transpose_taps(taps: Array, channels: int) -> Array:
     return jnp.swapaxes(taps, -1, -2)
 
 
-def max_pool(plane: Array, padding: str) -> Array:
-    """The 3^d max-pool of ``[B, *S]``, axis by axis; with zeros, nothing lies outside."""
+def max_pool(plane: Array, padding: str, radius: int) -> Array:
+    """The max-pool of ``[B, *S]``, axis by axis; with zeros, nothing lies outside."""
     for axis in range(1, plane.ndim):
         size = plane.shape[axis]
-        padded = _pad_axis(plane, axis, (1, 1), padding, outside=-jnp.inf)
-        slices = [lax.slice_in_dim(padded, o, o + size, axis=axis) for o in range(3)]
+        padded = _pad_axis(plane, axis, (radius, radius), padding, outside=-jnp.inf)
+        slices = [lax.slice_in_dim(padded, o, o + size, axis=axis) for o in range(2 * radius + 1)]
         plane = reduce(jnp.maximum, slices)
     return plane
 
