@@ -25,10 +25,10 @@ from tqdm import tqdm
 from benchmarks.measure import ROOT, device_name, markdown_table, provenance
 from nca_kernels import dispatch
 from nca_kernels.backends import COMMON
+from nca_kernels.backends.triton.step_calls import backward, forward
 from nca_kernels.files import write_json
 from nca_kernels.testing import CONFORMANCE, Case, error_ratio, tolerance, triton_host
 from nca_kernels.testing.conformance import ORACLE, value_and_gradients
-from nca_kernels.tiled.step import backward, forward
 
 CUT_OFF = "triton_cut_off"
 

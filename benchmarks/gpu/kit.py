@@ -28,8 +28,8 @@ from benchmarks.gpu.results import Results
 from benchmarks.gpu.runner import Course, Machinery, Stage
 from benchmarks.gpu.stages import STAGES
 from benchmarks.measure import commit
+from nca_kernels.backends.triton.device import ARCHITECTURE
 from nca_kernels.files import write_json
-from nca_kernels.tiled.device import ARCHITECTURE
 
 PACKAGES = ("tensorboardX",)  # that training may import, and that machines with JAX often lack
 MEGABYTES = 60

@@ -10,8 +10,8 @@ from typing import Any
 from benchmarks.gpu.graphs import lower
 from nca_kernels import dispatch, tuning
 from nca_kernels.backends import triton
+from nca_kernels.backends.triton.configuration import problem_name, step_launch
 from nca_kernels.testing import Case
-from nca_kernels.tiled.configuration import problem_name, step_launch
 from nca_kernels.tuning import Launch
 
 KERNELS = {"step_forward": "forward", "step_backward": "training"}  # and what runs them
@@ -45,9 +45,9 @@ def _chosen(case: Case) -> dict[str, Chosen]:
     """Of each kernel, noted while a case is lowered."""
     chosen: dict[str, Chosen] = {}
 
-    def noting(kernel: str, function: Callable) -> Callable:
+    def noting(kernel: str, function: partial) -> Callable:
         def run(call: Any, platform: str, operands: Any, *rest: Any) -> Any:
-            launch = step_launch(HEURISTIC, kernel, call, platform, operands)
+            launch = step_launch(HEURISTIC, kernel, call, platform, operands, function.func)
             chosen[kernel] = f"{HEURISTIC.name} {problem_name(call, operands)}", launch
             return function(call, platform, operands, *rest)
 

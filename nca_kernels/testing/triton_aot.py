@@ -24,9 +24,9 @@ from nca_kernels.backends import COMMON
 from nca_kernels.backends import triton as backend
 from nca_kernels.backends.triton import launch
 from nca_kernels.backends.triton.constants import Constants
+from nca_kernels.backends.triton.geometry import SIZES
 from nca_kernels.testing.cases import AttentionCase, Case
 from nca_kernels.testing.issue_slots import warp_instructions_a_cell
-from nca_kernels.tiled.geometry import SIZES
 from nca_kernels.tuning import Launch
 
 TARGETS: dict[str, tuple[str, Any, int]] = {

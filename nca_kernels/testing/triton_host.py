@@ -29,10 +29,10 @@ import numpy as np
 
 from nca_kernels import dispatch
 from nca_kernels.backends import COMMON
+from nca_kernels.backends.triton.configuration import product_precision, too_wide_for_tiles
+from nca_kernels.backends.triton.geometry import SIZES
 from nca_kernels.backends.triton.launch import size_names
 from nca_kernels.testing.races import Accesses, Extent, function_in
-from nca_kernels.tiled.configuration import product_precision, too_wide_for_tiles
-from nca_kernels.tiled.geometry import SIZES
 from nca_kernels.tuning import Launch
 
 INTERPRET = "TRITON_INTERPRET"

@@ -17,7 +17,7 @@ from jaxlib import gpu_triton
 
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import kit
-from nca_kernels.tiled.device import ARCHITECTURE
+from nca_kernels.backends.triton.device import ARCHITECTURE
 
 if not hasattr(gpu_triton, "TritonKernelCall"):
     pytest.skip("JAX has no GPU plugin to lower for", allow_module_level=True)

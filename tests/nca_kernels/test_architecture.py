@@ -3,19 +3,14 @@
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 CORE = {f"nca_kernels.{name}" for name in ("rule", "perception", "fire_mask", "call")}
-# What backends that work tile by tile share.
-TILED = {
-    f"nca_kernels.tiled.{path.stem}"
-    for path in (ROOT / "nca_kernels/tiled").glob("*.py")
-    if path.stem != "__init__"
-}
-TILED |= {"nca_kernels.tuning", "nca_kernels.files"}
+TOOLS = {"nca_kernels.tuning", "nca_kernels.files"}  # which backends may use, too
 
 
 def module_name(path):
@@ -32,9 +27,8 @@ def imports(path, top_level_only=False):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            if node.module != "nca_kernels.tiled":  # an empty package: its modules count
-                yield node.module
-            if node.module.endswith(("nca_kernels", ".backends", ".tiled")):
+            yield node.module
+            if node.module.endswith(("nca_kernels", ".backends")):
                 yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
@@ -46,12 +40,12 @@ def ours(path):
     return {i for i in imports(path) if i.split(".")[0] in ("nca_kernels", "nca_models")}
 
 
-@pytest.mark.parametrize("name", sorted(CORE | TILED))
+@pytest.mark.parametrize("name", sorted(CORE | TOOLS))
 def test_core_imports_only_jax_and_numpy(name):
     path = ROOT / f"{name.replace('.', '/')}.py"
     third_party = {i.split(".")[0] for i in imports(path)} - {"nca_kernels"}
     assert third_party - set(sys.stdlib_module_names) <= {"jax", "numpy"}
-    assert ours(path) <= (CORE if name in CORE else CORE | TILED)
+    assert ours(path) <= (CORE if name in CORE else CORE | TOOLS)
 
 
 @pytest.mark.parametrize("path", files("nca_kernels/backends"), ids=module_name)
@@ -59,7 +53,7 @@ def test_backends_import_the_core_and_themselves(path):
     if path.parent.name == "backends":
         return  # the list of backends, which registers them
     own = f"nca_kernels.backends.{path.relative_to(ROOT / 'nca_kernels/backends').parts[0]}"
-    allowed = CORE | TILED
+    allowed = CORE | TOOLS
     assert all(i in allowed or i.startswith(own) for i in ours(path)), ours(path)
 
 
@@ -94,6 +88,20 @@ def test_models_use_public_names_only():
         kernels = {i for i in ours(path) if i.startswith("nca_kernels.")}
         public = {f"nca_kernels.{name}" for name in __import__("nca_kernels").__all__}
         assert kernels <= public | {"nca_kernels.testing"}, (path, kernels)
+
+
+def test_no_circle_of_imports():
+    """Among all files, imports within functions included; a package itself holds its modules."""
+    for package in ("nca_kernels", "nca_models"):
+        names = {module_name(path): path for path in files(package)}
+        graph = {
+            name: {other for other in ours(path) & names.keys() if not name.startswith(other)}
+            for name, path in names.items()
+        }
+        try:
+            TopologicalSorter(graph).prepare()
+        except CycleError as error:
+            raise AssertionError(" -> ".join(error.args[1])) from None
 
 
 def test_nothing_imports_tests_or_benchmarks():

@@ -17,6 +17,7 @@ from nca_kernels import dispatch
 from nca_kernels.backends import COMMON
 from nca_kernels.backends.triton.engine import ENGINE
 from nca_kernels.backends.triton.launch import missing
+from nca_kernels.backends.triton.step_calls import backward, forward
 from nca_kernels.testing import (
     ATTENTION,
     ATTENTION_CHECKS,
@@ -34,7 +35,6 @@ from nca_kernels.testing.conformance import (
     check_values_and_gradients,
 )
 from nca_kernels.testing.races import Accesses
-from nca_kernels.tiled.step import backward, forward
 from nca_kernels.tuning import Launch
 
 triton_host.register()

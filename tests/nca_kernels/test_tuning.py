@@ -14,11 +14,11 @@ import pytest
 import nca_kernels as nk
 from nca_kernels import dispatch, tuning
 from nca_kernels.backends import COMMON
+from nca_kernels.backends.triton import attention_calls, step_calls, tuner
+from nca_kernels.backends.triton.configuration import Engine, heuristic, problem_name
 from nca_kernels.call import Operands, Weights
 from nca_kernels.testing import ATTENTION, CONFORMANCE
 from nca_kernels.testing.attention_conformance import attention as attend
-from nca_kernels.tiled import attention, step, tuner
-from nca_kernels.tiled.configuration import Engine, heuristic, problem_name
 from nca_kernels.tuning import Launch
 
 CASE = next(case for case in CONFORMANCE if case.name == "plane")
@@ -75,7 +75,7 @@ def register():
     """The backend "sleeping", whose kernels are those of the engine above."""
 
     def load(op):
-        module = attention if op == "neighborhood_attention" else step
+        module = attention_calls if op == "neighborhood_attention" else step_calls
         return partial(module.forward, ENGINE), partial(module.backward, ENGINE)
 
     dispatch.register(dispatch.Backend("sleeping", "for tests", load, covers=COMMON))

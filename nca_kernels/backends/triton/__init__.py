@@ -3,10 +3,10 @@
 from functools import partial
 
 from nca_kernels.backends.triton.assembler import provide_ptxas
+from nca_kernels.backends.triton.attention_calls import backward as attention_backward
+from nca_kernels.backends.triton.attention_calls import forward as attention_forward
 from nca_kernels.backends.triton.engine import ENGINE
-from nca_kernels.tiled.attention import backward as attention_backward
-from nca_kernels.tiled.attention import forward as attention_forward
-from nca_kernels.tiled.step import backward, forward
+from nca_kernels.backends.triton.step_calls import backward, forward
 
 provide_ptxas()  # now, so that the environment of a process changes at no later time
 

@@ -1,12 +1,12 @@
-"""The Triton kernels as an engine of :mod:`nca_kernels.tiled`."""
+"""How the Triton kernels are run: what tests and tools replace."""
 
 from __future__ import annotations
 
 from importlib import import_module
 
+from nca_kernels.backends.triton.configuration import Engine, product_precision, too_wide_for_tiles
+from nca_kernels.backends.triton.device import capability, has_tf32
 from nca_kernels.backends.triton.launch import launch
-from nca_kernels.tiled.configuration import Engine, product_precision, too_wide_for_tiles
-from nca_kernels.tiled.device import capability, has_tf32
 
 
 def _precision(precision: str, platform: str) -> str:

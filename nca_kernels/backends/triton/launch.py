@@ -20,8 +20,8 @@ import jax.numpy as jnp
 
 from nca_kernels.backends.triton import assembler
 from nca_kernels.backends.triton.constants import Constants
-from nca_kernels.tiled.device import ARCHITECTURE, capability
-from nca_kernels.tiled.geometry import SIZES
+from nca_kernels.backends.triton.device import ARCHITECTURE, capability
+from nca_kernels.backends.triton.geometry import SIZES
 from nca_kernels.tuning import Launch
 
 TARGET = "triton_kernel_call_ffi"  # what the lowered module calls

@@ -35,6 +35,7 @@ def tuned(
     call: Any,
     platform: str,
     operands: Operands | AttentionOperands,
+    op: Callable[..., Any],
     heuristic: Launch,
 ) -> Launch:
     """The fastest of :func:`nca_kernels.tuning.candidates` around the heuristic's launch.
@@ -49,7 +50,7 @@ def tuned(
             launches = candidates(heuristic, fields)
             log.warning("tuning %s for %s: %d launches ...", kernel, problem, len(launches))
             with jax.ensure_compile_time_eval():
-                run = _runner(engine, kernel, call, platform, operands)
+                run = _runner(engine, kernel, call, platform, operands, op)
                 known = fastest({how: partial(run, how) for how in launches})
             if known is None:
                 raise RuntimeError(f"no launch of {kernel} runs on {key[0]} for {problem}")
@@ -85,12 +86,14 @@ def seconds(run: Callable[[], Any], calls: int) -> float:
 
 
 def _runner(
-    engine: Any, kernel: str, call: Any, platform: str, operands: Operands | AttentionOperands
+    engine: Any,
+    kernel: str,
+    call: Any,
+    platform: str,
+    operands: Operands | AttentionOperands,
+    op: Callable[..., Any],
 ) -> Callable[[Launch], Callable[[], Any]]:
     """``launch -> a call of the compiled op`` on random operands, all of whose cells are alive."""
-    from nca_kernels.tiled import attention, step
-
-    op: Any = attention if isinstance(operands, AttentionOperands) else step
     random = np.random.default_rng(0)
 
     def like(array: Any) -> Any:
@@ -111,9 +114,9 @@ def _runner(
     def prepare(how: Launch) -> Callable[[], Any]:
         fixed = replace(engine, fixed=lambda call: how)
         if kernel.endswith("_forward"):
-            compiled = jax.jit(lambda own: op.forward(fixed, call, platform, own))
+            compiled = jax.jit(lambda own: op(fixed, call, platform, own))
             return lambda: compiled(own)
-        compiled = jax.jit(lambda own, d: op.backward(fixed, call, platform, own, saved, d, wrt))
+        compiled = jax.jit(lambda own, d: op(fixed, call, platform, own, saved, d, wrt))
         return lambda: compiled(own, cotangent)
 
     return prepare

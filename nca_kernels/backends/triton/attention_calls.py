@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from nca_kernels.backends.triton.configuration import Engine, attention_launch
 from nca_kernels.call import AttentionCall, AttentionOperands
-from nca_kernels.tiled.configuration import Engine, attention_launch
 from nca_kernels.tuning import Launch
 
 Shape = jax.ShapeDtypeStruct
@@ -49,7 +49,7 @@ def forward(
     engine: Engine, call: AttentionCall, platform: str, operands: AttentionOperands
 ) -> list[Array]:
     """``[out [G, B, *S, heads, d], log-sum-exp [G, B, *S, heads]]``."""
-    how = attention_launch(engine, "attention_forward", call, platform, operands)
+    how = attention_launch(engine, "attention_forward", call, platform, operands, forward)
     g = attention_constants(call, operands, how)
     shape = operands.query.shape
     out, lse = engine.launch(
@@ -76,7 +76,7 @@ def backward(
     wrt: tuple[bool, ...],
 ) -> list[Array]:
     """The gradients ``[G, B, *S, heads, d]`` of those of query, key and value in ``wrt``."""
-    how = attention_launch(engine, "attention_backward", call, platform, operands)
+    how = attention_launch(engine, "attention_backward", call, platform, operands, backward)
     g = attention_constants(call, operands, how)
     kernels = engine.attention_kernels()
     shape, dtype = operands.query.shape, operands.query.dtype

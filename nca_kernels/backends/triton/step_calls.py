@@ -1,7 +1,6 @@
-"""``step`` and ``update`` tile by tile: two launches forward, three backward.
+"""``step`` and ``update`` as launches of the kernels: two forward, three backward.
 
-What every backend of this kind shares: which arrays its kernels get, and in which order. The
-kernels are the backend's own; ``step_kernels.py`` of the Triton backend documents each.
+Which arrays the kernels get, and in which order; ``step_kernels.py`` says what each does.
 """
 
 from __future__ import annotations
@@ -13,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from nca_kernels.backends.triton.configuration import Engine, step_launch
+from nca_kernels.backends.triton.device import is_hopper
+from nca_kernels.backends.triton.geometry import step_constants
+from nca_kernels.backends.triton.weights import pack, unpack
 from nca_kernels.call import Operands, StepCall
-from nca_kernels.tiled.configuration import Engine, step_launch
-from nca_kernels.tiled.device import is_hopper
-from nca_kernels.tiled.geometry import step_constants
-from nca_kernels.tiled.weights import pack, unpack
 from nca_kernels.tuning import Launch
 
 Shape = jax.ShapeDtypeStruct
@@ -26,7 +25,7 @@ Shape = jax.ShapeDtypeStruct
 def forward(engine: Engine, call: StepCall, platform: str, operands: Operands) -> list[Array]:
     """``[new state [G, B, *S, C]]``, and with alive masking the mask ``[G, B, *S]``."""
     launch, kernels = engine.launch, engine.step_kernels()
-    how = step_launch(engine, "step_forward", call, platform, operands)
+    how = step_launch(engine, "step_forward", call, platform, operands, forward)
     g = _constants(engine, call, platform, operands, how)
     groups = operands.groups
     state, fire, given, inputs = _flat_operands(operands)
@@ -71,7 +70,7 @@ def backward(
     """The gradients ``[G, ...]`` of the operands that ``wrt`` (a flag for each array) asks for."""
     launch, kernels = engine.launch, engine.step_kernels()
     wanted = jax.tree.unflatten(jax.tree.structure(operands), wrt)
-    how = step_launch(engine, "step_backward", call, platform, operands)
+    how = step_launch(engine, "step_backward", call, platform, operands, backward)
     g = _constants(engine, call, platform, operands, how, wanted)
     groups = operands.groups
     state, fire, given, inputs = _flat_operands(operands)

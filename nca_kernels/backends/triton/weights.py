@@ -17,7 +17,7 @@ from jax import Array
 
 from nca_kernels.call import Operands, Weights
 
-Sizes = dict[str, Any]  # of nca_kernels.tiled.geometry.step_constants
+Sizes = dict[str, Any]  # of nca_kernels.backends.triton.geometry.step_constants
 MANTISSA = {"tf32": 10, "bfloat16": 7}  # bits that operands of products keep
 
 

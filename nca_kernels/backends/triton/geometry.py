@@ -233,7 +233,7 @@ def _scratch_constants(values: dict[str, Any], launch: Launch) -> dict[str, Any]
     # Of constant taps, of which many are zero, little is gathered of each filter.
     taps_fit = not values["constant_taps"] and values["tile"] * by_tap <= launch.by_tap
     kept = by_tap if taps_fit else by_filter
-    active_at = (1 + values["tile"]) * max(by_filter, kept)  # Pallas' kernels keep by filter
+    active_at = (1 + values["tile"]) * kept
     lanes_at = active_at + values["around"] if backward else 0
     flags_at = lanes_at + values["tile"]
     words_at = flags_at + values["tile"]

@@ -11,10 +11,10 @@ from typing import Any
 import jax
 from jax import Array
 
+from nca_kernels.backends.triton import device
+from nca_kernels.backends.triton.geometry import RUN, block
+from nca_kernels.backends.triton.tuner import tuned
 from nca_kernels.call import AttentionOperands, Operands
-from nca_kernels.tiled import device
-from nca_kernels.tiled.geometry import RUN, block
-from nca_kernels.tiled.tuner import tuned
 from nca_kernels.tuning import TUNE, Launch, winner
 
 # What fits this much shared memory: numbers of a cell, its perception's included, and of dense taps
@@ -38,15 +38,14 @@ def product_precision(precision: str, platform: str) -> str:
 
 @dataclass(frozen=True)
 class Engine:
-    """How a backend runs kernels over tiles.
+    """How kernels are run; tests and tools replace parts of it.
 
     Args:
-        name: what its winners are filed under.
+        name: what winners are filed under.
         step_kernels, attention_kernels: import and return what holds the kernels, by name.
         launch: ``(kernel, inputs, outputs, grid, constants, how, aliases={})`` runs a kernel.
         precision: ``(Rule.precision, platform)`` as the engine's products take it.
         capability: the CUDA compute capability that kernels make use of; 0 for what all have.
-        lacks: fields of ``Launch`` that its kernels do not have, and which are 0 for them.
         device: the name that winners are looked up by.
         fixed: a launch for every call instead of winners and heuristics, for tests.
     """
@@ -57,30 +56,33 @@ class Engine:
     launch: Callable[..., list[Array]]
     precision: Callable[[str, str], str] = product_precision
     capability: Callable[[], int] = lambda: 0
-    lacks: tuple[str, ...] = ()
     device: Callable[[], str] = lambda: jax.devices()[0].device_kind
     fixed: Callable[[Any], Launch] | None = None
 
 
 def step_launch(
-    engine: Engine, kernel: str, call: Any, platform: str, operands: Operands
+    engine: Engine, kernel: str, call: Any, platform: str, operands: Operands, op: Callable
 ) -> Launch:
-    """The launch of ``kernel``, ``step_forward`` or ``step_backward``, for this call."""
+    """The launch of ``kernel``, ``step_forward`` or ``step_backward``, for this call.
+
+    ``op``: what runs it, ``(engine, call, platform, operands, ...)``, for tuning.
+    """
 
     def guess() -> Launch:
         precise = engine.precision(call.rule.precision, platform) in ("ieee", "tf32x3")
         return heuristic(kernel, call, operands, precise, engine.capability())
 
     problem = problem_name(call, operands)
-    how = _chosen(engine, kernel, problem, call, platform, operands, guess)
-    lacking: dict[str, Any] = dict.fromkeys(engine.lacks, 0)
-    return replace(how, **lacking)
+    return _chosen(engine, kernel, problem, call, platform, operands, op, guess)
 
 
 def attention_launch(
-    engine: Engine, kernel: str, call: Any, platform: str, operands: AttentionOperands
+    engine: Engine, kernel: str, call: Any, platform: str, operands: AttentionOperands, op: Callable
 ) -> Launch:
-    """The launch of ``kernel``, ``attention_forward`` or ``attention_backward``, for this call."""
+    """The launch of ``kernel``, ``attention_forward`` or ``attention_backward``, for this call.
+
+    ``op``: as for :func:`step_launch`.
+    """
     *_, heads, size = operands.query.shape
     problem = (
         f"{call.num_spatial_dims}d {operands.query.dtype} radius {call.radius} "
@@ -90,7 +92,7 @@ def attention_launch(
     def guess() -> Launch:
         return Launch(rows=max(16, min(128, 2**12 // block(size))))
 
-    return _chosen(engine, kernel, problem, call, platform, operands, guess)
+    return _chosen(engine, kernel, problem, call, platform, operands, op, guess)
 
 
 def _chosen(
@@ -100,6 +102,7 @@ def _chosen(
     call: Any,
     platform: str,
     operands: Any,
+    op: Callable,
     guess: Callable[[], Launch],
 ) -> Launch:
     """The engine's own, the fastest if tuning was asked for, a winner, or a guess."""
@@ -107,7 +110,7 @@ def _chosen(
         return engine.fixed(call)
     problem = f"{engine.name} {problem}"
     if os.environ.get(TUNE) == "1":
-        return tuned(engine, kernel, problem, call, platform, operands, guess())
+        return tuned(engine, kernel, problem, call, platform, operands, op, guess())
     return winner(engine.device(), kernel, problem) or guess()
 
 

@@ -1,1 +1,0 @@
-"""What backends share that run kernels of their own over tiles of cells."""
