@@ -12,7 +12,7 @@ from flax import nnx
 
 import nca_kernels as nk
 from nca_models import render
-from nca_models.data import digits, images
+from nca_models.data import digits, images, pictures
 from nca_models.filming import Films, states_over_time
 from nca_models.modules import NCA
 from nca_models.training.damage import DAMAGES
@@ -52,7 +52,7 @@ class LearnsPicture(Films):
     @staticmethod
     def prepare(config: Any, target: str | None, folder: Path) -> None:
         """Write `target.png`: an image file, an emoji or (None) the packaged picture, scaled."""
-        images.save_target(target, config.target_size, folder / "target.png")
+        pictures.save_target(target, config.target_size, folder / "target.png")
 
     def model(self, rngs: nnx.Rngs) -> NCA:
         """Return an untrained automaton; its taps, identity and Sobel, are constant."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     from flax import nnx
 
-    from nca_models.training.trainer import TrainConfig
+    from nca_models.training.config import TrainConfig
 
 PRESET_NAMES = ("small", "paper")
 LEARNS_DIGITS = ("attention", "self_autoencoding")

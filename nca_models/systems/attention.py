@@ -21,9 +21,9 @@ from nca_models import render
 from nca_models.filming import states_over_time
 from nca_models.learning import LearnsDigits, Samples, dropout_rule
 from nca_models.modules import Automaton, run
+from nca_models.training.config import TrainConfig, setting
 from nca_models.training.damage import DAMAGES
 from nca_models.training.logging import log10
-from nca_models.training.trainer import TrainConfig, setting
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,9 +29,9 @@ from nca_models.filming import Films, states_over_time
 from nca_models.learning import Samples
 from nca_models.modules import NCA, run
 from nca_models.texture_loss import features, sliced_transport, vgg16_features
+from nca_models.training.config import SampledStepsConfig, setting
 from nca_models.training.damage import DAMAGES
 from nca_models.training.logging import log10
-from nca_models.training.trainer import SampledStepsConfig, setting
 
 _SOBEL = np.outer([1.0, 2.0, 1.0], [-1.0, 0.0, 1.0])
 _LAPLACIAN = np.ones((3, 3)) - 9 * np.outer([0, 1, 0], [0, 1, 0])

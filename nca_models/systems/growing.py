@@ -15,8 +15,8 @@ import jax.numpy as jnp
 
 from nca_models.learning import LearnsPicture, Samples
 from nca_models.modules import NCA, run
+from nca_models.training.config import SampledStepsConfig, setting
 from nca_models.training.damage import DAMAGES
-from nca_models.training.trainer import SampledStepsConfig, setting
 
 
 @dataclass(frozen=True, kw_only=True)
