@@ -10,6 +10,7 @@ A state is `[*batch, size, size, C]` float32; its last channel is the picture.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,45 +19,38 @@ from flax import nnx
 
 import nca_kernels as nk
 from nca_models import render
+from nca_models.data.digits import DigitsConfig
 from nca_models.filming import states_over_time
 from nca_models.learning import LearnsDigits, Samples, dropout_rule
 from nca_models.modules import Automaton, run
-from nca_models.training.config import TrainConfig, setting
+from nca_models.training.config import dropout_rate, setting
 from nca_models.training.damage import DAMAGES
 from nca_models.training.logging import log10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TrainConfig):
-    """Settings of the attention NCA, beside those of every system.
+class Config(DigitsConfig):
+    """Settings of the attention NCA."""
 
-    Attributes:
-        target_size: side of the grid, in cells; digits are scaled to it.
-        channels: C, the last being the picture.
-        projection: width that the state is projected to.
-        position: width of the position embedding of one axis.
-        heads: heads of the attention.
-        qkv: width of queries, keys and values, all heads together; a multiple of `heads`.
-        perception: width of the attention's output.
-        hidden: width of the update's hidden layer.
-        radius: how far a cell attends.
-        num_steps: steps of the automaton in a training step; the loss is at the last one.
-        fire_rate: probability that a cell updates in a step. Updates are scaled by its inverse.
-        mask_ratio: share of the pixels that are masked.
-    """
+    examples: ClassVar[tuple[str, ...]] = (
+        "nca train attention --data-dir mnist --preset paper --out digits",
+    )
 
-    target_size: int
-    channels: int = setting(32, lowest=2)
-    projection: int = 32
-    position: int = 4
-    heads: int = 4
-    qkv: int = 128
-    perception: int = 64
-    hidden: int = 128
-    radius: int = setting(1, lowest=0)
-    num_steps: int
-    fire_rate: float = 0.5
-    mask_ratio: float = 0.5
+    channels: int = setting(32, lowest=2, help="C; the last channel is the picture")
+    projection: int = setting(32, help="width that the state is projected to")
+    position: int = setting(4, help="width of the position embedding of one axis")
+    heads: int = setting(4, help="heads of the attention")
+    qkv: int = setting(
+        128, help="width of queries, keys and values, all heads together; a multiple of `heads`"
+    )
+    perception: int = setting(64, help="width of the attention's output")
+    hidden: int = setting(128, help="width of the update's hidden layer")
+    radius: int = setting(1, lowest=0, help="how many cells away a cell attends")
+    num_steps: int = setting(
+        help="steps of the automaton in a training step; the loss is at the last one"
+    )
+    fire_rate: float = dropout_rate()
+    mask_ratio: float = setting(0.5, help="share of the pixels that are masked")
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot be trained with (ValueError)."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +23,13 @@ import nca_kernels as nk
 from nca_models import motion, render
 from nca_models._files import whole_file
 from nca_models.data.images import open_rgba
-from nca_models.data.textures import texture
+from nca_models.data.textures import TextureConfig, texture
 from nca_models.data.vgg16 import vgg16
 from nca_models.filming import Films, states_over_time
 from nca_models.learning import Samples
 from nca_models.modules import NCA, run
 from nca_models.texture_loss import features, sliced_transport, vgg16_features
-from nca_models.training.config import SampledStepsConfig, setting
+from nca_models.training.config import SampledStepsConfig, setting, target_side
 from nca_models.training.damage import DAMAGES
 from nca_models.training.logging import log10
 
@@ -40,25 +40,23 @@ STRIDE, FRAMES = 32, 100  # motion is measured over so many frames, so many step
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(SampledStepsConfig):
-    """Settings of emergent dynamics, beside those of `SampledStepsConfig`.
+class Config(TextureConfig, SampledStepsConfig):
+    """Settings of emergent dynamics."""
 
-    Attributes:
-        target_size: side of the texture and of the grid, in cells.
-        channels: C, the first three being RGB.
-        hidden: D, the width of the hidden layer.
-        fire_rate: probability that a cell updates in a step.
-        overflow: weight of the penalty on states beyond -1 to 1.
-        vgg16: file with the weights of a VGG16, whose features are then compared; None for the
-            features of random filters.
-    """
+    commands: ClassVar[tuple[str, ...]] = ("sweep",)
 
-    target_size: int = setting(lowest=20)
-    channels: int = setting(12, lowest=3)
-    hidden: int = 96
-    fire_rate: float = 0.5
-    overflow: float = 1.0
-    vgg16: str | None = None
+    target_size: int = target_side(lowest=20)
+    channels: int = setting(12, lowest=3, help="C; the first three channels are RGB")
+    hidden: int = setting(96, help="D, the width of the hidden layer")
+    fire_rate: float = setting(0.5, help="probability that a cell updates in a step")
+    overflow: float = setting(1.0, help="weight of the penalty on states beyond -1 to 1")
+    vgg16: str | None = setting(
+        None,
+        flag="--vgg16",
+        metavar="FILE",
+        help="weights of a VGG16 (.pth, .npz, .h5), whose features are compared instead of those "
+        "of random filters",
+    )
 
 
 PRESETS = {
@@ -165,6 +163,11 @@ class SystemClass(Films):
             "motion, mean over three seeds": float(np.mean(strengths)),
             "motion, standard deviation over them": float(np.std(strengths, ddof=1)),
         }
+
+    def swept(self, model: NCA) -> tuple[float, float, float]:
+        """See `nca_models.sweep`: the late texture loss, the motion and its spread."""
+        _, _, late, motion, spread = self.metrics(model).values()
+        return late, motion, spread
 
     def motion_strength(self, model: NCA, seed: int) -> float:
         """Return the mean length of the optical flow, in cells per `STRIDE` steps.

@@ -11,7 +11,7 @@ cells live. Plane 0 is the near face, the last plane the far one.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,33 +19,33 @@ import numpy as np
 from flax import nnx
 
 from nca_models import render
+from nca_models.data.digits import DigitsConfig
 from nca_models.filming import states_over_time
 from nca_models.learning import LearnsDigits, Samples, dropout_rule
 from nca_models.modules import NCA, run
-from nca_models.training.config import SampledStepsConfig, setting
+from nca_models.training.config import (
+    SampledStepsConfig,
+    dropout_rate,
+    life_threshold,
+    setting,
+    target_side,
+)
 from nca_models.training.damage import DAMAGES
 from nca_models.training.logging import log10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(SampledStepsConfig):
-    """Settings of self-autoencoding digits, beside those of `SampledStepsConfig`.
+class Config(DigitsConfig, SampledStepsConfig):
+    """Settings of self-autoencoding digits."""
 
-    Attributes:
-        target_size: side of a face, in cells; digits are scaled to it.
-        depth: planes from face to face; the wall is plane `depth // 2`.
-        channels: C, the last being ink.
-        hidden: width of the hidden layer.
-        fire_rate: probability that a cell updates in a step. Updates are scaled by its inverse.
-        alive_threshold: least ink, among a cell and its neighbours, for the cell to live.
-    """
+    examples: ClassVar[tuple[str, ...]] = ("nca train self_autoencoding --out lattice",)
 
-    target_size: int = setting(lowest=3)
-    depth: int = setting(lowest=3)
-    channels: int = setting(16, lowest=2)
-    hidden: int = 256
-    fire_rate: float = 0.5
-    alive_threshold: float = 0.1
+    target_size: int = target_side(lowest=3)
+    depth: int = setting(lowest=3, help="planes from face to face; the wall is plane `depth // 2`")
+    channels: int = setting(16, lowest=2, help="C; the last channel is ink")
+    hidden: int = setting(256, help="width of the hidden layer")
+    fire_rate: float = dropout_rate()
+    alive_threshold: float = life_threshold("ink")
 
 
 PRESETS = {

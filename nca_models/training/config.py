@@ -124,3 +124,17 @@ def target_side(lowest: int = 1) -> Any:
     return setting(
         lowest=lowest, flag="--size", help="side of the picture, digit or texture, in cells"
     )
+
+
+def dropout_rate() -> Any:
+    """Declare the setting `fire_rate` of a rule whose updates are scaled by its inverse."""
+    return setting(
+        0.5, help="probability that a cell updates in a step; updates are scaled by its inverse"
+    )
+
+
+def life_threshold(channel: str) -> Any:
+    """Declare the setting `alive_threshold`, for a system whose cells live by this channel."""
+    return setting(
+        0.1, help=f"least {channel}, among a cell and its neighbours, for the cell to live"
+    )
