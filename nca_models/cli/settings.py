@@ -64,7 +64,7 @@ def _add(group: Any, name: str, declarations: list[Field[Any]], note: str) -> No
         type=parse,
         metavar=first["metavar"] or metavar,
         choices=first["choices"],
-        help="; ".join(texts) + note,
+        help=("; ".join(texts) + note).replace("%", "%%"),
     )
 
 

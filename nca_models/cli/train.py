@@ -86,7 +86,8 @@ def _targets(names: list[str]) -> str:
     for name in names:
         if text := systems.settings(name).target_help:
             learners.setdefault(text, []).append(name)
-    return "; ".join(f"for {', '.join(users)}, {text}" for text, users in learners.items())
+    texts = (f"for {', '.join(users)}, {text}" for text, users in learners.items())
+    return "; ".join(texts).replace("%", "%%")
 
 
 def _add_resume_and_tensorboard(command: argparse.ArgumentParser) -> None:

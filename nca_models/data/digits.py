@@ -140,13 +140,13 @@ def _mnist(folder: Path) -> tuple[dict[str, np.ndarray], str]:
         return arrays, str(npz)
     arrays = {}
     for name, file_name in _FILES.items():
-        found = [p for p in (folder / file_name, folder / f"{file_name}.gz") if p.is_file()]
-        if not found:
+        files = [p for p in (folder / file_name, folder / f"{file_name}.gz") if p.is_file()]
+        if not files:
             raise DataError(
                 f"{folder}: has neither mnist.npz nor {file_name} (or {file_name}.gz); leave out "
                 "--data-dir for scikit-learn's digits"
             )
-        arrays[name] = _idx(found[0])
+        arrays[name] = _idx(files[0])
     return arrays, str(folder)
 
 

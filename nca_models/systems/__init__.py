@@ -16,6 +16,7 @@ import ast
 import importlib
 import pkgutil
 from collections.abc import Iterator
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -83,7 +84,7 @@ class System(Protocol):
         """
 
     def film(self, model: Any, num_steps: int, **options: Any) -> np.ndarray:
-        """Return all frames, `[frames, height, width, 3]`; see `nca_models.filming.Films`."""
+        """Return all frames, `[frames, height, width, 3]`; see `nca_models.learning.SystemBase`."""
 
     @staticmethod
     def resized(config: Any, size: int) -> Any:
@@ -122,7 +123,12 @@ def settings(name: str) -> type[TrainConfig]:
     Raises:
         InvalidSystem: there is no such file, or it has no such class.
     """
-    path, module = _path(name), ModuleType(f"{__name__}.{name}")
+    return _config(name, _path(name))
+
+
+@cache
+def _config(name: str, path: Path) -> type[TrainConfig]:
+    module = ModuleType(f"{__name__}.{name}")
     try:
         part = _part(ast.parse(path.read_text(encoding="utf-8")), "Config")
         exec(compile(part, path, "exec", dont_inherit=True), vars(module))

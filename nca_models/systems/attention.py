@@ -7,7 +7,6 @@ it; the original masks dense attention of all cells to all, this is linear in th
 A state is `[*batch, size, size, C]` float32; its last channel is the picture.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -20,11 +19,9 @@ from flax import nnx
 import nca_kernels as nk
 from nca_models import render
 from nca_models.data.digits import DigitsConfig
-from nca_models.filming import states_over_time
 from nca_models.learning import LearnsDigits, Samples, dropout_rule
 from nca_models.modules import Automaton, run
 from nca_models.training.config import dropout_rate, setting
-from nca_models.training.damage import DAMAGES
 from nca_models.training.logging import log10
 
 
@@ -174,7 +171,7 @@ class SystemClass(LearnsDigits):
     ) -> tuple[jax.Array, Samples]:
         """Return the mean squared error after the last step, and those states."""
         final = model.rollout(samples["state"], key, self.config.num_steps)
-        new = {"state": final, "index": samples["index"]}
+        new = {**samples, "state": final}
         return jnp.mean(self.errors(new)), new
 
     def metrics(self, model: AttentionNCA) -> dict[str, float]:
@@ -196,30 +193,14 @@ class SystemClass(LearnsDigits):
             f"masked pixels, unseen digits, {4 * steps} steps": error(later[..., -1]),
         }
 
-    def frames(
-        self,
-        model: AttentionNCA,
-        num_steps: int,
-        *,
-        every: int,
-        damage: str,
-        damage_at: int,
-        seed: int,
-    ) -> Iterator[np.ndarray]:
-        """Show the completion of an unseen digit; see `System.frames`."""
-        key = jax.random.key(seed)
-        image = jnp.asarray(self.data.test_images[seed % len(self.data.test_images)])
-        states = states_over_time(
-            model,
-            self._masked(key, image[None])[0],
-            num_steps,
-            every=every,
-            key=key,
-            damage=DAMAGES[damage],
-            damage_at=damage_at,
-        )
-        for state in states:
-            yield render.grey(np.asarray(state[0, ..., -1]))
+    def film_start(self, key: jax.Array, seed: int) -> jax.Array:
+        """Return an unseen digit, masked."""
+        image = self.data.test_images[seed % len(self.data.test_images)]
+        return self._masked(key, jnp.asarray(image)[None])[0]
+
+    def picture(self, state: jax.Array) -> np.ndarray:
+        """Return the digit that a state shows, as uint8 RGB."""
+        return render.grey(np.asarray(state[..., -1]))
 
     def pictures(self, model: AttentionNCA, folder: Path) -> list[Path]:
         """Write unseen digits, masked, completed and as they are, and a completion over time."""
@@ -232,7 +213,7 @@ class SystemClass(LearnsDigits):
         paths = [folder / name for name in ("masked_result_truth.png", "completion.gif")]
         render.save_png(paths[0], render.upscale(render.above(rows), scale))
         steps = 2 * self.config.num_steps
-        film = self.film(model, steps, every=1, damage="none", damage_at=0, seed=0)
+        film = self.film(model, steps, every=1)
         render.save_gif(paths[1], render.upscale(film, 2 * scale))
         return paths
 

@@ -73,10 +73,6 @@ class SystemClass(LearnsPicture):
         key_share, key_noise = jax.random.split(key)
         return self._blend(key_noise, jax.random.uniform(key_share, (n, 1, 1, 1)))
 
-    def damage(self, key: jax.Array, samples: Samples) -> Samples:
-        """Return the samples as they are: nothing is damaged in training."""
-        return samples
-
     def loss(self, model: NCA, samples: Samples, key: jax.Array) -> tuple[jax.Array, Samples]:
         """Return the mean squared error after the last step, and those states."""
         steps = self.config.num_steps

@@ -99,11 +99,7 @@ class SystemClass(LearnsPicture):
 
     def loss(self, model: NCA, samples: Samples, key: jax.Array) -> tuple[jax.Array, Samples]:
         """Return the mean squared error at a random step of each sample, and those states."""
-        key_rollout, key_steps = jax.random.split(key)
-        state, least, most = samples["state"], self.config.min_steps, self.config.num_steps
-        steps = jax.random.randint(key_steps, state.shape[:1], least, most + 1)
-        _, sampled = model.rollout(state, key_rollout, most, sample_steps=steps, checkpoint="all")
-        new = {"state": sampled}
+        new = self.after_random_steps(model, samples, jax.random.split(key))
         return jnp.mean(self.errors(new)), new
 
     def metrics(self, model: NCA) -> dict[str, float]:

@@ -8,7 +8,7 @@ A state is `[*batch, size, size, depth, C]` float32; the last channel is the ink
 cells live. Plane 0 is the near face, the last plane the far one.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,7 +20,6 @@ from flax import nnx
 
 from nca_models import render
 from nca_models.data.digits import DigitsConfig
-from nca_models.filming import states_over_time
 from nca_models.learning import LearnsDigits, Samples, dropout_rule
 from nca_models.modules import NCA, run
 from nca_models.training.config import (
@@ -30,7 +29,6 @@ from nca_models.training.config import (
     setting,
     target_side,
 )
-from nca_models.training.damage import DAMAGES
 from nca_models.training.logging import log10
 
 
@@ -125,6 +123,8 @@ class Lattice(NCA):
 class SystemClass(LearnsDigits):
     """Self-autoencoding digits, as `nca_models.systems.System` asks."""
 
+    num_spatial_dims = 3
+
     def model(self, rngs: nnx.Rngs) -> Lattice:
         """Return an untrained automaton; its taps start as identity and Sobel, and are trained."""
         return Lattice(
@@ -148,11 +148,7 @@ class SystemClass(LearnsDigits):
 
     def loss(self, model: Lattice, samples: Samples, key: jax.Array) -> tuple[jax.Array, Samples]:
         """Return the mean squared error at a random step of each sample, and those states."""
-        key_rollout, key_steps = jax.random.split(key)
-        state, least, most = samples["state"], self.config.min_steps, self.config.num_steps
-        steps = jax.random.randint(key_steps, state.shape[:1], least, most + 1)
-        _, sampled = model.rollout(state, key_rollout, most, sample_steps=steps, checkpoint="all")
-        new = {"state": sampled, "index": samples["index"]}
+        new = self.after_random_steps(model, samples, jax.random.split(key))
         return jnp.mean(self.errors(new)), new
 
     def metrics(self, model: Lattice) -> dict[str, float]:
@@ -172,23 +168,10 @@ class SystemClass(LearnsDigits):
             f"far face, unseen digits, {2 * steps} steps": error(images, later[..., -1, -1]),
         }
 
-    def frames(
-        self, model: Lattice, num_steps: int, *, every: int, damage: str, damage_at: int, seed: int
-    ) -> Iterator[np.ndarray]:
-        """Show all planes of a lattice with an unseen digit, near to far; see `System.frames`."""
-        key = jax.random.key(seed)
+    def film_start(self, key: jax.Array, seed: int) -> jax.Array:
+        """Return a lattice with an unseen digit."""
         image = self.data.test_images[seed % len(self.data.test_images)]
-        states = states_over_time(
-            model,
-            self._inked(jnp.asarray(image)[None]),
-            num_steps,
-            every=every,
-            key=key,
-            damage=lambda key, state: DAMAGES[damage](key, state, 3),
-            damage_at=damage_at,
-        )
-        for state in states:
-            yield self.planes(state[0])
+        return self._inked(jnp.asarray(image)[None])
 
     def pictures(self, model: Lattice, folder: Path) -> list[Path]:
         """Write near and far faces of unseen digits, planes over time, and a turning lattice."""
@@ -199,13 +182,13 @@ class SystemClass(LearnsDigits):
                 for faces in (images, final[..., -1, -1])]  # fmt: skip
         paths = [folder / name for name in ("faces.png", "planes.gif", "lattice.gif")]
         render.save_png(paths[0], render.upscale(render.above(rows), scale))
-        film = self.film(model, 2 * steps, every=1, damage="none", damage_at=0, seed=0)
+        film = self.film(model, 2 * steps, every=1)
         render.save_gif(paths[1], render.upscale(film, max(1, scale // 2)))
         render.save_lattice_gif(paths[2], np.asarray(final[0, ..., -1]))
         return paths
 
-    def planes(self, state: jax.Array) -> np.ndarray:
-        """Return the ink of one lattice, plane beside plane, as uint8 RGB."""
+    def picture(self, state: jax.Array) -> np.ndarray:
+        """Return the ink of one lattice, plane beside plane, near to far, as uint8 RGB."""
         ink = np.asarray(state[..., -1])
         return render.beside([render.grey(ink[..., z]) for z in range(ink.shape[-1])], gap=1)
 

@@ -284,9 +284,9 @@ def train_together(systems: Sequence[Any], folder: Path, folders: Sequence[Path]
     together = Together(systems)
     state = _train(together, folder, folders, tensorboard=False, progress=True)
     models = []
-    for i, (member, own) in enumerate(zip(together.members, folders, strict=True)):
+    for i, (member, member_folder) in enumerate(zip(together.members, folders, strict=True)):
         part: TrainState = jax.tree.map(lambda leaf, i=i: leaf[i], state)
-        with Checkpoints(own / "checkpoints") as checkpoints:
+        with Checkpoints(member_folder / "checkpoints") as checkpoints:
             checkpoints.save(int(part.step), part)
         models.append(member.model(part.params))
     shutil.rmtree(folder)
@@ -320,7 +320,16 @@ def _train(
             tqdm(total=total, initial=first, desc="training", unit="step", disable=not progress)
         )
         try:
-            return _loop(trainer, step, state, first, checkpoints, logs, bar, received)
+            return _loop(
+                trainer,
+                step,
+                state,
+                first,
+                checkpoints=checkpoints,
+                logs=logs,
+                bar=bar,
+                received=received,
+            )
         except (RuntimeError, ValueError) as error:
             if not means_a_lost_process(error):
                 raise
@@ -346,6 +355,7 @@ def _loop(
     compiled: Any,
     state: TrainState,
     step: int,
+    *,
     checkpoints: Checkpoints,
     logs: Sequence[Log],
     bar: Any,

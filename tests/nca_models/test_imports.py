@@ -1,6 +1,7 @@
 """How the modules of nca_models import each other, read from their source."""
 
 import ast
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -61,3 +62,21 @@ def test_the_settings_are_below_the_systems_and_those_below_the_trainer():
         above = {"trainer", "estimate", "run_folder", "demo", "sweep", "cli"}
         assert not {module.split(".")[-1] for module in reached(name)} & above, name
     assert "nca_models.training.config" in IMPORTS["nca_models.training.trainer"]
+
+
+def strings(path):
+    """The strings of a file that are not documentation."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    documentation = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if is_text and id(node) not in documentation:
+            yield node.value
+
+
+def test_nothing_but_its_file_names_a_system():
+    names = {path.stem for path in FILES if path.parent.name == "systems"} - {"__init__"}
+    assert len(names) > 4
+    for path in FILES:
+        words = {word for text in strings(path) for word in re.findall("[a-z_]+", text)}
+        assert not (names - {path.stem}) & words, path
