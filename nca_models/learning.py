@@ -77,21 +77,11 @@ class SystemBase:
         return np.stack(list(self.frames(model, num_steps, **options)))
 
     def frames(
-        self,
-        model: Any,
-        num_steps: int,
-        *,
-        every: int,
-        damage: str = "none",
-        damage_at: int = 0,
-        seed: int = 0,
+        self, model: Any, num_steps: int, *, seed: int = 0, **options: Any
     ) -> Iterator[np.ndarray]:
-        """Run from `film_start`, damaged after `damage_at` steps; see `System.frames`."""
+        """Run from `film_start`; `options` are those of `frames_from`. See `System.frames`."""
         key = jax.random.key(seed)
-        start = self.film_start(key, seed)
-        return self.frames_from(
-            model, start, num_steps, every=every, key=key, damage=damage, damage_at=damage_at
-        )
+        return self.frames_from(model, self.film_start(key, seed), num_steps, key=key, **options)
 
     def frames_from(
         self,
@@ -104,7 +94,10 @@ class SystemBase:
         damage: str = "none",
         damage_at: int = 0,
     ) -> Iterator[np.ndarray]:
-        """Run from the state `start`, `[1, *spatial, C]`, and yield pictures; see `frames`."""
+        """Run from the state `start`, `[1, *spatial, C]`, and yield pictures; see `System.frames`.
+
+        It is damaged after `damage_at` steps.
+        """
         clear = partial(DAMAGES[damage], num_spatial_dims=self.num_spatial_dims)
         for state in states_over_time(
             model, start, num_steps, every=every, key=key, damage=clear, damage_at=damage_at
@@ -205,6 +198,21 @@ class LearnsDigits(SystemBase):
         """Write `digits.npz`: of a folder with MNIST's files, or (None) of scikit-learn."""
         data = digits.digits(config.target_size, None if target is None else Path(target))
         digits.save(data, folder / "digits.npz")
+
+    def showing(self, key: jax.Array, images: jax.Array) -> jax.Array:
+        """Return states `[n, *spatial, C]` that are shown `images` `[n, size, size]`."""
+        raise NotImplementedError
+
+    def film_start(self, key: jax.Array, seed: int) -> jax.Array:
+        """Return a state that is shown an unseen digit."""
+        image = self.data.test_images[seed % len(self.data.test_images)]
+        return self.showing(key, jnp.asarray(image)[None])
+
+    def save_rows(self, path: Path, *rows: jax.Array) -> None:
+        """Write rows of digits, `[n, size, size]` each, one row below the other."""
+        pictures = [render.beside(list(map(render.grey, np.asarray(row)))) for row in rows]
+        scale = max(1, 96 // self.config.target_size)
+        render.save_png(path, render.upscale(render.above(pictures), scale))
 
     @staticmethod
     def resized(config: Any, size: int) -> Any:

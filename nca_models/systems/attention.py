@@ -158,8 +158,7 @@ class SystemClass(LearnsDigits):
         """Return `n` digits, masked."""
         key_index, key_mask = jax.random.split(key)
         index = jax.random.randint(key_index, (n,), 0, len(self.train_images))
-        state, _ = self._masked(key_mask, self.train_images[index])
-        return {"state": state, "index": index}
+        return {"state": self.showing(key_mask, self.train_images[index]), "index": index}
 
     def errors(self, samples: Samples) -> jax.Array:
         """Return each sample's mean squared error `[n]`, masked pixels and others alike."""
@@ -193,10 +192,9 @@ class SystemClass(LearnsDigits):
             f"masked pixels, unseen digits, {4 * steps} steps": error(later[..., -1]),
         }
 
-    def film_start(self, key: jax.Array, seed: int) -> jax.Array:
-        """Return an unseen digit, masked."""
-        image = self.data.test_images[seed % len(self.data.test_images)]
-        return self._masked(key, jnp.asarray(image)[None])[0]
+    def showing(self, key: jax.Array, images: jax.Array) -> jax.Array:
+        """Return states that show `images` `[n, size, size]`, but for masked pixels."""
+        return self._masked(key, images)[0]
 
     def picture(self, state: jax.Array) -> np.ndarray:
         """Return the digit that a state shows, as uint8 RGB."""
@@ -206,12 +204,10 @@ class SystemClass(LearnsDigits):
         """Write unseen digits, masked, completed and as they are, and a completion over time."""
         key, scale = jax.random.key(self.config.seed + 1), max(1, 96 // self.config.target_size)
         images = jnp.asarray(self.data.test_images[:10])
-        state, _ = self._masked(key, images)
+        state = self.showing(key, images)
         final = run(model, state, key, self.config.num_steps)
-        rows = [render.beside([render.grey(picture) for picture in np.asarray(row)])
-                for row in (state[..., -1], final[..., -1], images)]  # fmt: skip
         paths = [folder / name for name in ("masked_result_truth.png", "completion.gif")]
-        render.save_png(paths[0], render.upscale(render.above(rows), scale))
+        self.save_rows(paths[0], state[..., -1], final[..., -1], images)
         steps = 2 * self.config.num_steps
         film = self.film(model, steps, every=1)
         render.save_gif(paths[1], render.upscale(film, 2 * scale))

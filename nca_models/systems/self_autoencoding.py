@@ -140,7 +140,7 @@ class SystemClass(LearnsDigits):
     def fresh(self, key: jax.Array, n: int) -> Samples:
         """Return `n` lattices, empty but for a digit on the near face."""
         index = jax.random.randint(key, (n,), 0, len(self.train_images))
-        return {"state": self._inked(self.train_images[index]), "index": index}
+        return {"state": self.showing(key, self.train_images[index]), "index": index}
 
     def errors(self, samples: Samples) -> jax.Array:
         """Return each sample's mean squared error `[n]`: the digit, on every plane."""
@@ -155,7 +155,8 @@ class SystemClass(LearnsDigits):
         """Measure the far face of digits that training never saw, as log10 of the squared error."""
         steps = self.config.num_steps
         images = jnp.asarray(self.data.test_images[:256])
-        final = run(model, self._inked(images), jax.random.key(self.config.seed + 1), steps)
+        key = jax.random.key(self.config.seed + 1)
+        final = run(model, self.showing(key, images), key, steps)
         later = run(model, final, jax.random.key(self.config.seed + 2), steps)
         mean = jnp.mean(self.train_images, axis=0)
 
@@ -168,20 +169,19 @@ class SystemClass(LearnsDigits):
             f"far face, unseen digits, {2 * steps} steps": error(images, later[..., -1, -1]),
         }
 
-    def film_start(self, key: jax.Array, seed: int) -> jax.Array:
-        """Return a lattice with an unseen digit."""
-        image = self.data.test_images[seed % len(self.data.test_images)]
-        return self._inked(jnp.asarray(image)[None])
+    def showing(self, key: jax.Array, images: jax.Array) -> jax.Array:
+        """Return empty lattices with `images` `[n, size, size]` on the near face."""
+        shape = (*images.shape, self.config.depth, self.config.channels)
+        return jnp.zeros(shape).at[..., 0, -1].set(images)
 
     def pictures(self, model: Lattice, folder: Path) -> list[Path]:
         """Write near and far faces of unseen digits, planes over time, and a turning lattice."""
         steps, scale = self.config.num_steps, max(1, 96 // self.config.target_size)
         images = jnp.asarray(self.data.test_images[:10])
-        final = run(model, self._inked(images), jax.random.key(self.config.seed + 1), steps)
-        rows = [render.beside([render.grey(face) for face in np.asarray(faces)])
-                for faces in (images, final[..., -1, -1])]  # fmt: skip
+        key = jax.random.key(self.config.seed + 1)
+        final = run(model, self.showing(key, images), key, steps)
         paths = [folder / name for name in ("faces.png", "planes.gif", "lattice.gif")]
-        render.save_png(paths[0], render.upscale(render.above(rows), scale))
+        self.save_rows(paths[0], images, final[..., -1, -1])
         film = self.film(model, 2 * steps, every=1)
         render.save_gif(paths[1], render.upscale(film, max(1, scale // 2)))
         render.save_lattice_gif(paths[2], np.asarray(final[0, ..., -1]))
@@ -191,11 +191,6 @@ class SystemClass(LearnsDigits):
         """Return the ink of one lattice, plane beside plane, near to far, as uint8 RGB."""
         ink = np.asarray(state[..., -1])
         return render.beside([render.grey(ink[..., z]) for z in range(ink.shape[-1])], gap=1)
-
-    def _inked(self, images: jax.Array) -> jax.Array:
-        """Empty lattices with `images` `[n, size, size]` on the near face."""
-        shape = (*images.shape, self.config.depth, self.config.channels)
-        return jnp.zeros(shape).at[..., 0, -1].set(images)
 
     def _errors(self, state: jax.Array, images: jax.Array) -> jax.Array:
         return jnp.mean((state[..., -1] - images[..., None]) ** 2, axis=(1, 2, 3))

@@ -321,14 +321,7 @@ def _train(
         )
         try:
             return _loop(
-                trainer,
-                step,
-                state,
-                first,
-                checkpoints=checkpoints,
-                logs=logs,
-                bar=bar,
-                received=received,
+                trainer, step, state, checkpoints=checkpoints, logs=logs, bar=bar, received=received
             )
         except (RuntimeError, ValueError) as error:
             if not means_a_lost_process(error):
@@ -354,7 +347,6 @@ def _loop(
     trainer: Trainer | Together,
     compiled: Any,
     state: TrainState,
-    step: int,
     *,
     checkpoints: Checkpoints,
     logs: Sequence[Log],
@@ -362,7 +354,7 @@ def _loop(
     received: list[int],
 ) -> TrainState:
     """Take the remaining steps, saving on schedule, on a signal and at the end."""
-    config, losses = trainer.config, []
+    config, losses, step = trainer.config, [], int(jnp.max(state.step))
     while step < config.num_train_steps:
         state, loss = trainer.call(compiled, state)
         step += 1

@@ -1,4 +1,4 @@
-"""How the modules of nca_models import each other, read from their source."""
+"""The shape of nca_models, read from its source: imports, names of systems, functions."""
 
 import ast
 import re
@@ -80,3 +80,12 @@ def test_nothing_but_its_file_names_a_system():
     for path in FILES:
         words = {word for text in strings(path) for word in re.findall("[a-z_]+", text)}
         assert not (names - {path.stem}) & words, path
+
+
+def test_functions_are_short_and_take_few_positional_arguments():
+    """Except where compat has the signatures of another library."""
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and ".compat." not in name:
+                assert node.end_lineno - node.lineno < 60, (name, node.name)
+                assert len(node.args.posonlyargs + node.args.args) <= 6, (name, node.name)
