@@ -23,12 +23,12 @@ if _absent := _missing(_NEEDED):
 
 if TYPE_CHECKING:
     from nca_models.modules import NCA as NCA
-    from nca_models.training.trainer import TrainConfig as TrainConfig
+    from nca_models.training.config import TrainConfig as TrainConfig
     from nca_models.training.trainer import train as train
 
 _HOMES = {
     "NCA": "nca_models.modules",
-    "TrainConfig": "nca_models.training.trainer",
+    "TrainConfig": "nca_models.training.config",
     "train": "nca_models.training.trainer",
 }
 __all__ = list(_HOMES)

@@ -1,10 +1,8 @@
 """States over time, damaged on the way: what a system's film is made of."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
-import numpy as np
 
 from nca_models.modules import Automaton, run
 
@@ -12,15 +10,6 @@ from nca_models.modules import Automaton, run
 def number_of_frames(num_steps: int, every: int) -> int:
     """Return how many states `states_over_time` yields."""
     return 1 + -(-num_steps // every)
-
-
-class Films:
-    """A system whose `frames` can be had as one array."""
-
-    def film(self, model: Any, num_steps: int, **options: Any) -> np.ndarray:
-        """Return all of `System.frames`, `[frames, height, width, 3]` uint8."""
-        frames: Iterator[np.ndarray] = self.frames(model, num_steps, **options)  # type: ignore[attr-defined]
-        return np.stack(list(frames))
 
 
 def states_over_time(

@@ -1,7 +1,11 @@
-"""What systems learn from, as base classes: a picture or digits, kept in the folder of the run."""
+"""Base classes of systems: what all have in common, and what those have that learn the same.
+
+What is learned, a picture or digits, is kept in the folder of the run.
+"""
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +16,9 @@ from flax import nnx
 
 import nca_kernels as nk
 from nca_models import render
-from nca_models.data import digits, images
-from nca_models.filming import Films, states_over_time
-from nca_models.modules import NCA
+from nca_models.data import digits, images, pictures
+from nca_models.filming import states_over_time
+from nca_models.modules import NCA, Automaton
 from nca_models.training.damage import DAMAGES
 from nca_models.training.logging import log10
 
@@ -35,7 +39,73 @@ def dropout_rule(config: Any) -> nk.Rule:
     )
 
 
-class LearnsPicture(Films):
+class SystemBase:
+    """What systems have in common: films, and no damage in training.
+
+    A system has a config, `film_start` and `picture`, and samples `{"state": [n, *spatial, C]}`
+    with what else belongs to a sample.
+    """
+
+    config: Any
+    num_spatial_dims = 2
+
+    def film_start(self, key: jax.Array, seed: int) -> jax.Array:
+        """Return the state that films start from, `[1, *spatial, C]`."""
+        raise NotImplementedError
+
+    def picture(self, state: jax.Array) -> np.ndarray:
+        """Return a state `[*spatial, C]` as `[height, width, 3]` uint8 RGB."""
+        raise NotImplementedError
+
+    def damage(self, key: jax.Array, samples: Samples) -> Samples:
+        """Return the samples as they are: nothing is damaged in training."""
+        return samples
+
+    def after_random_steps(self, model: Any, samples: Samples, keys: Any) -> Samples:
+        """Return each sample after a random number of steps, from `min_steps` to `num_steps`.
+
+        `keys` are that of the rollout and that of the numbers.
+        """
+        key_rollout, key_steps = keys
+        state, least, most = samples["state"], self.config.min_steps, self.config.num_steps
+        steps = jax.random.randint(key_steps, state.shape[:1], least, most + 1)
+        _, sampled = model.rollout(state, key_rollout, most, sample_steps=steps, checkpoint="all")
+        return {**samples, "state": sampled}
+
+    def film(self, model: Any, num_steps: int, **options: Any) -> np.ndarray:
+        """Return all of `frames`, `[frames, height, width, 3]` uint8."""
+        return np.stack(list(self.frames(model, num_steps, **options)))
+
+    def frames(
+        self, model: Any, num_steps: int, *, seed: int = 0, **options: Any
+    ) -> Iterator[np.ndarray]:
+        """Run from `film_start`; `options` are those of `frames_from`. See `System.frames`."""
+        key = jax.random.key(seed)
+        return self.frames_from(model, self.film_start(key, seed), num_steps, key=key, **options)
+
+    def frames_from(
+        self,
+        model: Automaton,
+        start: jax.Array,
+        num_steps: int,
+        *,
+        every: int,
+        key: jax.Array,
+        damage: str = "none",
+        damage_at: int = 0,
+    ) -> Iterator[np.ndarray]:
+        """Run from the state `start`, `[1, *spatial, C]`, and yield pictures; see `System.frames`.
+
+        It is damaged after `damage_at` steps.
+        """
+        clear = partial(DAMAGES[damage], num_spatial_dims=self.num_spatial_dims)
+        for state in states_over_time(
+            model, start, num_steps, every=every, key=key, damage=clear, damage_at=damage_at
+        ):
+            yield self.picture(state[0])
+
+
+class LearnsPicture(SystemBase):
     """A system whose last four channels are to become a picture: premultiplied RGBA.
 
     Its config has `target_size` and `padding`; samples are `{"state": [n, size, size, C]}`.
@@ -52,7 +122,7 @@ class LearnsPicture(Films):
     @staticmethod
     def prepare(config: Any, target: str | None, folder: Path) -> None:
         """Write `target.png`: an image file, an emoji or (None) the packaged picture, scaled."""
-        images.save_target(target, config.target_size, folder / "target.png")
+        pictures.save_target(target, config.target_size, folder / "target.png")
 
     def model(self, rngs: nnx.Rngs) -> NCA:
         """Return an untrained automaton; its taps, identity and Sobel, are constant."""
@@ -76,21 +146,9 @@ class LearnsPicture(Films):
             raise ValueError(f"{size} is below the picture's own size of {config.target_size}")
         return replace(config, padding=(size - config.target_size) // 2)
 
-    def frames(
-        self, model: NCA, num_steps: int, *, every: int, damage: str, damage_at: int, seed: int
-    ) -> Iterator[np.ndarray]:
-        """Run from a state of `start`, damaged after `damage_at` steps; see `System.frames`."""
-        key = jax.random.key(seed)
-        for state in states_over_time(
-            model,
-            self.start(key, 1),
-            num_steps,
-            every=every,
-            key=key,
-            damage=DAMAGES[damage],
-            damage_at=damage_at,
-        ):
-            yield self.picture(state[0])
+    def film_start(self, key: jax.Array, seed: int) -> jax.Array:
+        """Return a state of `start`."""
+        return self.start(key, 1)
 
     def save_film(
         self, film: np.ndarray, folder: Path, name: str, *, before_cut: np.ndarray
@@ -117,11 +175,11 @@ class LearnsPicture(Films):
         return log10(float(jnp.mean(self.errors({"state": state}))))
 
     def picture(self, state: jax.Array) -> np.ndarray:
-        """Return states `[*lead, size, size, C]` as uint8 RGB over white."""
+        """Return a state `[size, size, C]` as uint8 RGB over white."""
         return render.over_white(np.asarray(state[..., -4:]))
 
 
-class LearnsDigits(Films):
+class LearnsDigits(SystemBase):
     """A system that is shown digits; its config has `target_size`.
 
     Samples are `{"state": [n, *spatial, C], "index": [n]}`, the index that of a training digit.
@@ -141,13 +199,24 @@ class LearnsDigits(Films):
         data = digits.digits(config.target_size, None if target is None else Path(target))
         digits.save(data, folder / "digits.npz")
 
+    def showing(self, key: jax.Array, images: jax.Array) -> jax.Array:
+        """Return states `[n, *spatial, C]` that are shown `images` `[n, size, size]`."""
+        raise NotImplementedError
+
+    def film_start(self, key: jax.Array, seed: int) -> jax.Array:
+        """Return a state that is shown an unseen digit."""
+        image = self.data.test_images[seed % len(self.data.test_images)]
+        return self.showing(key, jnp.asarray(image)[None])
+
+    def save_rows(self, path: Path, *rows: jax.Array) -> None:
+        """Write rows of digits, `[n, size, size]` each, one row below the other."""
+        pictures = [render.beside(list(map(render.grey, np.asarray(row)))) for row in rows]
+        scale = max(1, 96 // self.config.target_size)
+        render.save_png(path, render.upscale(render.above(pictures), scale))
+
     @staticmethod
     def resized(config: Any, size: int) -> Any:
         """See `System.resized`: digits have one size."""
         raise ValueError(
             f"digits are {config.target_size} x {config.target_size} here, and stay so"
         )
-
-    def damage(self, key: jax.Array, samples: Samples) -> Samples:
-        """Return the samples as they are: nothing is damaged in training."""
-        return samples

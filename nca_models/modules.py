@@ -50,7 +50,7 @@ class Automaton(nnx.Module):
             that many steps.
         """
 
-        def one(carry: Any, t: jax.Array) -> tuple[Any, None]:
+        def one_step(carry: Any, t: jax.Array) -> tuple[Any, None]:
             state, sampled = carry
             state = self(state, jax.random.fold_in(key, t))
             if sample_steps is not None:
@@ -60,7 +60,7 @@ class Automaton(nnx.Module):
             return (state, sampled), None
 
         first = (state, None if sample_steps is None else state)
-        (final, sampled), _ = jax.lax.scan(one, first, jnp.arange(num_steps))
+        (final, sampled), _ = jax.lax.scan(one_step, first, jnp.arange(num_steps))
         return final if sample_steps is None else (final, sampled)
 
 

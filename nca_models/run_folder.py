@@ -97,11 +97,11 @@ def resume(folder: Path, request: Request) -> systems.System:
     return system
 
 
-def require(folder: Path, system: str) -> None:
-    """Refuse a folder that holds no run of `system` (RunError), before anything heavy."""
-    found = _read(folder)["system"]
-    if found != system:
-        raise RunError(f"{folder} is a run of {found}, not of {system}")
+def require(folder: Path, system: str | None = None) -> None:
+    """Refuse a folder that holds no run, or none of `system` (RunError), before anything heavy."""
+    trained = _read(folder)["system"]
+    if system not in (None, trained):
+        raise RunError(f"{folder} is a run of {trained}, not of {system}")
 
 
 def load(folder: Path, backend: str | None = None, size: int | None = None) -> systems.System:

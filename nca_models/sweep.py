@@ -34,6 +34,8 @@ class Grid:
     """What a sweep trains: every combination.
 
     Attributes:
+        system: name of a system with settings `channels` and `hidden`, whose class has
+            `swept(model)`: the last three of `FIELDS`.
         textures: as `nca_models.data.textures` takes them.
         channels, hidden: widths C and D.
         seeds: trainings of each, with seeds from 0.
@@ -43,6 +45,7 @@ class Grid:
         together: models that train together at most; None for as many as fit into memory.
     """
 
+    system: str
     textures: tuple[str, ...]
     channels: tuple[int, ...]
     hidden: tuple[int, ...]
@@ -113,12 +116,12 @@ def sweep(grid: Grid, out: Path) -> Path:
 
 def _motion(grid: Grid, texture: str, rows: Sequence[dict[str, str]]) -> np.ndarray:
     """Motion `[channels, hidden]`, the mean over the trainings that did not diverge."""
-    found = [
+    measured = [
         [float(row["motion"]) for row in rows
          if (row["texture"], row["channels"], row["hidden"]) == (texture, str(c), str(d))]
         for c, d in product(grid.channels, grid.hidden)
     ]  # fmt: skip
-    kept = [[value for value in values if math.isfinite(value)] for values in found]
+    kept = [[value for value in values if math.isfinite(value)] for values in measured]
     means = [float(np.mean(values)) if values else math.nan for values in kept]
     return np.array(means).reshape(len(grid.channels), len(grid.hidden))
 
@@ -134,8 +137,8 @@ def _groups(grid: Grid, models: Sequence[Model], out: Path) -> list[list[Model]]
         break
     size = grid.together
     if size is None and len(left) > 1:
-        one = trainer.Trainer(_open(grid, left[0], out))
-        base, each = resident_memory(), planned_memory(one.compiled(), one.compiled_pool())
+        first = trainer.Trainer(_open(grid, left[0], out))
+        base, each = resident_memory(), planned_memory(first.compiled(), first.compiled_pool())
         room = available_memory()
         size = None if room is None else max(1, int((_SHARE * room - base) / each))
     size = size or len(left) or 1
@@ -151,7 +154,7 @@ def _open(grid: Grid, model: Model, out: Path) -> Any:
         "num_train_steps": grid.steps,
         "vgg16": grid.vgg16,
     }
-    request = run_folder.Request("dynamics", grid.preset, model.texture, settings)
+    request = run_folder.Request(grid.system, grid.preset, model.texture, settings)
     folder = out / model.name
     start = run_folder.resume if run_folder.exists(folder) else run_folder.create
     return start(folder, request)
@@ -177,8 +180,7 @@ def _train(grid: Grid, models: Sequence[Model], out: Path) -> Iterator[tuple[flo
             yield math.nan, math.nan, math.nan
             continue
         system.pictures(model, folder)
-        _, _, late, motion, spread = system.metrics(model).values()
-        yield late, motion, spread
+        yield system.swept(model)
 
 
 def _require_same(grid: Grid, path: Path) -> None:

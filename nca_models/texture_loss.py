@@ -83,7 +83,7 @@ def _pooled(images: jax.Array, operation: Any) -> jax.Array:
 
 
 def sliced_transport(
-    found: Sequence[jax.Array], wanted: Sequence[jax.Array], key: jax.Array
+    given: Sequence[jax.Array], wanted: Sequence[jax.Array], key: jax.Array
 ) -> jax.Array:
     """Return the mean squared distance `[n]` of sorted projections, over all scales.
 
@@ -91,15 +91,15 @@ def sliced_transport(
     faint structure counts as much as strong one.
 
     Args:
-        found: features of `n` images, as `features` gives them.
+        given: features of `n` images, as `features` gives them.
         wanted: those of one image, `[1, places, features]` for each scale.
         key: of the directions, which are drawn anew for each key.
     """
-    total = jnp.zeros(found[0].shape[0])
-    for scale, (a, b) in enumerate(zip(found, wanted, strict=True)):
+    total = jnp.zeros(given[0].shape[0])
+    for scale, (a, b) in enumerate(zip(given, wanted, strict=True)):
         directions = jax.random.normal(jax.random.fold_in(key, scale), (a.shape[-1], DIRECTIONS))
         directions /= jnp.linalg.norm(directions, axis=0)
         directions /= jnp.maximum(jnp.std(b, axis=(0, 1)), _FAINTEST)[:, None]
         difference = jnp.sort(a @ directions, axis=1) - jnp.sort(b @ directions, axis=1)
         total += jnp.mean(jnp.square(difference), axis=(1, 2))
-    return total / len(found)
+    return total / len(given)

@@ -249,7 +249,7 @@ def _loss(
     """(loss, state after `num_steps`): one compiled loop of `most` steps for every `num_steps`."""
     rule, rule_params = nca.rule, nca.rule_params(params)
 
-    def one(carry: tuple[Array, Array], t: Array) -> tuple[tuple[Array, Array], None]:
+    def one_step(carry: tuple[Array, Array], t: Array) -> tuple[tuple[Array, Array], None]:
         state, total = carry
 
         def go(state: Array) -> tuple[Array, Array]:
@@ -262,7 +262,7 @@ def _loss(
         state, error = jax.lax.cond(t < num_steps, go, stay, state)
         return (state, total + error), None
 
-    (state, total), _ = jax.lax.scan(one, (batch, jnp.zeros(())), jnp.arange(most))
+    (state, total), _ = jax.lax.scan(one_step, (batch, jnp.zeros(())), jnp.arange(most))
     return total / jnp.minimum(num_steps, _LAST_STATES), state
 
 

@@ -7,12 +7,14 @@ import gzip
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
 
 from nca_models._files import whole_file
 from nca_models.data import DataError
+from nca_models.training.config import TrainConfig, target_side
 
 _TEST_SHARE = 0.2  # of scikit-learn's digits, the last ones
 _FILES = {
@@ -27,6 +29,21 @@ _NPZ = {
     "test_images": "x_test",
     "test_labels": "y_test",
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class DigitsConfig(TrainConfig):
+    """Settings of a system that is shown digits."""
+
+    target_help: ClassVar[str] = "a folder with MNIST's files (default: scikit-learn's digits)"
+
+    target_size: int = target_side()
+
+    @classmethod
+    def check_target(cls, system: str, target: str) -> None:
+        """Refuse what is no folder."""
+        if not Path(target).is_dir():
+            raise DataError(f"--data-dir {target}: {system} wants a folder with MNIST's files")
 
 
 @dataclass(frozen=True)
@@ -123,13 +140,13 @@ def _mnist(folder: Path) -> tuple[dict[str, np.ndarray], str]:
         return arrays, str(npz)
     arrays = {}
     for name, file_name in _FILES.items():
-        found = [p for p in (folder / file_name, folder / f"{file_name}.gz") if p.is_file()]
-        if not found:
+        files = [p for p in (folder / file_name, folder / f"{file_name}.gz") if p.is_file()]
+        if not files:
             raise DataError(
                 f"{folder}: has neither mnist.npz nor {file_name} (or {file_name}.gz); leave out "
                 "--data-dir for scikit-learn's digits"
             )
-        arrays[name] = _idx(found[0])
+        arrays[name] = _idx(files[0])
     return arrays, str(folder)
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from nca_models._files import whole_file
 from nca_models.data import DataError
 
 PACKAGED_TARGET = Path(__file__).parent / "assets" / "butterfly.png"
@@ -52,27 +51,6 @@ def fit(image: Image.Image, size: int) -> Image.Image:
     square = Image.new("RGBA", (size, size))
     square.paste(small, ((size - width) // 2, (size - height) // 2))
     return square
-
-
-def open_target(target: str | None) -> Image.Image:
-    """Return the picture that `target` names: a file, an emoji, or None for the packaged one.
-
-    Raises:
-        ImageError: it cannot be had.
-    """
-    from nca_models.data import emoji  # which imports this module
-
-    if target is None:
-        return open_rgba(PACKAGED_TARGET)
-    if not Path(target).exists() and emoji.is_emoji(target):
-        return emoji.emoji(target)
-    return open_rgba(Path(target))
-
-
-def save_target(target: str | None, size: int, path: Path) -> None:
-    """Write the picture that `target` names, scaled to fit `size` pixels, whole or not at all."""
-    with whole_file(path) as temporary:
-        fit(open_target(target), size).save(temporary)
 
 
 def premultiplied(image: Image.Image, padding: int = 0) -> np.ndarray:

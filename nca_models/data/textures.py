@@ -5,15 +5,40 @@ et al., "Describing Textures in the Wild", CVPR 2014), unpacked in a folder `dtd
 `dtd/bubbly_0101` names a texture.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
 
 from nca_models.data import DataError
 from nca_models.data.images import open_rgba
+from nca_models.training.config import TrainConfig, target_side
 
 AT_HAND = ("brick", "grass", "gravel")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextureConfig(TrainConfig):
+    """Settings of a system that learns a texture."""
+
+    target_help: ClassVar[str] = (
+        "an image file, DTD/NAME with DTD that dataset's folder, brick (default), grass or gravel"
+    )
+
+    target_size: int = target_side()
+
+    @classmethod
+    def check_target(cls, system: str, target: str) -> None:
+        """Refuse what is neither a picture nor a texture."""
+        if target in AT_HAND:
+            return
+        path = find(target)
+        if path is None:
+            known = ", ".join(AT_HAND)
+            raise DataError(f"--target {target}: no such file, and not one of {known}")
+        open_rgba(path)
 
 
 def texture(name: str | None, size: int) -> Image.Image:

@@ -95,8 +95,8 @@ def _keras(path: Path) -> dict[str, np.ndarray]:
     arrays: dict[str, np.ndarray] = {}
     with h5py.File(path) as file:
         file.visititems(
-            lambda name, found: (
-                arrays.update({name: found[()]}) if isinstance(found, h5py.Dataset) else None
+            lambda name, item: (
+                arrays.update({name: item[()]}) if isinstance(item, h5py.Dataset) else None
             )
         )
     return {name: array for name, array in arrays.items() if "conv" in name}

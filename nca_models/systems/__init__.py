@@ -1,32 +1,40 @@
 """The systems: one file each, found by its name.
 
-A system file holds two names: `PRESETS`, the settings by name ("paper" and "small"), and
-`SystemClass`, a class that offers what `System` lists. The trainer and the command `nca` use
-nothing else, so adding a file adds a system. What several have in common is in
-`nca_models.learning` (pictures and digits to learn from), `nca_models.modules` and
-`nca_models.filming`.
+A system's file holds three names: `Config`, its settings (a kind of `TrainConfig`, which also says
+what the command line shows of the system), `PRESETS`, such settings by name ("paper" and "small"),
+and `SystemClass`, a class that offers what `System` lists. The trainer and the command `nca` use
+nothing else, and nothing outside the file names the system: adding a file adds a system. What
+several have in common is in `nca_models.data` (settings by what is learned),
+`nca_models.learning`, `nca_models.modules` and `nca_models.filming`.
 
-Imports nothing heavy, so that the command line can check names before JAX starts.
+Imports nothing heavy, so that the command line can check names and settings before JAX starts.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
 import pkgutil
 from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
+
+from nca_models.training.config import TrainConfig
 
 if TYPE_CHECKING:
     import jax
     import numpy as np
     from flax import nnx
 
-    from nca_models.training.trainer import TrainConfig
-
 PRESET_NAMES = ("small", "paper")
-LEARNS_DIGITS = ("attention", "self_autoencoding")
-LEARNS_TEXTURE = ("dynamics",)  # the others learn a picture
+_PARTS = ("Config", "PRESETS", "SystemClass")
+
+
+class InvalidSystem(ValueError):
+    """There is no such system, or its file is not one; the message is one line."""
 
 
 class System(Protocol):
@@ -76,7 +84,7 @@ class System(Protocol):
         """
 
     def film(self, model: Any, num_steps: int, **options: Any) -> np.ndarray:
-        """Return all frames, `[frames, height, width, 3]`; see `nca_models.filming.Films`."""
+        """Return all frames, `[frames, height, width, 3]`; see `nca_models.learning.SystemBase`."""
 
     @staticmethod
     def resized(config: Any, size: int) -> Any:
@@ -86,11 +94,79 @@ class System(Protocol):
         """Write pictures of a trained model to `folder` and return their paths."""
 
 
-def names() -> list[str]:
-    """Return the names of all systems, sorted."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+def names(command: str | None = None) -> list[str]:
+    """Return the names of all systems, sorted; with `command`, of those that it takes."""
+    every = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return [name for name in every if command is None or command in settings(name).commands]
 
 
 def load(name: str) -> Any:
-    """Import the file of system `name` and return it as a module."""
-    return importlib.import_module(f"{__name__}.{name}")
+    """Import the file of system `name` and return it as a module.
+
+    Raises:
+        InvalidSystem: there is no such file, or it lacks what a system's file defines.
+    """
+    path = _path(name)
+    module = importlib.import_module(f"{__name__}.{name}")
+    if missing := [part for part in _PARTS if not hasattr(module, part)]:
+        raise InvalidSystem(f"{path}: a system's file must define {', '.join(missing)}")
+    if missing := [preset for preset in PRESET_NAMES if preset not in module.PRESETS]:
+        raise InvalidSystem(f"{path}: PRESETS lacks {', '.join(missing)}")
+    return module
+
+
+def settings(name: str) -> type[TrainConfig]:
+    """Return the class `Config` of system `name`, if possible without importing JAX.
+
+    Of the file are run only the class and the statements that define the names which it uses.
+
+    Raises:
+        InvalidSystem: there is no such file, or it has no such class.
+    """
+    return _config(name, _path(name))
+
+
+@cache
+def _config(name: str, path: Path) -> type[TrainConfig]:
+    module = ModuleType(f"{__name__}.{name}")
+    try:
+        part = _part(ast.parse(path.read_text(encoding="utf-8")), "Config")
+        exec(compile(part, path, "exec", dont_inherit=True), vars(module))
+    except NameError:  # the class needs what is not a plain statement of the module
+        module = load(name)
+    except Exception as error:
+        raise InvalidSystem(f"{path}: its class Config cannot be read ({error})") from error
+    config = getattr(module, "Config", None)
+    if not (isinstance(config, type) and issubclass(config, TrainConfig)):
+        raise InvalidSystem(f"{path}: a system's file must define Config, a kind of TrainConfig")
+    return config
+
+
+def _path(name: str) -> Path:
+    spec = find_spec(f"{__name__}.{name}")
+    if spec is None or spec.origin is None:
+        raise InvalidSystem(f"{name}: no such system; there are {', '.join(names())}")
+    return Path(spec.origin)
+
+
+def _part(tree: ast.Module, name: str) -> ast.Module:
+    """The statements of a module that define `name`, and those that define what they use."""
+    wanted, before = {name}, 0
+    while len(wanted) > before:
+        before = len(wanted)
+        kept = [statement for statement in tree.body if wanted & set(_defined(statement))]
+        used = (node for statement in kept for node in ast.walk(statement))
+        wanted |= {node.id for node in used if isinstance(node, ast.Name)}
+    return ast.Module(kept, type_ignores=[])
+
+
+def _defined(statement: ast.stmt) -> Iterator[str]:
+    """The names that a statement of a module defines there."""
+    if isinstance(statement, ast.ClassDef | ast.FunctionDef):
+        yield statement.name
+        return
+    for node in ast.walk(statement):
+        if isinstance(node, ast.alias):
+            yield (node.asname or node.name).partition(".")[0]
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id

@@ -7,9 +7,9 @@ it; the original masks dense attention of all cells to all, this is linear in th
 A state is `[*batch, size, size, C]` float32; its last channel is the picture.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,45 +18,36 @@ from flax import nnx
 
 import nca_kernels as nk
 from nca_models import render
-from nca_models.filming import states_over_time
+from nca_models.data.digits import DigitsConfig
 from nca_models.learning import LearnsDigits, Samples, dropout_rule
 from nca_models.modules import Automaton, run
-from nca_models.training.damage import DAMAGES
+from nca_models.training.config import dropout_rate, setting
 from nca_models.training.logging import log10
-from nca_models.training.trainer import TrainConfig, setting
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TrainConfig):
-    """Settings of the attention NCA, beside those of every system.
+class Config(DigitsConfig):
+    """Settings of the attention NCA."""
 
-    Attributes:
-        target_size: side of the grid, in cells; digits are scaled to it.
-        channels: C, the last being the picture.
-        projection: width that the state is projected to.
-        position: width of the position embedding of one axis.
-        heads: heads of the attention.
-        qkv: width of queries, keys and values, all heads together; a multiple of `heads`.
-        perception: width of the attention's output.
-        hidden: width of the update's hidden layer.
-        radius: how far a cell attends.
-        num_steps: steps of the automaton in a training step; the loss is at the last one.
-        fire_rate: probability that a cell updates in a step. Updates are scaled by its inverse.
-        mask_ratio: share of the pixels that are masked.
-    """
+    examples: ClassVar[tuple[str, ...]] = (
+        "nca train attention --data-dir mnist --preset paper --out digits",
+    )
 
-    target_size: int
-    channels: int = setting(32, lowest=2)
-    projection: int = 32
-    position: int = 4
-    heads: int = 4
-    qkv: int = 128
-    perception: int = 64
-    hidden: int = 128
-    radius: int = setting(1, lowest=0)
-    num_steps: int
-    fire_rate: float = 0.5
-    mask_ratio: float = 0.5
+    channels: int = setting(32, lowest=2, help="C; the last channel is the picture")
+    projection: int = setting(32, help="width that the state is projected to")
+    position: int = setting(4, help="width of the position embedding of one axis")
+    heads: int = setting(4, help="heads of the attention")
+    qkv: int = setting(
+        128, help="width of queries, keys and values, all heads together; a multiple of `heads`"
+    )
+    perception: int = setting(64, help="width of the attention's output")
+    hidden: int = setting(128, help="width of the update's hidden layer")
+    radius: int = setting(1, lowest=0, help="how many cells away a cell attends")
+    num_steps: int = setting(
+        help="steps of the automaton in a training step; the loss is at the last one"
+    )
+    fire_rate: float = dropout_rate()
+    mask_ratio: float = setting(0.5, help="share of the pixels that are masked")
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot be trained with (ValueError)."""
@@ -167,8 +158,7 @@ class SystemClass(LearnsDigits):
         """Return `n` digits, masked."""
         key_index, key_mask = jax.random.split(key)
         index = jax.random.randint(key_index, (n,), 0, len(self.train_images))
-        state, _ = self._masked(key_mask, self.train_images[index])
-        return {"state": state, "index": index}
+        return {"state": self.showing(key_mask, self.train_images[index]), "index": index}
 
     def errors(self, samples: Samples) -> jax.Array:
         """Return each sample's mean squared error `[n]`, masked pixels and others alike."""
@@ -180,7 +170,7 @@ class SystemClass(LearnsDigits):
     ) -> tuple[jax.Array, Samples]:
         """Return the mean squared error after the last step, and those states."""
         final = model.rollout(samples["state"], key, self.config.num_steps)
-        new = {"state": final, "index": samples["index"]}
+        new = {**samples, "state": final}
         return jnp.mean(self.errors(new)), new
 
     def metrics(self, model: AttentionNCA) -> dict[str, float]:
@@ -202,43 +192,24 @@ class SystemClass(LearnsDigits):
             f"masked pixels, unseen digits, {4 * steps} steps": error(later[..., -1]),
         }
 
-    def frames(
-        self,
-        model: AttentionNCA,
-        num_steps: int,
-        *,
-        every: int,
-        damage: str,
-        damage_at: int,
-        seed: int,
-    ) -> Iterator[np.ndarray]:
-        """Show the completion of an unseen digit; see `System.frames`."""
-        key = jax.random.key(seed)
-        image = jnp.asarray(self.data.test_images[seed % len(self.data.test_images)])
-        states = states_over_time(
-            model,
-            self._masked(key, image[None])[0],
-            num_steps,
-            every=every,
-            key=key,
-            damage=DAMAGES[damage],
-            damage_at=damage_at,
-        )
-        for state in states:
-            yield render.grey(np.asarray(state[0, ..., -1]))
+    def showing(self, key: jax.Array, images: jax.Array) -> jax.Array:
+        """Return states that show `images` `[n, size, size]`, but for masked pixels."""
+        return self._masked(key, images)[0]
+
+    def picture(self, state: jax.Array) -> np.ndarray:
+        """Return the digit that a state shows, as uint8 RGB."""
+        return render.grey(np.asarray(state[..., -1]))
 
     def pictures(self, model: AttentionNCA, folder: Path) -> list[Path]:
         """Write unseen digits, masked, completed and as they are, and a completion over time."""
         key, scale = jax.random.key(self.config.seed + 1), max(1, 96 // self.config.target_size)
         images = jnp.asarray(self.data.test_images[:10])
-        state, _ = self._masked(key, images)
+        state = self.showing(key, images)
         final = run(model, state, key, self.config.num_steps)
-        rows = [render.beside([render.grey(picture) for picture in np.asarray(row)])
-                for row in (state[..., -1], final[..., -1], images)]  # fmt: skip
         paths = [folder / name for name in ("masked_result_truth.png", "completion.gif")]
-        render.save_png(paths[0], render.upscale(render.above(rows), scale))
+        self.save_rows(paths[0], state[..., -1], final[..., -1], images)
         steps = 2 * self.config.num_steps
-        film = self.film(model, steps, every=1, damage="none", damage_at=0, seed=0)
+        film = self.film(model, steps, every=1)
         render.save_gif(paths[1], render.upscale(film, 2 * scale))
         return paths
 

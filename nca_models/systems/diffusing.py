@@ -8,42 +8,33 @@ alpha, the last, says where cells live. It starts as a blend of the picture and 
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from nca_models.data.pictures import PictureConfig
 from nca_models.learning import LearnsPicture, Samples
 from nca_models.modules import NCA, run
+from nca_models.training.config import dropout_rate, life_threshold, setting
 from nca_models.training.damage import DAMAGES
-from nca_models.training.trainer import TrainConfig, setting
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TrainConfig):
-    """Settings of Diffusing NCA, beside those of every system.
+class Config(PictureConfig):
+    """Settings of Diffusing NCA."""
 
-    Attributes:
-        target_size: side of the square that the picture is scaled to fit, in cells.
-        padding: empty cells around that square, on each side.
-        channels: C, the last four being RGBA.
-        hidden: width of the hidden layer.
-        num_steps: steps of the automaton in a training step; the loss is at the last one.
-        fire_rate: probability that a cell updates in a step. Updates are scaled by its inverse.
-        alive_threshold: least alpha, among a cell and its neighbours, for the cell to live.
-    """
+    examples: ClassVar[tuple[str, ...]] = (
+        "nca train diffusing --target cat.png --out cat-from-noise",
+    )
 
-    target_size: int
-    padding: int = setting(lowest=0)
-    channels: int = setting(64, lowest=4)
-    hidden: int = 256
-    num_steps: int
-    fire_rate: float = 0.5
-    alive_threshold: float = 0.1
-
-    @property
-    def size(self) -> int:
-        """Side of the grid, in cells."""
-        return self.target_size + 2 * self.padding
+    channels: int = setting(64, lowest=4, help="C; the last four channels are RGBA")
+    hidden: int = setting(256, help="width of the hidden layer")
+    num_steps: int = setting(
+        help="steps of the automaton in a training step; the loss is at the last one"
+    )
+    fire_rate: float = dropout_rate()
+    alive_threshold: float = life_threshold("alpha")
 
 
 PRESETS = {
@@ -81,10 +72,6 @@ class SystemClass(LearnsPicture):
         """Return `n` blends of the picture and noise, the share of noise uniform in 0 to 1."""
         key_share, key_noise = jax.random.split(key)
         return self._blend(key_noise, jax.random.uniform(key_share, (n, 1, 1, 1)))
-
-    def damage(self, key: jax.Array, samples: Samples) -> Samples:
-        """Return the samples as they are: nothing is damaged in training."""
-        return samples
 
     def loss(self, model: NCA, samples: Samples, key: jax.Array) -> tuple[jax.Array, Samples]:
         """Return the mean squared error after the last step, and those states."""

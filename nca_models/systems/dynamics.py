@@ -7,11 +7,10 @@ A state is `[*batch, size, size, C]` float32 on a torus; its first three channel
 RGB. It starts from noise.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,15 +22,13 @@ import nca_kernels as nk
 from nca_models import motion, render
 from nca_models._files import whole_file
 from nca_models.data.images import open_rgba
-from nca_models.data.textures import texture
+from nca_models.data.textures import TextureConfig, texture
 from nca_models.data.vgg16 import vgg16
-from nca_models.filming import Films, states_over_time
-from nca_models.learning import Samples
+from nca_models.learning import Samples, SystemBase
 from nca_models.modules import NCA, run
 from nca_models.texture_loss import features, sliced_transport, vgg16_features
-from nca_models.training.damage import DAMAGES
+from nca_models.training.config import SampledStepsConfig, setting, target_side
 from nca_models.training.logging import log10
-from nca_models.training.trainer import SampledStepsConfig, setting
 
 _SOBEL = np.outer([1.0, 2.0, 1.0], [-1.0, 0.0, 1.0])
 _LAPLACIAN = np.ones((3, 3)) - 9 * np.outer([0, 1, 0], [0, 1, 0])
@@ -40,25 +37,23 @@ STRIDE, FRAMES = 32, 100  # motion is measured over so many frames, so many step
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(SampledStepsConfig):
-    """Settings of emergent dynamics, beside those of `SampledStepsConfig`.
+class Config(TextureConfig, SampledStepsConfig):
+    """Settings of emergent dynamics."""
 
-    Attributes:
-        target_size: side of the texture and of the grid, in cells.
-        channels: C, the first three being RGB.
-        hidden: D, the width of the hidden layer.
-        fire_rate: probability that a cell updates in a step.
-        overflow: weight of the penalty on states beyond -1 to 1.
-        vgg16: file with the weights of a VGG16, whose features are then compared; None for the
-            features of random filters.
-    """
+    commands: ClassVar[tuple[str, ...]] = ("sweep",)
 
-    target_size: int = setting(lowest=20)
-    channels: int = setting(12, lowest=3)
-    hidden: int = 96
-    fire_rate: float = 0.5
-    overflow: float = 1.0
-    vgg16: str | None = None
+    target_size: int = target_side(lowest=20)
+    channels: int = setting(12, lowest=3, help="C; the first three channels are RGB")
+    hidden: int = setting(96, help="D, the width of the hidden layer")
+    fire_rate: float = setting(0.5, help="probability that a cell updates in a step")
+    overflow: float = setting(1.0, help="weight of the penalty on states beyond -1 to 1")
+    vgg16: str | None = setting(
+        None,
+        flag="--vgg16",
+        metavar="FILE",
+        help="weights of a VGG16 (.pth, .npz, .h5), whose features are compared instead of those "
+        "of random filters",
+    )
 
 
 PRESETS = {
@@ -91,7 +86,7 @@ PRESETS = {
 }
 
 
-class SystemClass(Films):
+class SystemClass(SystemBase):
     """Emergent dynamics, as `nca_models.systems.System` asks."""
 
     measured = "log10 of the texture loss, and motion in cells per 32 steps"
@@ -136,19 +131,14 @@ class SystemClass(Films):
         """Return each sample's texture loss `[n]`, along directions that are always the same."""
         return self._errors(samples["state"], jax.random.key(0))
 
-    def damage(self, key: jax.Array, samples: Samples) -> Samples:
-        """Return the samples as they are: nothing is damaged in training."""
-        return samples
-
     def loss(self, model: NCA, samples: Samples, key: jax.Array) -> tuple[jax.Array, Samples]:
         """Return texture loss and overflow at a random step of each sample, and those states."""
-        key_rollout, key_steps, key_directions = jax.random.split(key, 3)
-        state, least, most = samples["state"], self.config.min_steps, self.config.num_steps
-        steps = jax.random.randint(key_steps, state.shape[:1], least, most + 1)
-        _, sampled = model.rollout(state, key_rollout, most, sample_steps=steps, checkpoint="all")
-        overflow = jnp.mean(jnp.abs(sampled - jnp.clip(sampled, -1.0, 1.0)))
-        loss = jnp.mean(self._errors(sampled, key_directions)) + self.config.overflow * overflow
-        return loss, {"state": sampled}
+        *keys, key_directions = jax.random.split(key, 3)
+        new = self.after_random_steps(model, samples, keys)
+        state = new["state"]
+        overflow = jnp.mean(jnp.abs(state - jnp.clip(state, -1.0, 1.0)))
+        loss = jnp.mean(self._errors(state, key_directions)) + self.config.overflow * overflow
+        return loss, new
 
     def metrics(self, model: NCA) -> dict[str, float]:
         """Measure the texture, early and late, and its motion, with the spread over three seeds."""
@@ -166,6 +156,11 @@ class SystemClass(Films):
             "motion, standard deviation over them": float(np.std(strengths, ddof=1)),
         }
 
+    def swept(self, model: NCA) -> tuple[float, float, float]:
+        """See `nca_models.sweep`: the late texture loss, the motion and its spread."""
+        _, _, late, motion, spread = self.metrics(model).values()
+        return late, motion, spread
+
     def motion_strength(self, model: NCA, seed: int) -> float:
         """Return the mean length of the optical flow, in cells per `STRIDE` steps.
 
@@ -173,26 +168,25 @@ class SystemClass(Films):
         """
         key = jax.random.fold_in(jax.random.key(self.config.seed + 2), seed)
         state = run(model, self.fresh(key, 1)["state"], key, 4 * self.config.num_steps)
-        return motion.strength(self._film(model, state, STRIDE * (FRAMES - 1), STRIDE, key))
+        return motion.strength(
+            self._film(model, state, STRIDE * (FRAMES - 1), every=STRIDE, key=key)
+        )
 
     @staticmethod
     def resized(config: Config, size: int) -> Config:
         """See `System.resized`: a larger or smaller torus of the same texture."""
         return replace(config, target_size=size)
 
-    def frames(
-        self, model: NCA, num_steps: int, *, every: int, damage: str, damage_at: int, seed: int
-    ) -> Iterator[np.ndarray]:
-        """Start from noise, damaged after `damage_at` steps; see `System.frames`."""
-        key = jax.random.key(seed)
-        state = self.fresh(key, 1)["state"]
-        return self._frames(model, state, num_steps, every, key, damage, damage_at)
+    def film_start(self, key: jax.Array, seed: int) -> jax.Array:
+        """Return a state of noise."""
+        return self.fresh(key, 1)["state"]
 
     def pictures(self, model: NCA, folder: Path) -> list[Path]:
         """Write exemplar beside result, the texture over time, and its flow drawn on a frame."""
         steps, scale = 2 * self.config.num_steps, max(1, 240 // self.config.target_size)
         key = jax.random.key(self.config.seed)
-        film = self._film(model, self.fresh(key, 1)["state"], steps + 60 * 4, 4, key)
+        start = self.film_start(key, self.config.seed)
+        film = self._film(model, start, steps + 60 * 4, every=4, key=key)
         paths = [folder / name for name in ("exemplar_and_result.png", "texture.gif", "flow.png")]
         exemplar = (np.asarray(self.target) * 255).round().astype(np.uint8)
         render.save_png(paths[0], render.upscale(render.beside([exemplar, film[-1]]), scale))
@@ -202,33 +196,12 @@ class SystemClass(Films):
         return paths
 
     def picture(self, state: jax.Array) -> np.ndarray:
-        """Return states `[*lead, size, size, C]` as uint8 RGB."""
+        """Return a state `[size, size, C]` as uint8 RGB."""
         rgb = np.clip(np.nan_to_num(np.asarray(state[..., :3])) + 0.5, 0, 1)
         return (rgb * 255).round().astype(np.uint8)
 
-    def _frames(
-        self,
-        model: NCA,
-        first: jax.Array,
-        num_steps: int,
-        every: int,
-        key: jax.Array,
-        damage: str = "none",
-        damage_at: int = 0,
-    ) -> Iterator[np.ndarray]:
-        for state in states_over_time(
-            model,
-            first,
-            num_steps,
-            every=every,
-            key=key,
-            damage=DAMAGES[damage],
-            damage_at=damage_at,
-        ):
-            yield self.picture(state[0])
-
-    def _film(self, *args: Any) -> np.ndarray:
-        return np.stack(list(self._frames(*args)))
+    def _film(self, *args: Any, **options: Any) -> np.ndarray:
+        return np.stack(list(self.frames_from(*args, **options)))
 
     def _errors(self, state: jax.Array, key: jax.Array) -> jax.Array:
         return sliced_transport(self.features(state[..., :3] + 0.5), self.learned, key)

@@ -9,48 +9,48 @@ alpha, the last, says where cells live.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from nca_models.data.pictures import PictureConfig
 from nca_models.learning import LearnsPicture, Samples
 from nca_models.modules import NCA, run
+from nca_models.training import DAMAGE_NAMES
+from nca_models.training.config import SampledStepsConfig, dropout_rate, life_threshold, setting
 from nca_models.training.damage import DAMAGES
-from nca_models.training.trainer import SampledStepsConfig, setting
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(SampledStepsConfig):
-    """Settings of Growing NCA, beside those of `SampledStepsConfig`.
+class Config(PictureConfig, SampledStepsConfig):
+    """Settings of Growing NCA."""
 
-    Attributes:
-        target_size: side of the square that the picture is scaled to fit, in cells.
-        padding: empty cells around that square, on each side.
-        channels: C, the last four being RGBA.
-        hidden: width of the hidden layer.
-        fire_rate: probability that a cell updates in a step. Updates are scaled by its inverse.
-        alive_threshold: least alpha, among a cell and its neighbours, for the cell to live.
-        damage: name of the damage done to `damaged_per_batch` samples.
-    """
+    commands: ClassVar[tuple[str, ...]] = ("demo",)
+    examples: ClassVar[tuple[str, ...]] = (
+        "nca train growing --target cat.png --out cat",
+        "nca train growing --target 🦎 --preset paper --out lizard",
+        "nca train growing --out lizard --resume",
+        "nca train growing --preset paper --estimate   what it will take, before it starts",
+    )
 
-    target_size: int
-    padding: int = setting(lowest=0)
-    channels: int = setting(16, lowest=4)
-    hidden: int = 128
-    fire_rate: float = 0.5
-    alive_threshold: float = 0.1
-    damage: str = "circle"
+    channels: int = setting(16, lowest=4, help="C; the last four channels are RGBA")
+    hidden: int = setting(128, help="width of the hidden layer")
+    fire_rate: float = dropout_rate()
+    alive_threshold: float = life_threshold("alpha")
+    damage: str = setting(
+        "circle",
+        flag="--damage",
+        choices=DAMAGE_NAMES,
+        help="what is done to `--damaged-per-batch` samples",
+    )
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot be trained with (ValueError)."""
         super().__post_init__()
-        if self.damage not in DAMAGES:
-            raise ValueError(f"damage is {self.damage!r}, but must be one of {', '.join(DAMAGES)}")
-
-    @property
-    def size(self) -> int:
-        """Side of the grid, in cells."""
-        return self.target_size + 2 * self.padding
+        if self.damage not in DAMAGE_NAMES:
+            names = ", ".join(DAMAGE_NAMES)
+            raise ValueError(f"damage is {self.damage!r}, but must be one of {names}")
 
 
 PRESETS = {
@@ -99,11 +99,7 @@ class SystemClass(LearnsPicture):
 
     def loss(self, model: NCA, samples: Samples, key: jax.Array) -> tuple[jax.Array, Samples]:
         """Return the mean squared error at a random step of each sample, and those states."""
-        key_rollout, key_steps = jax.random.split(key)
-        state, least, most = samples["state"], self.config.min_steps, self.config.num_steps
-        steps = jax.random.randint(key_steps, state.shape[:1], least, most + 1)
-        _, sampled = model.rollout(state, key_rollout, most, sample_steps=steps, checkpoint="all")
-        new = {"state": sampled}
+        new = self.after_random_steps(model, samples, jax.random.split(key))
         return jnp.mean(self.errors(new)), new
 
     def metrics(self, model: NCA) -> dict[str, float]:

@@ -8,10 +8,10 @@ A state is `[*batch, size, size, depth, C]` float32; the last channel is the ink
 cells live. Plane 0 is the near face, the last plane the far one.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,33 +19,31 @@ import numpy as np
 from flax import nnx
 
 from nca_models import render
-from nca_models.filming import states_over_time
+from nca_models.data.digits import DigitsConfig
 from nca_models.learning import LearnsDigits, Samples, dropout_rule
 from nca_models.modules import NCA, run
-from nca_models.training.damage import DAMAGES
+from nca_models.training.config import (
+    SampledStepsConfig,
+    dropout_rate,
+    life_threshold,
+    setting,
+    target_side,
+)
 from nca_models.training.logging import log10
-from nca_models.training.trainer import SampledStepsConfig, setting
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(SampledStepsConfig):
-    """Settings of self-autoencoding digits, beside those of `SampledStepsConfig`.
+class Config(DigitsConfig, SampledStepsConfig):
+    """Settings of self-autoencoding digits."""
 
-    Attributes:
-        target_size: side of a face, in cells; digits are scaled to it.
-        depth: planes from face to face; the wall is plane `depth // 2`.
-        channels: C, the last being ink.
-        hidden: width of the hidden layer.
-        fire_rate: probability that a cell updates in a step. Updates are scaled by its inverse.
-        alive_threshold: least ink, among a cell and its neighbours, for the cell to live.
-    """
+    examples: ClassVar[tuple[str, ...]] = ("nca train self_autoencoding --out lattice",)
 
-    target_size: int = setting(lowest=3)
-    depth: int = setting(lowest=3)
-    channels: int = setting(16, lowest=2)
-    hidden: int = 256
-    fire_rate: float = 0.5
-    alive_threshold: float = 0.1
+    target_size: int = target_side(lowest=3)
+    depth: int = setting(lowest=3, help="planes from face to face; the wall is plane `depth // 2`")
+    channels: int = setting(16, lowest=2, help="C; the last channel is ink")
+    hidden: int = setting(256, help="width of the hidden layer")
+    fire_rate: float = dropout_rate()
+    alive_threshold: float = life_threshold("ink")
 
 
 PRESETS = {
@@ -125,6 +123,8 @@ class Lattice(NCA):
 class SystemClass(LearnsDigits):
     """Self-autoencoding digits, as `nca_models.systems.System` asks."""
 
+    num_spatial_dims = 3
+
     def model(self, rngs: nnx.Rngs) -> Lattice:
         """Return an untrained automaton; its taps start as identity and Sobel, and are trained."""
         return Lattice(
@@ -140,7 +140,7 @@ class SystemClass(LearnsDigits):
     def fresh(self, key: jax.Array, n: int) -> Samples:
         """Return `n` lattices, empty but for a digit on the near face."""
         index = jax.random.randint(key, (n,), 0, len(self.train_images))
-        return {"state": self._inked(self.train_images[index]), "index": index}
+        return {"state": self.showing(key, self.train_images[index]), "index": index}
 
     def errors(self, samples: Samples) -> jax.Array:
         """Return each sample's mean squared error `[n]`: the digit, on every plane."""
@@ -148,18 +148,15 @@ class SystemClass(LearnsDigits):
 
     def loss(self, model: Lattice, samples: Samples, key: jax.Array) -> tuple[jax.Array, Samples]:
         """Return the mean squared error at a random step of each sample, and those states."""
-        key_rollout, key_steps = jax.random.split(key)
-        state, least, most = samples["state"], self.config.min_steps, self.config.num_steps
-        steps = jax.random.randint(key_steps, state.shape[:1], least, most + 1)
-        _, sampled = model.rollout(state, key_rollout, most, sample_steps=steps, checkpoint="all")
-        new = {"state": sampled, "index": samples["index"]}
+        new = self.after_random_steps(model, samples, jax.random.split(key))
         return jnp.mean(self.errors(new)), new
 
     def metrics(self, model: Lattice) -> dict[str, float]:
         """Measure the far face of digits that training never saw, as log10 of the squared error."""
         steps = self.config.num_steps
         images = jnp.asarray(self.data.test_images[:256])
-        final = run(model, self._inked(images), jax.random.key(self.config.seed + 1), steps)
+        key = jax.random.key(self.config.seed + 1)
+        final = run(model, self.showing(key, images), key, steps)
         later = run(model, final, jax.random.key(self.config.seed + 2), steps)
         mean = jnp.mean(self.train_images, axis=0)
 
@@ -172,47 +169,28 @@ class SystemClass(LearnsDigits):
             f"far face, unseen digits, {2 * steps} steps": error(images, later[..., -1, -1]),
         }
 
-    def frames(
-        self, model: Lattice, num_steps: int, *, every: int, damage: str, damage_at: int, seed: int
-    ) -> Iterator[np.ndarray]:
-        """Show all planes of a lattice with an unseen digit, near to far; see `System.frames`."""
-        key = jax.random.key(seed)
-        image = self.data.test_images[seed % len(self.data.test_images)]
-        states = states_over_time(
-            model,
-            self._inked(jnp.asarray(image)[None]),
-            num_steps,
-            every=every,
-            key=key,
-            damage=lambda key, state: DAMAGES[damage](key, state, 3),
-            damage_at=damage_at,
-        )
-        for state in states:
-            yield self.planes(state[0])
+    def showing(self, key: jax.Array, images: jax.Array) -> jax.Array:
+        """Return empty lattices with `images` `[n, size, size]` on the near face."""
+        shape = (*images.shape, self.config.depth, self.config.channels)
+        return jnp.zeros(shape).at[..., 0, -1].set(images)
 
     def pictures(self, model: Lattice, folder: Path) -> list[Path]:
         """Write near and far faces of unseen digits, planes over time, and a turning lattice."""
         steps, scale = self.config.num_steps, max(1, 96 // self.config.target_size)
         images = jnp.asarray(self.data.test_images[:10])
-        final = run(model, self._inked(images), jax.random.key(self.config.seed + 1), steps)
-        rows = [render.beside([render.grey(face) for face in np.asarray(faces)])
-                for faces in (images, final[..., -1, -1])]  # fmt: skip
+        key = jax.random.key(self.config.seed + 1)
+        final = run(model, self.showing(key, images), key, steps)
         paths = [folder / name for name in ("faces.png", "planes.gif", "lattice.gif")]
-        render.save_png(paths[0], render.upscale(render.above(rows), scale))
-        film = self.film(model, 2 * steps, every=1, damage="none", damage_at=0, seed=0)
+        self.save_rows(paths[0], images, final[..., -1, -1])
+        film = self.film(model, 2 * steps, every=1)
         render.save_gif(paths[1], render.upscale(film, max(1, scale // 2)))
         render.save_lattice_gif(paths[2], np.asarray(final[0, ..., -1]))
         return paths
 
-    def planes(self, state: jax.Array) -> np.ndarray:
-        """Return the ink of one lattice, plane beside plane, as uint8 RGB."""
+    def picture(self, state: jax.Array) -> np.ndarray:
+        """Return the ink of one lattice, plane beside plane, near to far, as uint8 RGB."""
         ink = np.asarray(state[..., -1])
         return render.beside([render.grey(ink[..., z]) for z in range(ink.shape[-1])], gap=1)
-
-    def _inked(self, images: jax.Array) -> jax.Array:
-        """Empty lattices with `images` `[n, size, size]` on the near face."""
-        shape = (*images.shape, self.config.depth, self.config.channels)
-        return jnp.zeros(shape).at[..., 0, -1].set(images)
 
     def _errors(self, state: jax.Array, images: jax.Array) -> jax.Array:
         return jnp.mean((state[..., -1] - images[..., None]) ** 2, axis=(1, 2, 3))

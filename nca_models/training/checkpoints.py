@@ -63,8 +63,8 @@ class Checkpoints:
         """
         if self.latest() is None:
             return None
-        found = self._read(_split(template))
-        leaves = {name: leaf for part in found.values() for name, leaf in part.items()}
+        parts = self._read(_split(template))
+        leaves = {name: leaf for part in parts.values() for name, leaf in part.items()}
         paths, structure = jax.tree.flatten_with_path(template)
         return jax.tree.unflatten(structure, [leaves[_name(path)] for path, _ in paths])
 
@@ -72,10 +72,10 @@ class Checkpoints:
         """Return the parameters of the newest checkpoint, or None; `template` is as `restore`'s."""
         if self.latest() is None:
             return None
-        found = self._read({"model": _split(template)["model"]})["model"]
+        leaves = self._read({"model": _split(template)["model"]})["model"]
         paths, structure = jax.tree.flatten_with_path(template.params)
         prefix = "params."
-        return jax.tree.unflatten(structure, [found[prefix + _name(path)] for path, _ in paths])
+        return jax.tree.unflatten(structure, [leaves[prefix + _name(path)] for path, _ in paths])
 
     def _read(self, parts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -86,8 +86,8 @@ class Checkpoints:
             parts,
         )
         args = {name: ocp.args.StandardRestore(part) for name, part in placed.items()}
-        found = self._manager.restore(self.latest(), args=ocp.args.Composite(**args))
-        return {name: found[name] for name in parts}
+        restored = self._manager.restore(self.latest(), args=ocp.args.Composite(**args))
+        return {name: restored[name] for name in parts}
 
 
 def _split(state: Any) -> dict[str, dict[str, Any]]:

@@ -89,13 +89,13 @@ def parse(text: str) -> dict[str, int]:
     """
     sizes: dict[str, int] = {}
     for part in text.split(","):
-        found = re.fullmatch(rf"({'|'.join(NAMES)})=([1-9][0-9]*)", part.strip())
-        if not found or found[1] in sizes:
+        match = re.fullmatch(rf"({'|'.join(NAMES)})=([1-9][0-9]*)", part.strip())
+        if not match or match[1] in sizes:
             raise ValueError(
                 f"{text!r} does not name the axes of a mesh: write each of {', '.join(NAMES)} at "
                 "most once and with its number of devices, as in data=2,x=4"
             )
-        sizes[found[1]] = int(found[2])
+        sizes[match[1]] = int(match[2])
     return sizes
 
 
@@ -105,11 +105,11 @@ def make(sizes: dict[str, int]) -> Split:
     Raises:
         ValueError: there are too few devices, or some would be left of several processes'.
     """
-    needed, there = int(np.prod(list(sizes.values()))), jax.device_count()
-    if needed > there or (needed < there and jax.process_count() > 1):
+    needed, available = int(np.prod(list(sizes.values()))), jax.device_count()
+    if needed > available or (needed < available and jax.process_count() > 1):
         raise ValueError(
             f"a mesh of {' x '.join(f'{n} ({name})' for name, n in sizes.items())} takes {needed} "
-            f"devices, and there are {there}; for several on a CPU, set "
+            f"devices, and there are {available}; for several on a CPU, set "
             f"XLA_FLAGS=--xla_force_host_platform_device_count={needed}"
         )
     devices = np.array(jax.devices()[:needed]).reshape(tuple(sizes.values()))

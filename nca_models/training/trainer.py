@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,84 +28,10 @@ from nca_models.run_folder import RunError
 from nca_models.systems import System
 from nca_models.training import pool as pools
 from nca_models.training.checkpoints import Checkpoints
+from nca_models.training.config import TrainConfig
 from nca_models.training.estimate import refuse_if_too_large
 from nca_models.training.logging import Log, log10
 from nca_models.training.split import Split, local, means_a_lost_process
-
-
-def setting(default: Any = MISSING, *, lowest: int) -> Any:
-    """Declare an integer setting whose least value is `lowest`, where it is not 1."""
-    return field(default=default, metadata={"lowest": lowest})
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Settings that every system has.
-
-    Attributes:
-        num_train_steps: optimizer steps.
-        batch_size: samples a step.
-        pool_size: samples kept between steps; 0 for none (every batch is then fresh).
-        learning_rate: of Adam, at the start.
-        final_learning_rate: reached linearly after `decay_steps` steps, and then kept.
-        decay_steps: see above.
-        clip_norm: largest global norm of the gradient.
-        damaged_per_batch: how many of the batch's best samples are damaged before a step.
-        checkpoint_every: training steps between checkpoints.
-        seed: of everything random.
-        backend: name of the `nca_kernels` backend, or "auto".
-    """
-
-    num_train_steps: int
-    batch_size: int
-    pool_size: int = setting(lowest=0)
-    learning_rate: float
-    final_learning_rate: float
-    decay_steps: int
-    clip_norm: float = 1.0
-    damaged_per_batch: int = setting(0, lowest=0)
-    checkpoint_every: int = 500
-    seed: int = setting(0, lowest=0)
-    backend: str = "auto"
-
-    def __post_init__(self) -> None:
-        """Refuse settings that cannot be trained with (ValueError)."""
-        for each in fields(self):
-            value = getattr(self, each.name)
-            lowest = each.metadata.get("lowest", 1)
-            if each.type is int and value < lowest:
-                raise ValueError(f"{each.name} is {value}, but must be at least {lowest}")
-        if self.learning_rate <= 0 or self.final_learning_rate <= 0:
-            raise ValueError("learning_rate and final_learning_rate must be above 0")
-        if self.pool_size and self.pool_size < self.batch_size:
-            raise ValueError(
-                f"pool_size is {self.pool_size}, but must be 0 or at least batch_size "
-                f"({self.batch_size})"
-            )
-        if self.damaged_per_batch >= self.batch_size:
-            raise ValueError(
-                f"damaged_per_batch is {self.damaged_per_batch}, but must be below batch_size "
-                f"({self.batch_size}): one sample starts anew"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampledStepsConfig(TrainConfig):
-    """Settings of a system whose loss takes each sample's state after a random number of steps.
-
-    Attributes:
-        num_steps: steps of the automaton in a training step.
-        min_steps: the least of those numbers; `num_steps` is the largest.
-    """
-
-    num_steps: int
-    min_steps: int
-
-    def __post_init__(self) -> None:
-        """Refuse settings that cannot be trained with (ValueError)."""
-        super().__post_init__()
-        if self.min_steps > self.num_steps:
-            raise ValueError(f"min_steps is {self.min_steps}, above num_steps ({self.num_steps})")
 
 
 @jax.tree_util.register_dataclass
@@ -358,9 +284,9 @@ def train_together(systems: Sequence[Any], folder: Path, folders: Sequence[Path]
     together = Together(systems)
     state = _train(together, folder, folders, tensorboard=False, progress=True)
     models = []
-    for i, (member, own) in enumerate(zip(together.members, folders, strict=True)):
+    for i, (member, member_folder) in enumerate(zip(together.members, folders, strict=True)):
         part: TrainState = jax.tree.map(lambda leaf, i=i: leaf[i], state)
-        with Checkpoints(own / "checkpoints") as checkpoints:
+        with Checkpoints(member_folder / "checkpoints") as checkpoints:
             checkpoints.save(int(part.step), part)
         models.append(member.model(part.params))
     shutil.rmtree(folder)
@@ -394,7 +320,9 @@ def _train(
             tqdm(total=total, initial=first, desc="training", unit="step", disable=not progress)
         )
         try:
-            return _loop(trainer, step, state, first, checkpoints, logs, bar, received)
+            return _loop(
+                trainer, step, state, checkpoints=checkpoints, logs=logs, bar=bar, received=received
+            )
         except (RuntimeError, ValueError) as error:
             if not means_a_lost_process(error):
                 raise
@@ -419,14 +347,14 @@ def _loop(
     trainer: Trainer | Together,
     compiled: Any,
     state: TrainState,
-    step: int,
+    *,
     checkpoints: Checkpoints,
     logs: Sequence[Log],
     bar: Any,
     received: list[int],
 ) -> TrainState:
     """Take the remaining steps, saving on schedule, on a signal and at the end."""
-    config, losses = trainer.config, []
+    config, losses, step = trainer.config, [], int(jnp.max(state.step))
     while step < config.num_train_steps:
         state, loss = trainer.call(compiled, state)
         step += 1

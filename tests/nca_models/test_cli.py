@@ -101,6 +101,12 @@ def test_help_explains_every_option(capsys, command):
     assert "usage: nca" in capsys.readouterr().out
 
 
+def test_the_first_help_fits_a_screen(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert len(capsys.readouterr().out.splitlines()) <= 24
+
+
 def test_train_an_odd_picture_resume_and_film(tmp_path, picture, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     preset = replace(growing.PRESETS["small"], num_steps=6, min_steps=4, hidden=8)

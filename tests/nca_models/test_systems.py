@@ -13,6 +13,8 @@ from flax import nnx
 
 from nca_models import cli, run_folder, systems
 from nca_models.data import digits
+from nca_models.data.digits import DigitsConfig
+from nca_models.data.textures import TextureConfig
 from nca_models.modules import Automaton
 from nca_models.systems import attention, diffusing, dynamics, growing, self_autoencoding
 from nca_models.training import logging, trainer
@@ -74,9 +76,9 @@ pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 def needs(name):
     """Skip if what a system learns, or measures with, is not installed."""
-    if name in systems.LEARNS_DIGITS:
+    if issubclass(systems.settings(name), DigitsConfig):
         pytest.importorskip("sklearn", reason="scikit-learn is not installed")
-    if name in systems.LEARNS_TEXTURE:
+    if issubclass(systems.settings(name), TextureConfig):
         pytest.importorskip("skimage", reason="scikit-image is not installed")
         pytest.importorskip("cv2", reason="OpenCV is not installed")
 

@@ -1,0 +1,56 @@
+"""Pictures to learn: an image file, an emoji, or the one in the package."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from PIL import Image
+
+from nca_models._files import whole_file
+from nca_models.data.emoji import emoji, is_emoji
+from nca_models.data.images import PACKAGED_TARGET, fit, open_rgba
+from nca_models.training.config import TrainConfig, setting, target_side
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureConfig(TrainConfig):
+    """Settings of a system that learns a picture."""
+
+    target_help: ClassVar[str] = "an image file or an emoji (default: the packaged butterfly)"
+
+    target_size: int = target_side()
+    padding: int = setting(
+        lowest=0, flag="--padding", help="empty cells on each side of the picture"
+    )
+
+    @property
+    def size(self) -> int:
+        """Side of the grid, in cells."""
+        return self.target_size + 2 * self.padding
+
+    @classmethod
+    def check_target(cls, system: str, target: str) -> None:
+        """Refuse a file that is no picture; an emoji may need the network, so it comes later."""
+        if not _names_emoji(target):
+            open_rgba(Path(target))
+
+
+def open_target(target: str | None) -> Image.Image:
+    """Return the picture that `target` names: a file, an emoji, or None for the packaged one.
+
+    Raises:
+        ImageError: it cannot be had.
+    """
+    if target is None:
+        return open_rgba(PACKAGED_TARGET)
+    return emoji(target) if _names_emoji(target) else open_rgba(Path(target))
+
+
+def save_target(target: str | None, size: int, path: Path) -> None:
+    """Write the picture that `target` names, scaled to fit `size` pixels, whole or not at all."""
+    with whole_file(path) as temporary:
+        fit(open_target(target), size).save(temporary)
+
+
+def _names_emoji(target: str) -> bool:
+    return not Path(target).exists() and is_emoji(target)

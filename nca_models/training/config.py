@@ -1,0 +1,140 @@
+"""The settings of a training, as dataclasses: what the systems' own settings are built on.
+
+A setting that says its `flag` is an option of `nca train`; its `help` is what the option shows.
+Nothing heavy is imported here, so that the command line knows all settings before JAX starts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, ClassVar
+
+
+def setting(
+    default: Any = MISSING,
+    *,
+    lowest: int = 1,
+    help: str = "",
+    flag: str | None = None,
+    metavar: str | None = None,
+    choices: Sequence[str] | None = None,
+) -> Any:
+    """Declare a setting.
+
+    Args:
+        default: its value where a preset does not say one.
+        lowest: the least value of an integer.
+        help: what it is, in a phrase.
+        flag: the option of `nca train` that sets it, as in `--steps`; None for no option.
+        metavar: what the help shows for the option's value (default: N for int, X for float).
+        choices: the values of the option.
+    """
+    metadata = {"lowest": lowest, "help": help, "flag": flag, "metavar": metavar}
+    return field(default=default, metadata=metadata | {"choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings that every system has, and what a system's settings tell the command `nca`.
+
+    Attributes:
+        target_help: what `nca train SYSTEM --target` may name; "" if the system takes no target.
+        examples: lines for the help of `nca train`.
+        commands: which commands take the system beside train, run and eval.
+    """
+
+    target_help: ClassVar[str] = ""
+    examples: ClassVar[tuple[str, ...]] = ()
+    commands: ClassVar[tuple[str, ...]] = ()
+
+    num_train_steps: int = setting(flag="--steps", help="training steps")
+    batch_size: int = setting(flag="--batch-size", help="samples in a training step")
+    pool_size: int = setting(
+        lowest=0,
+        flag="--pool-size",
+        help="samples kept between training steps; with 0 every batch is fresh",
+    )
+    learning_rate: float = setting(flag="--learning-rate", help="Adam's learning rate at the start")
+    final_learning_rate: float = setting(
+        help="reached linearly after `decay_steps` training steps, and then kept"
+    )
+    decay_steps: int = setting(help="training steps until the learning rate is the final one")
+    clip_norm: float = setting(1.0, help="largest global norm of the gradient")
+    damaged_per_batch: int = setting(
+        0,
+        lowest=0,
+        flag="--damaged-per-batch",
+        help="how many of a batch's best samples are damaged before a training step",
+    )
+    checkpoint_every: int = setting(
+        500, flag="--checkpoint-every", help="training steps between checkpoints"
+    )
+    seed: int = setting(0, lowest=0, flag="--seed", help="seed of all random numbers (default: 0)")
+    backend: str = setting(
+        "auto",
+        flag="--backend",
+        metavar="NAME",
+        help="backend of nca_kernels; see `nca doctor` (default: auto)",
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot be trained with (ValueError)."""
+        for each in fields(self):
+            value = getattr(self, each.name)
+            lowest = each.metadata.get("lowest", 1)
+            if each.type in (int, "int") and value < lowest:
+                raise ValueError(f"{each.name} is {value}, but must be at least {lowest}")
+        if self.learning_rate <= 0 or self.final_learning_rate <= 0:
+            raise ValueError("learning_rate and final_learning_rate must be above 0")
+        if self.pool_size and self.pool_size < self.batch_size:
+            raise ValueError(
+                f"pool_size is {self.pool_size}, but must be 0 or at least batch_size "
+                f"({self.batch_size})"
+            )
+        if self.damaged_per_batch >= self.batch_size:
+            raise ValueError(
+                f"damaged_per_batch is {self.damaged_per_batch}, but must be below batch_size "
+                f"({self.batch_size}): one sample starts anew"
+            )
+
+    @classmethod
+    def check_target(cls, system: str, target: str) -> None:
+        """Refuse a target that cannot be had (ValueError), before anything heavy is imported.
+
+        `system` is the system's name, for the message. What needs the network is left for later.
+        """
+        raise ValueError(f"--target {target}: {system} takes no target; leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledStepsConfig(TrainConfig):
+    """Settings of a system whose loss takes each sample's state after a random number of steps."""
+
+    num_steps: int = setting(help="steps of the automaton in a training step")
+    min_steps: int = setting(help="the least of the random numbers; the largest is `num_steps`")
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot be trained with (ValueError)."""
+        super().__post_init__()
+        if self.min_steps > self.num_steps:
+            raise ValueError(f"min_steps is {self.min_steps}, above num_steps ({self.num_steps})")
+
+
+def target_side(lowest: int = 1) -> Any:
+    """Declare the setting `target_size`, which many systems have."""
+    return setting(
+        lowest=lowest, flag="--size", help="side of the picture, digit or texture, in cells"
+    )
+
+
+def dropout_rate() -> Any:
+    """Declare the setting `fire_rate` of a rule whose updates are scaled by its inverse."""
+    return setting(
+        0.5, help="probability that a cell updates in a step; updates are scaled by its inverse"
+    )
+
+
+def life_threshold(channel: str) -> Any:
+    """Declare the setting `alive_threshold`, for a system whose cells live by this channel."""
+    return setting(
+        0.1, help=f"least {channel}, among a cell and its neighbours, for the cell to live"
+    )
