@@ -41,7 +41,8 @@ class System(Protocol):
     """What the trainer and the command `nca` ask of a system.
 
     *Samples* are a pytree of arrays with a leading axis of the batch: what the pool keeps, such
-    as `{"state": [n, *spatial, C]}`. All functions of samples can be jitted.
+    as `{"state": [n, *spatial, C]}`. All functions of samples can be jitted. For `nca train
+    --estimate`, samples have a "state", settings `num_steps`, and the model a `cost`.
     """
 
     config: TrainConfig
