@@ -64,7 +64,7 @@ for backend in (
         summary="a plain fused forward in Pallas, without Triton installed; gradients are xla's",
         load=_forward_with_gradients_of_xla("pallas"),
         platforms=("cuda", "rocm"),
-        missing=_ask("pallas.memory", "missing"),
+        missing=_ask("pallas.cells", "missing"),
         covers=replace(COMMON, width=_ask("pallas", "too_wide")),
         markers={
             "step": ("nca_pallas_step", "@nca_xla_backward"),

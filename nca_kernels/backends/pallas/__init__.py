@@ -9,7 +9,7 @@ The gradients are those of the backend ``xla``: the kernels save what its backwa
 alive mask; of attention the log-sum-exp), and ``nca_kernels.backends`` puts the two together.
 
 It refuses float64, arrays whose positions are beyond int32, and cells whose numbers do not fit a
-program's registers and shared memory (``fused_step.too_wide``). The widths of hidden layers have
+program's registers and shared memory (their ``too_wide``). The widths of hidden layers have
 no limit, but a hidden layer before another one is computed anew for every 64 units, or fewer, of
 that one.
 
@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nca_kernels.backends.pallas import attention, fused_step
-from nca_kernels.backends.pallas.memory import MOST_ELEMENTS
+from nca_kernels.backends.pallas.cells import MOST_ELEMENTS
 
 step = update = fused_step.forward
 neighborhood_attention = attention.forward

@@ -13,17 +13,8 @@ import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas
 
-from nca_kernels.backends.pallas.grid import Neighbourhoods, three_axes, unravel
-from nca_kernels.backends.pallas.memory import (
-    block,
-    call_kernel,
-    divide,
-    indices,
-    load,
-    load_block,
-    loop,
-    store_block,
-)
+from nca_kernels.backends.pallas import cells
+from nca_kernels.backends.pallas.cells import block, indices, load, load_block
 from nca_kernels.call import Operands, StepCall, Weights
 from nca_kernels.fire_mask import threefry_bits, threshold
 from nca_kernels.rule import Rule, activation
@@ -32,29 +23,23 @@ MOST_COLUMNS = 512  # of all that a cell keeps: its perception, inputs and updat
 MOST_WEIGHTS = 2**13  # of one product: 32 KB, three times that where it is precise
 HELD = 2**13  # floats that a program's cells keep, if they can: 64 registers of each thread
 TF32 = lax.DotAlgorithmPreset.TF32_TF32_F32
-PRECISIONS: dict[str, Any] = {  # Rule.precision on CUDA; elsewhere products are exact
-    "default": TF32,
-    "tensorfloat32": TF32,
-    "float32": lax.DotAlgorithmPreset.TF32_TF32_F32_X3,
-}
-
-
-# ---- what a program works on ----
+TF32_X3 = lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+# Rule.precision on CUDA; elsewhere products are exact.
+PRECISIONS: dict[str, Any] = {"default": TF32, "tensorfloat32": TF32, "float32": TF32_X3}
 
 
 class Plan(NamedTuple):
     """The static facts of a launch."""
 
     rule: Rule
-    around: Neighbourhoods
-    precision: Any  # of products of float32
+    around: cells.Neighbourhoods
+    precision: Any  # of products
     rows: int  # cells of a program, T in the comments below; a power of two
     units: int  # of a hidden layer that are computed at once; a power of two
 
 
 def plan_of(rule: Rule, platform: str, operands: Operands) -> Plan:
-    grid, kernel = three_axes(operands.grid), three_axes(operands.kernel)
-    around = Neighbourhoods(grid, kernel, rule.padding)
+    around = cells.Neighbourhoods(operands.grid, operands.kernel, rule.padding)
     # Operands of bfloat16 are rounded, and need no more.
     exact = lax.Precision.DEFAULT if rule.precision == "bfloat16" else lax.Precision.HIGHEST
     precision = PRECISIONS.get(rule.precision, exact) if platform == "cuda" else exact
@@ -67,11 +52,9 @@ def plan_of(rule: Rule, platform: str, operands: Operands) -> Plan:
 
 def block_widths(operands: Operands) -> list[int]:
     """Columns of what a cell keeps: its update, each part of the perception, its inputs."""
-    channels = block(operands.channels)
+    channels, parts = block(operands.channels), [block(operands.perception_size)]
     if operands.filters and not operands.dense:
         parts = [channels] * operands.filters
-    else:
-        parts = [block(operands.perception_size)]
     inputs = [block(operands.input_size)] if operands.input_size else []
     return [channels, *parts, *inputs]
 
@@ -94,33 +77,16 @@ def too_wide(operands: Operands) -> str | None:
     return None
 
 
-# ---- the op ----
-
-
 def forward(
-    call: StepCall,
-    platform: str,
-    operands: Operands,
-    interpret: bool = False,
-    rows: int | None = None,
+    call: StepCall, platform: str, operands: Operands, interpret: bool = False
 ) -> list[Array]:
-    """``[new state [G, B, *S, C]]``, and with alive masking the mask ``[G, B, *S]``.
-
-    ``rows``: cells of a program, for tests.
-    """
+    """``[new state [G, B, *S, C]]``, and with alive masking the mask ``[G, B, *S]``."""
     rule, state = call.rule, operands.state
     plan = plan_of(rule, platform, operands)
-    plan = plan._replace(rows=rows or plan.rows)
     flat = flatten(operands, rounded=plan.precision is TF32)
-    groups, cells, _ = flat.state.shape
-    (new,) = call_kernel(
-        partial(step_kernel, plan=plan),
-        [flat],
-        [jax.ShapeDtypeStruct(flat.state.shape, state.dtype)],
-        groups * -(-cells // plan.rows),
-        "nca_pallas_step",
-        interpret,
-    )
+    programs = flat.state.shape[0] * -(-flat.state.shape[1] // plan.rows)
+    kernel = partial(step_kernel, plan=plan)
+    (new,) = cells.call_kernel(kernel, [flat], [flat.state], programs, "nca_pallas_step", interpret)
     new = new.reshape(state.shape)
     if rule.alive is None:
         return [new]
@@ -134,31 +100,29 @@ def flatten(operands: Operands, rounded: bool) -> Operands:
     ``rounded``: those of products to the nearest TF32, as these would cut off what is more.
     """
     state, fire, perception, inputs, weights = operands
-    dims, cells = state.ndim - 3, math.prod(state.shape[1:-1])
 
-    def by_cell(array: Array) -> Array:
-        """[G, B, *S, ...] to [G, cells, ...]."""
-        return array.reshape(array.shape[0], cells, *array.shape[dims + 2 :])
+    def by_cell(array: Array) -> Array:  # [G, B, *S, ...] to [G, cells, ...]
+        number = math.prod(state.shape[1:-1])
+        return array.reshape(array.shape[0], number, *array.shape[state.ndim - 1 :])
 
     def of_product(weight: Array) -> Array:
         return lax.reduce_precision(weight, 8, 10) if rounded else weight
 
-    taps, bias, layers = jax.tree.map(lambda weight: weight.astype(jnp.float32), weights)
+    fire = by_cell(fire) if operands.fire_source == "mask" else fire
+    inputs = by_cell(inputs) if operands.inputs_per_cell else inputs
+    perception = None if perception is None else by_cell(perception)
+    taps, bias, layers = jax.tree.map(lambda w: w.astype(jnp.float32), weights)
     if taps is not None:
-        taps = of_product(taps) if taps.shape[-2] != 1 else taps
+        taps = of_product(taps) if operands.dense else taps
         taps = taps.reshape(taps.shape[0], -1, *taps.shape[-2:])
-    return Operands(
-        by_cell(state),
-        by_cell(fire) if fire is not None and fire.dtype == jnp.bool_ else fire,
-        None if perception is None else by_cell(perception),
-        by_cell(inputs) if inputs is not None and inputs.ndim == state.ndim else inputs,
-        Weights(taps, bias, tuple((of_product(weight), bias) for weight, bias in layers)),
-    )
+    weights = Weights(taps, bias, tuple((of_product(w), b) for w, b in layers))
+    return Operands(by_cell(state), fire, perception, inputs, weights)
 
 
 def is_alive(rule: Rule, state: Array) -> Array:
     """Where a cell or one around it is above the threshold: ``[G, B, *S]``."""
-    plane = state[..., rule.alive.channel].astype(jnp.float32)  # type: ignore[union-attr]
+    assert rule.alive is not None
+    plane = state[..., rule.alive.channel].astype(jnp.float32)
     window = (1, 1, *(3,) * (plane.ndim - 2))
     padding = "SAME"  # other borders than circular show a pool no cell that it does not see anyway
     if rule.padding == "circular":
@@ -166,172 +130,148 @@ def is_alive(rule: Rule, state: Array) -> Array:
         padding = "VALID"
     lowest = np.float32(-np.inf)
     pool = lax.reduce_window(plane, lowest, lax.max, window, (1,) * plane.ndim, padding)
-    return pool > rule.alive.threshold  # type: ignore[union-attr]
+    return pool > rule.alive.threshold
 
 
 # ---- the kernel ----
 
 
-class Cells(NamedTuple):
-    """The cells that a program works on."""
+class Program(NamedTuple):
+    """What one program works on and with."""
 
+    operands: Operands  # references to memory, flattened
+    plan: Plan
     group: Array
-    number: Array  # in C order over samples and grid, [T]
-    exists: Array  # the last program of a group has more than there are, [T]
+    cell: Array  # numbers of its cells, in C order over samples and grid, [T]
+    exists: Array  # a group's last program has more than there are, [T]
+
+    def member(self, ref: Any) -> Any:
+        """The index of its group in an operand that groups may share."""
+        return self.group if ref.shape[0] > 1 else 0
+
+    def rows(self, ref: Any, row: Array, width: int) -> Array:
+        """Rows of an operand [G, rows, N], one for each cell, as float32: [T, width]."""
+        return load_block(ref, (self.member(ref),), row, self.exists, indices(width))
+
+    def start(self, bias: Any, column: Array, exists: Array) -> Array:
+        """What a sum starts from: columns [N] of a bias, zeros where there is none: [T, N]."""
+        zeros = jnp.zeros((self.plan.rows, column.size), jnp.float32)
+        if bias is None:
+            return zeros
+        return zeros + load(bias, (self.member(bias), column), exists)[None, :]
+
+    def dot(self, a: Array, b: Array) -> Array:
+        if self.plan.rule.precision == "bfloat16":
+            a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+        return jnp.dot(a, b, precision=self.plan.precision, preferred_element_type=jnp.float32)
 
 
-class Part(NamedTuple):
-    """Some of the numbers that the first layer takes."""
+class Columns(NamedTuple):
+    """Numbers of the perception and the inputs that a block holds."""
 
-    value: Array  # [T, W]
-    row: Array  # of the first layer's weights that each column meets, [W]
+    number: Array  # of the outputs of taps, and of rows of the first layer, [W]
     exists: Array  # [W]
 
 
+Part = tuple[Columns, Array]  # what the first layer takes of each cell, [T, W]
+
+
 def step_kernel(operands: Operands, new_state: Any, *, plan: Plan) -> None:
-    """``new_state = state + step_size * update`` where a cell fires, else ``state``.
-
-    ``operands``, flattened, and ``new_state`` are references to memory.
-    """
-    state, channels = operands.state, block(operands.state.shape[-1])
-    programs = -(-state.shape[1] // plan.rows)  # of a group
-    group, program = divide(pallas.program_id(0), programs)
-    number = program * plan.rows + indices(plan.rows)
-    cells = Cells(group, number, number < state.shape[1])
-    parts = [*perceive(operands, cells, plan), *input_part(operands, cells, plan)]
+    """``new_state = state + step_size * update`` where a cell fires, else ``state``."""
+    number_of_cells, channels = operands.state.shape[1], operands.channels
+    group, nth = cells.divide(pallas.program_id(0), -(-number_of_cells // plan.rows))
+    cell = nth * plan.rows + indices(plan.rows)
+    program = Program(operands, plan, group, cell, cell < number_of_cells)
+    parts = [*perceive(program), *input_part(program)]
     update = layer_outputs(
-        len(operands.weights.layers) - 1, indices(channels), parts, operands, cells, plan
+        len(operands.weights.layers) - 1, indices(block(channels)), parts, program
     )
-    old = load_rows(state, cells, channels)
-    new = old + plan.rule.step_size * update
-    new = jnp.where(fires(operands.fire, cells, plan)[:, None], new, old)
-    store_block(new_state, (group,), number, cells.exists, new)
+    old = program.rows(operands.state, cell, block(channels))
+    new = jnp.where(fires(program)[:, None], old + plan.rule.step_size * update, old)
+    cells.store_block(new_state, (group,), cell, program.exists, new)
 
 
-def member(ref: Any, group: Array) -> Any:
-    """The index of a group in an operand that groups may share."""
-    return group if ref.shape[0] > 1 else 0
-
-
-def load_rows(ref: Any, cells: Cells, width: int, row: Array | None = None) -> Array:
-    """What ``ref`` [G, cells, N] holds of each cell, or at each ``row``, as float32: [T, width]."""
-    row = cells.number if row is None else row
-    return load_block(ref, (member(ref, cells.group),), row, cells.exists, indices(width))
-
-
-def fires(fire: Any, cells: Cells, plan: Plan) -> Array:
+def fires(program: Program) -> Array:
     """Which of the cells fire: [T]."""
+    fire = program.operands.fire
     if fire is None:
-        return cells.exists
-    index = member(fire, cells.group)
+        return program.exists
+    index = program.member(fire)
     if fire.dtype == jnp.bool_:
-        return load(fire, (index, cells.number), cells.exists)
-    low = cells.number.astype(jnp.uint32)
+        return load(fire, (index, program.cell), program.exists)
+    low = program.cell.astype(jnp.uint32)
     bits = threefry_bits(fire[index, 0], fire[index, 1], jnp.zeros_like(low), low)
-    return (bits >> np.uint32(9)) < np.uint32(threshold(plan.rule.fire_rate))
+    return (bits >> np.uint32(9)) < np.uint32(threshold(program.plan.rule.fire_rate))
 
 
-def dot(a: Array, b: Array, plan: Plan) -> Array:
-    """``a @ b``, accumulated in float32."""
-    if plan.rule.precision == "bfloat16":
-        a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
-    return jnp.dot(a, b, precision=plan.precision, preferred_element_type=jnp.float32)
-
-
-# ---- the perception ----
-
-
-def perceive(operands: Operands, cells: Cells, plan: Plan) -> list[Part]:
+def perceive(program: Program) -> list[Part]:
     """The perception after its activation: depthwise a part for each filter, else one."""
-    taps, bias, _ = operands.weights
-    if taps is None:
-        size = operands.perception.shape[-1]
-        column = indices(block(size))
-        given = load_rows(operands.perception, cells, block(size))
-        return [Part(given, column, column < size)]
-    channels, (fan_in, size) = operands.state.shape[-1], taps.shape[-2:]
-    if fan_in == 1:
-        channel, filters = indices(block(channels)), size // channels
-        outputs = [(channel * filters + f, channel < channels) for f in range(filters)]
-    else:
-        outputs = [(indices(block(size)), indices(block(size)) < size)]
-    sums = []
-    for column, exists in outputs:
-        start = jnp.zeros((plan.rows, column.size), jnp.float32)
-        if bias is not None:
-            start += load(bias, (member(bias, cells.group), column), exists)[None, :]
-        sums.append(start)
-    sums = add_taps(sums, outputs, operands, cells, plan)
-    activate = activation(plan.rule, plan.rule.perception_activation)
-    return [Part(activate(value), *output) for value, output in zip(sums, outputs, strict=True)]
+    operands, rule = program.operands, program.plan.rule
+    size, channels, filters = operands.perception_size, operands.channels, operands.filters
+    output, channel = indices(block(size)), indices(block(channels))
+    columns = [Columns(output, output < size)]
+    if not filters:
+        return [(columns[0], program.rows(operands.perception, program.cell, output.size))]
+    if not operands.dense:
+        columns = [Columns(channel * filters + f, channel < channels) for f in range(filters)]
+    start = [program.start(operands.weights.perception_bias, *column) for column in columns]
+    activate = activation(rule, rule.perception_activation)
+    sums = add_taps(start, columns, program)
+    return [(column, activate(total)) for column, total in zip(columns, sums, strict=True)]
 
 
-def add_taps(
-    sums: list[Array],
-    outputs: Sequence[tuple[Array, Array]],
-    operands: Operands,
-    cells: Cells,
-    plan: Plan,
-) -> list[Array]:
+def add_taps(sums: list[Array], columns: Sequence[Columns], program: Program) -> list[Array]:
     """Adds what the cells see through the taps at each place of the kernel to [T, W] each."""
-    state, taps = operands.state, operands.weights.taps
-    group, channels = member(taps, cells.group), block(state.shape[-1])
+    (state, *_, weights), channels = program.operands, program.operands.channels
+    taps, channel = weights.taps, indices(block(channels))
+    index = program.member(taps)
 
     def add_place(place: Array, sums: list[Array]) -> list[Array]:
-        neighbour, inside = plan.around.neighbour(cells.number, place)
-        seen = cells._replace(exists=cells.exists & inside)
-        value = load_rows(state, seen, channels, neighbour)  # [T, C]
-        if taps.shape[-2] != 1:
-            (column, _), row = outputs[0], indices(channels)
-            weight = load_block(taps, (group, place), row, row < state.shape[-1], column)
-            return [sums[0] + dot(value, weight, plan)]
-        tap_rows = [load(taps, (group, place, 0, *output[:1]), output[1]) for output in outputs]
-        return [total + value * tap[None, :] for total, tap in zip(sums, tap_rows, strict=True)]
+        neighbour, inside = program.plan.around.neighbour(program.cell, place)
+        seeing = program._replace(exists=program.exists & inside)
+        value = seeing.rows(state, neighbour, channel.size)  # [T, C]
+        if program.operands.dense:
+            (output,) = columns
+            weight = load_block(taps, (index, place), channel, channel < channels, output.number)
+            return [sums[0] + program.dot(value, weight)]
+        rows = [load(taps, (index, place, 0, number), exists) for number, exists in columns]
+        return [total + value * row[None, :] for total, row in zip(sums, rows, strict=True)]
 
-    return loop(taps.shape[1], add_place, sums)
-
-
-# ---- the MLP ----
+    return cells.loop(taps.shape[1], add_place, sums)
 
 
-def input_part(operands: Operands, cells: Cells, plan: Plan) -> list[Part]:
+def input_part(program: Program) -> list[Part]:
     """The inputs, which come after the perception, if there are any."""
-    inputs = operands.inputs
+    inputs, row = program.operands.inputs, program.cell
     if inputs is None:
         return []
-    size, row = inputs.shape[-1], cells.number
-    if inputs.shape[1] != operands.state.shape[1]:  # per sample
-        row, _ = unravel(row, plan.around.sizes)
+    size = program.operands.input_size
     column = indices(block(size))
-    value = load_rows(inputs, cells, block(size), row)
-    first_row = operands.weights.layers[0][0].shape[1] - size
-    return [Part(value, first_row + column, column < size)]
+    if inputs.shape[1] != program.operands.state.shape[1]:  # per sample
+        row = cells.unravel(row, program.plan.around.grid)[0]
+    first_row = program.operands.weights.layers[0][0].shape[1] - size
+    columns = Columns(first_row + column, column < size)
+    return [(columns, program.rows(inputs, row, column.size))]
 
 
-def layer_outputs(
-    layer: int, column: Array, parts: Sequence[Part], operands: Operands, cells: Cells, plan: Plan
-) -> Array:
+def layer_outputs(layer: int, column: Array, parts: Sequence[Part], program: Program) -> Array:
     """Some outputs [N] of a layer before its activation: [T, N].
 
     Those of the layer before it are computed here, some units at a time, and kept nowhere.
     """
-    weight, bias = operands.weights.layers[layer]
-    group = member(weight, cells.group)
-    outputs = jnp.zeros((plan.rows, column.size), jnp.float32)
-    if bias is not None:
-        exists = column < bias.shape[-1]
-        outputs += load(bias, (member(bias, cells.group), column), exists)[None, :]
+    (weight, bias), plan = program.operands.weights.layers[layer], program.plan
+    activate = activation(plan.rule, plan.rule.activation)
+    index = (program.member(weight),)
+    outputs = program.start(bias, column, column < weight.shape[-1])
     if layer == 0:
-        for part in parts:
-            rows = load_block(weight, (group,), part.row, part.exists, column)
-            outputs += dot(part.value, rows, plan)
+        for rows, value in parts:
+            outputs += program.dot(value, load_block(weight, index, *rows, column))
         return outputs
 
     def add_units(i: Array, outputs: Array) -> Array:
         unit = i * plan.units + indices(plan.units)
-        hidden = layer_outputs(layer - 1, unit, parts, operands, cells, plan)
-        hidden = activation(plan.rule, plan.rule.activation)(hidden)
-        rows = load_block(weight, (group,), unit, unit < weight.shape[1], column)
-        return outputs + dot(hidden, rows, plan)
+        hidden = layer_outputs(layer - 1, unit, parts, program)
+        rows = load_block(weight, index, unit, unit < weight.shape[1], column)
+        return outputs + program.dot(activate(hidden), rows)
 
-    return loop(-(-weight.shape[1] // plan.units), add_units, outputs)
+    return cells.loop(-(-weight.shape[1] // plan.units), add_units, outputs)
