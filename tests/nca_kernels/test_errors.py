@@ -41,7 +41,11 @@ def attend(q=Q, k=Q, v=Q, radius=1, num_spatial_dims=2, backend="auto", padding=
 
 
 WRONG = {
-    "activation": (lambda: nk.Rule(activation="softplus"), ValueError, "activation relu gelu 'elu'"),
+    "activation": (
+        lambda: nk.Rule(activation="softplus"),
+        ValueError,
+        "activation relu gelu 'softplus'",
+    ),
     "perception activation": (
         lambda: nk.Rule(perception_activation="ReLU"),
         ValueError,
