@@ -35,6 +35,8 @@ def main() -> int:
     except Refused as refusal:
         print(refusal, file=sys.stderr)
         return 2
+    except Ended as ended:
+        return 128 + int(ended.args[0])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace, scratch: Path) -> int:
     names = listed(options.stages, STAGES)
     results = _results(options)
-    machinery = Machinery((sys.executable, "-m", "benchmarks.gpu.child"), dict(os.environ))
+    environment = _environment(options.kit, scratch)
     course = Course(
         stages={name: STAGES[name] for name in names},
         asked=Asked(
@@ -65,7 +67,7 @@ def _run(options: argparse.Namespace, scratch: Path) -> int:
             out=str(options.out),
         ),
         results=results,
-        machinery=machinery._replace(environment=_environment(options.kit, scratch)),
+        machinery=Machinery((sys.executable, "-m", "benchmarks.gpu.child"), environment),
         end=time.monotonic() + 60 * options.minutes,
         only=options.items,
         told=report.line,
@@ -75,16 +77,18 @@ def _run(options: argparse.Namespace, scratch: Path) -> int:
         course.run()
     except Ended as ended:
         status = 128 + ended.args[0]
-    print(f"\n{report.markdown(results)}\nin {options.out}", flush=True)
+    summary = results.about.get("not_summarized") or report.markdown(results)
+    print(f"\n{summary}\nin {options.out}", flush=True)
     broken = any("stderr" in left for left in results.left_out)
     return status or int(broken or bool(results.failed()))
 
 
 def _results(options: argparse.Namespace) -> Results:
-    if (options.out / LOG).exists() and not options.resume:
-        raise Refused(f"{options.out} has results already: add --resume, or name another folder")
     about = {"commit": options.commit or commit()}
     try:
+        log = options.out / LOG
+        if log.exists() and log.read_text() and not options.resume:
+            raise Refused(f"{log.parent} has results already: add --resume, or name another folder")
         results = Results(options.out, about, report.summarize)
     except OSError as error:
         raise Refused(f"--out: {options.out} cannot be written: {error}") from error

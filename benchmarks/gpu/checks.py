@@ -15,9 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.gpu import graphs
-from benchmarks.gpu.items import Asked, Facts, Item, Skipped
+from benchmarks.gpu.items import Asked, Facts, Item
 from nca_kernels import dispatch
-from nca_kernels.dispatch import BackendUnavailable
 from nca_kernels.testing import (
     ATTENTION,
     ATTENTION_CHECKS,
@@ -135,10 +134,7 @@ def _attention_twice(backend: str, case: AttentionCase) -> tuple[str, list[jax.A
 
 
 def judged(check: Check) -> Iterator[Facts]:
-    """Error ratios and limits by name of the arrays that a check compares; it fails afterwards.
-
-    What a backend does not cover is skipped.
-    """
+    """Error ratios and limits by name of the arrays that a check compares; it fails afterwards."""
     ratios: dict[str, list[float | None]] = {}
     off: list[str] = []
     failure = None
@@ -153,8 +149,6 @@ def judged(check: Check) -> Iterator[Facts]:
             check()
         except Exception as error:
             failure = error
-    if isinstance(failure, BackendUnavailable):
-        raise Skipped(str(failure))
     yield {"ratios": ratios}
     if failure:
         raise failure

@@ -30,9 +30,18 @@ def line(record: Facts) -> str:
         if key in record:
             found = f"; {said}" if said else ""
             return f"{name}: {key.replace('_', ' ')}, {record[key][:200]}{found}"
-    compiled = record.get("kernels", {}).get("compiled")
-    kernels = f", {compiled} kernels compiled" if compiled else ""
+    kernels = "".join(f", {text}" for text in _kernels([record]))
     return f"{name}: {said or 'ok'} ({record['seconds']:.1f} s{kernels})"
+
+
+def _kernels(records: Iterable[Facts]) -> Iterator[str]:
+    """Where Triton's kernels came from, if there were any."""
+    counts = [record.get("kernels", {}) for record in records]
+    from_cache, compiled = (
+        sum(count.get(key, 0) for count in counts) for key in ("from_cache", "compiled")
+    )
+    if from_cache or compiled:
+        yield f"kernels: {from_cache} from the cache, {compiled} compiled"
 
 
 def _said(record: Facts) -> str:
@@ -182,7 +191,9 @@ def markdown(results: Results) -> str:
     parts = [
         f"# {about.get('device', 'no device')}",
         f"Commit {about['commit']}, Python {about.get('python')}, {versions}.",
-        f"{done} items done, {len(failed)} failed.",
+        "; ".join(
+            [f"{done} items done, {len(failed)} failed", *_kernels(results.records.values())]
+        ),
         "\n".join(f"* {line(record)}" for record in failed[:MOST]),
     ]
     for stage, table in TABLES.items():

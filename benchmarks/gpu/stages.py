@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,9 +13,10 @@ import jax.numpy as jnp
 
 import nca_kernels as nk
 from benchmarks.gpu import checks, timings
-from benchmarks.gpu.items import Asked, Facts, Item, Refused
+from benchmarks.gpu.items import Asked, Facts, Item, Refused, Skipped
 from benchmarks.gpu.runner import Stage
 from benchmarks.measure import provenance
+from nca_kernels.dispatch import BackendUnavailable
 from nca_kernels.testing import triton_host
 
 # Nine minutes in all. A stage that is done early leaves its time to those after it.
@@ -67,7 +70,8 @@ class Stages:
 
     def items(self, stage: str) -> list[Item]:
         if stage not in self._items:
-            self._items[stage] = ITEMS[stage](self.asked)
+            items = ITEMS[stage](self.asked)
+            self._items[stage] = [replace(item, run=partial(covered, item)) for item in items]
         return self._items[stage]
 
     def kernels(self) -> Facts:
@@ -85,6 +89,14 @@ class Stages:
             return bool((jnp.ones(8) + 1).sum() == 16)
         except Exception:
             return False
+
+
+def covered(item: Item) -> Iterator[Facts]:
+    """Runs an item; what a backend does not cover is skipped."""
+    try:
+        yield from item.run()
+    except BackendUnavailable as reason:
+        raise Skipped(str(reason)) from reason
 
 
 def _available(asked: tuple[str, ...]) -> tuple[str, ...]:
