@@ -5,7 +5,7 @@ whether the kernels run at all, whether they are right, how fast they are, which
 faster, and the rest. What is found is on disk at once. ``python -m benchmarks.gpu.kit --out DIR``
 (``make gpu-kit``) compiles its kernels beforehand, on a machine without a GPU.
 
-``items`` says what there is to find out, ``checks`` and ``timings`` hold it, ``stages`` is the
-table. ``runner`` is the parent process, which never touches the GPU, ``child`` what it starts.
-``results`` are the files, ``report`` the tables.
+``stages`` is the table. ``runner`` is the parent process, which never touches the GPU; ``child`` is
+what it starts, ``work`` what that works on: ``items``, which are in ``checks``, ``graphs``,
+``timings`` and ``variants``. ``results`` are the files, ``report`` is what they say in words.
 """

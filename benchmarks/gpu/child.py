@@ -31,7 +31,7 @@ LINES, MOST = 3, 1500  # of an error, and characters of a traceback
 
 
 class Work(Protocol):
-    """What a child works on; see ``benchmarks.gpu.stages``."""
+    """What a child works on; see ``benchmarks.gpu.work``."""
 
     def hello(self) -> Facts:
         """Facts of this machine."""
@@ -119,9 +119,9 @@ def _questions() -> Iterator[Any]:
 
 
 def main() -> int:
-    from benchmarks.gpu.stages import Stages
+    from benchmarks.gpu.work import DeviceWork
 
-    return serve(Stages)
+    return serve(DeviceWork)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ from triton.runtime.cache import get_cache_manager
 
 from benchmarks.gpu.child import serve
 from benchmarks.gpu.items import Asked, Facts, Item
-from benchmarks.gpu.stages import Stages
+from benchmarks.gpu.work import DeviceWork
 from nca_kernels import dispatch
 from nca_kernels.backends import triton
 
 
-class Rehearsal(Stages):
+class Rehearsal(DeviceWork):
     """``child.Work``: the items that launch Triton kernels."""
 
     def __init__(self, asked: Asked) -> None:

@@ -1,4 +1,4 @@
-"""How fast it is: the stages speed, variants, profile, memory and train."""
+"""How fast it is, and what it takes: the stages speed, profile, memory and train."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
-from functools import cache, partial
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from benchmarks.gpu.items import Asked, Facts, Item, Skipped
 from benchmarks.measure import cells, interleaved, jax_run
 from nca_kernels.dispatch import BackendUnavailable
 from nca_kernels.files import write_text
-from nca_kernels.testing import BENCHMARKS, Case, error_ratio, tolerance
+from nca_kernels.testing import BENCHMARKS, Case
 
 MODES = ("forward", "training")
 MEMORY_STEPS = 64
@@ -40,9 +40,6 @@ class Timed(NamedTuple):
 
     def __str__(self) -> str:
         return self.case.name
-
-    def programs(self, backend: str) -> list[tuple[str, Callable[[], None]]]:
-        return [(mode, partial(lower, self.case, backend, mode, self.steps)) for mode in MODES]
 
 
 def timed_cases(tiny: bool) -> list[Timed]:
@@ -143,75 +140,6 @@ def _tf32(allowed: bool) -> None:
     import torch
 
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
-
-
-# ---- variants: other launches ----
-
-
-def variants(asked: Asked) -> list[Item]:
-    """Each named launch against the one that a call takes, forward and backward, at both sizes."""
-    if asked.backends[0] != "triton":
-        return []
-    from benchmarks.gpu import launches
-
-    return [
-        Item(
-            f"{timed} {kernel} {name}",
-            partial(variant, timed, kernel, name, asked.tiny),
-            partial(lower_variant, timed, kernel, name),
-        )
-        for timed in timed_cases(asked.tiny)[:2]
-        for kernel in launches.KERNELS
-        for name in launches.variants(timed.case, kernel)
-    ]
-
-
-def _with_launch(timed: Timed, kernel: str, name: str) -> tuple[str, str]:
-    """A backend that launches a kernel so, and the mode that runs the kernel."""
-    from benchmarks.gpu import launches
-
-    launch = launches.variants(timed.case, kernel)[name]
-    return launches.backend(kernel, launch), launches.KERNELS[kernel]
-
-
-def lower_variant(timed: Timed, kernel: str, name: str) -> None:
-    backend, mode = _with_launch(timed, kernel, name)
-    lower(timed.case, backend, mode, timed.steps)
-
-
-def variant(timed: Timed, kernel: str, name: str, tiny: bool) -> Iterator[Facts]:
-    """Its launch, its error against the default's result of a step, and both in turns."""
-    from benchmarks.gpu import launches
-
-    backend, mode = _with_launch(timed, kernel, name)
-    yield {
-        "case": timed.case.name,
-        "kernel": kernel,
-        "variant": name,
-        "problem": launches.problem(timed.case, kernel),
-        "launch": asdict(launches.variants(timed.case, kernel)[name]),
-    }
-    errors = jax.tree.map(error_ratio, _one_step(timed, backend, mode), _default(timed, mode)[1])
-    worst, limit = max(jax.tree.leaves(errors)), tolerance(timed.case.dtype, "tensorfloat32")
-    yield {"error": worst}
-    assert worst <= limit, f"it computes something else: error ratio {worst:.1e} > {limit:.1e}"
-    runs = {
-        "default": _default(timed, mode)[0],
-        name: jax_run(timed.case, backend, mode, timed.steps),
-    }
-    yield {"seconds": interleaved(runs, 2 if tiny else 5)}
-
-
-@cache
-def _default(timed: Timed, mode: str) -> tuple[Callable[[], Any], Any]:
-    """The call as it is launched by default, and the result of a step."""
-    run = jax_run(timed.case, "triton", mode, timed.steps)
-    run()
-    return run, _one_step(timed, "triton", mode)
-
-
-def _one_step(timed: Timed, backend: str, mode: str) -> Any:
-    return jax_run(timed.case, backend, mode, 1)()
 
 
 # ---- profile: the time of each kernel ----

@@ -13,7 +13,7 @@ import jax
 import pytest
 
 from benchmarks import kernels, measure
-from benchmarks.gpu import checks, graphs, report, stages
+from benchmarks.gpu import checks, graphs, report, stages, work
 from benchmarks.gpu.items import Item, Skipped
 from benchmarks.gpu.results import LOG, Results
 from nca_kernels.dispatch import BackendUnavailable
@@ -132,7 +132,7 @@ def test_what_a_backend_does_not_cover_is_skipped():
 
     for run in (checks.judged, checks.worst):
         with pytest.raises(Skipped, match=r"it does Rule.padding 'zeros' only"):
-            list(stages.covered(Item("x", partial(run, uncovered))))
+            list(work.covered(Item("x", partial(run, uncovered))))
 
 
 def test_a_whole_course(tmp_path):
