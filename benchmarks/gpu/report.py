@@ -13,6 +13,7 @@ from nca_kernels import tuning
 from nca_kernels.files import write_json, write_text
 
 MOST = 40  # failures that are listed
+NAMED = 6  # items that are, of those not done for one reason
 FASTER = 0.98  # of the default's time, for a launch to win
 Rows = Iterable[list[str]]
 
@@ -203,14 +204,28 @@ def markdown(results: Results) -> str:
 
 
 def _not_done(results: Results) -> Iterator[str]:
-    lines = [f"* {line(r)}" for r in results.records.values() if {"skipped", "cut_off"} & r.keys()]
+    """By stage and reason, with the first items."""
+    items: dict[tuple[str, str], list[str]] = {}
+    for record in results.records.values():
+        for key in ("skipped", "cut_off"):
+            if key in record:
+                said = f" ({_said(record)})" if _said(record) else ""
+                reason = f"{key.replace('_', ' ')}: {record[key]}{said}"
+                items.setdefault((record["stage"], reason), []).append(record["item"])
     for left in results.left_out:
-        names = ", ".join(left["items"][:8]) + (", ..." if len(left["items"]) > 8 else "")
-        count = f"{len(left['items'])} items left out ({names}): " if left["items"] else ""
-        lines.append(f"* {left['stage']}: {count}{left['reason']}")
-    if lines:
+        items.setdefault((left["stage"], f"left out: {left['reason']}"), []).extend(left["items"])
+    if items:
         yield "## Not done"
-        yield "\n".join(lines)
+        yield "\n".join(
+            f"* {stage}: {_counted(names)}{reason}" for (stage, reason), names in items.items()
+        )
+
+
+def _counted(names: list[str]) -> str:
+    listed = ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
+    return (
+        f"{len(names)} items ({listed}), " if len(names) > 1 else "".join(f"{n}, " for n in names)
+    )
 
 
 def _lines(records: list[Facts]) -> Iterator[str]:
@@ -277,6 +292,7 @@ def _variants(records: list[Facts]) -> Iterator[str]:
         [f["case"], f["kernel"], f["variant"], _variant_line(f), f"{f['error']:.1e}"] for f in found
     ]
     if rows:
+        yield "Of the time of a whole call: forward, or training for kernels of the backward."
         yield markdown_table(["case", "kernel", "launch", "time", "difference"], rows)
 
 

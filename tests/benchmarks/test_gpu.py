@@ -13,8 +13,8 @@ import jax
 import pytest
 
 from benchmarks import kernels, measure
-from benchmarks.gpu import checks, graphs, report, stages, work
-from benchmarks.gpu.items import Item, Skipped
+from benchmarks.gpu import checks, graphs, report, stages, timings, work
+from benchmarks.gpu.items import Asked, Item, Skipped
 from benchmarks.gpu.results import LOG, Results
 from nca_kernels.dispatch import BackendUnavailable
 from nca_kernels.testing.compare import assert_close
@@ -272,14 +272,39 @@ def test_a_failure_is_told_and_keeps_its_numbers(tmp_path):
     died = {"error": "its process died of SIGABRT", "stderr": "CUDA_ERROR_ILLEGAL_ADDRESS\n"}
     results.add({"stage": "paths", "item": "plane triton", **facts, **died})
     results.add({"stage": "train", "item": "x", "found": {}, "seconds": 1.0, "cut_off": "late"})
+    for item in ("dense pallas", "volume pallas"):
+        results.add({"stage": "paths", "item": item, **facts, "skipped": "it does 2-D only"})
     results.leave_out("memory", ["a", "b"], "the time was over")
     text = (tmp_path / "gpu.md").read_text()
-    assert "0 items done, 1 failed; kernels: 5 from the cache, 2 compiled" in text
+    assert "0 items done, 1 failed; kernels: 15 from the cache, 6 compiled" in text
     assert "paths: plane triton: FAILED, its process died of SIGABRT\n      CUDA_ERROR" in text
     assert "| plane | FAILED 5.0e-01 of 1e-05 |" in text
-    assert "* train: x: cut off, late" in text
-    assert "* memory: 2 items left out (a, b): the time was over" in text
+    assert "* train: x, cut off: late" in text
+    assert "* paths: 2 items (dense pallas, volume pallas), skipped: it does 2-D only" in text
+    assert "* memory: 2 items (a, b), left out: the time was over" in text
     assert "not_summarized" not in results.about
+
+
+@pytest.mark.parametrize("error", ["", "==ERROR== no permission"])
+def test_what_nsight_compute_reports(error, tmp_path, monkeypatch):
+    """A file of it, and how many launches are in it."""
+    tool = tmp_path / "ncu"
+    tool.write_text(
+        "#!/bin/sh\n"
+        f"[ -n '{error}' ] && echo '{error}' && exit 1\n"
+        'echo "step_forward (264, 1, 1)x(128, 1, 1), Context 1"\n'
+        'echo "of $XLA_FLAGS"\n'
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    found = timings.ncu(timings.timed_cases(tiny=True)[0], Asked(out=str(tmp_path)))
+    assert next(found) == {"report": "ncu-tiny.txt", "launches": 0 if error else 1}
+    if error:
+        with pytest.raises(Skipped, match="ncu says ==ERROR== no permission"):
+            next(found)
+    else:
+        assert not list(found)
+        assert "--xla_gpu_enable_command_buffer=" in (tmp_path / "ncu-tiny.txt").read_text()
 
 
 def test_a_summary_that_fails_stops_nothing(tmp_path):

@@ -47,7 +47,6 @@ def options(folder, **changes):
 @pytest.fixture(autouse=True)
 def _children_find_what_this_process_does(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *sys.path]))
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.chdir(ROOT)
 
 
@@ -69,6 +68,7 @@ def lowered(folder, scratch):
     scratch.mkdir()
     environment = {**os.environ, ARCHITECTURE: "90", "JAX_PLATFORMS": "cpu"}
     environment |= kit.unpack(folder, scratch)
+    environment.pop("TRITON_INTERPRET", None)  # which the tests have, and nothing compiles with
     run = subprocess.run(
         [sys.executable, "-c", LOWERED], env=environment, capture_output=True, text=True, cwd=ROOT
     )
@@ -84,6 +84,20 @@ def test_making_goes_on(made, capsys):
     assert (made / kit.ARCHIVE).read_bytes() == before
     other = kit.sources(options(made, arch=80))
     assert other != kit.sources(options(made))
+
+
+def test_what_failed_is_tried_again(tmp_path, monkeypatch):
+    tried = []
+
+    def compile_kernels(_, results, __):
+        tried.append([record["item"] for record in results.records.values()])
+        for item, facts in {"fine": {}, "broken": {"error": "no memory"}}.items():
+            results.add({"stage": "smoke", "item": item, "kernels": {"folders": []}, **facts})
+
+    monkeypatch.setattr(kit, "compile_kernels", compile_kernels)
+    assert kit.make(options(tmp_path / "kit")) == 1
+    assert kit.make(options(tmp_path / "kit")) == 1
+    assert tried == [[], ["fine"]]
 
 
 def test_nothing_is_compiled_again(made, tmp_path):
