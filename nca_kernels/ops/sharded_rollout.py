@@ -27,17 +27,16 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 from nca_kernels.checks import check_rollout, check_step
-from nca_kernels.fire_mask import drawn_at
+from nca_kernels.dispatch import requested
+from nca_kernels.ops.parts import PartStep, reach
 from nca_kernels.ops.rollout import (
     AfterStep,
-    broadcast_places,
     checkpointed_scan,
     numbers_and_keys,
     scan_steps,
     where_sample,
 )
-from nca_kernels.ops.step import nca_step, requested
-from nca_kernels.perception import ConstantTaps, constant_taps, same_margins
+from nca_kernels.perception import constant_taps
 from nca_kernels.rule import Rule, RuleParams
 
 
@@ -95,20 +94,21 @@ def sharded_rollout(
     """
     batch_shape = check_step(rule, params, state, key, inputs)
     check_rollout(num_steps, checkpoint, keep, sample_steps, return_states, batch_shape)
-    layout = _layout(rule, params, np.shape(state), mesh, partition_spec, steps_per_exchange)
-    run = partial(_run, rule, num_steps, checkpoint, keep, return_states, requested(backend))
-    return run(
-        constant_taps(params.perception, np.shape(state)[-1]),
-        after_step,
-        bool(overlap),
-        layout,
-        mesh,
-        params,
-        jnp.asarray(state),
-        key,
-        inputs,
-        sample_steps,
+    _check_split(np.shape(state), mesh, partition_spec, steps_per_exchange)
+    shape = np.shape(state)
+    constant = constant_taps(params.perception, shape[-1])
+    plan = _Plan(
+        step=PartStep(rule, requested(backend), constant, after_step, shape[:-1], len(batch_shape)),
+        axes=_axes_of(rule, params, shape, mesh, partition_spec, steps_per_exchange),
+        mesh=mesh,
+        num_steps=num_steps,
+        steps_per_exchange=steps_per_exchange,
+        checkpoint=checkpoint,
+        keep=keep,
+        return_states=return_states,
+        overlap=bool(overlap),
     )
+    return _run(plan, params, jnp.asarray(state), key, inputs, sample_steps)
 
 
 @dataclass(frozen=True)
@@ -155,15 +155,24 @@ class _Axis:
         return places % self.size if self.periodic else places
 
 
-def _layout(
-    rule: Rule,
-    params: RuleParams,
-    shape: tuple[int, ...],
-    mesh: Any,
-    spec: PartitionSpec,
-    steps_per_exchange: int,
-) -> tuple[tuple[_Axis, ...], int, int]:
-    """Per dim of the state without its channels an axis; the batch dims; steps per exchange."""
+@dataclass(frozen=True)
+class _Plan:
+    """The static facts of a sharded rollout; arguments of that name say what they are."""
+
+    step: PartStep
+    axes: tuple[_Axis, ...]  # of the state, without its channels
+    mesh: Any
+    num_steps: int
+    steps_per_exchange: int
+    checkpoint: str | int
+    keep: str
+    return_states: bool
+    overlap: bool
+
+
+def _check_split(
+    shape: tuple[int, ...], mesh: Any, spec: PartitionSpec, steps_per_exchange: int
+) -> None:
     if not isinstance(mesh, (jax.sharding.Mesh, jax.sharding.AbstractMesh)):
         raise TypeError(f"mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}")
     if not isinstance(spec, PartitionSpec):
@@ -180,16 +189,37 @@ def _layout(
             f"partition_spec must name mesh axes for dims of a state of shape {shape} but not for "
             f"its channels, the last one; got {spec}"
         )
+    unknown = [name for names in map(_names, entries) for name in names if name not in mesh.shape]
+    if unknown:
+        raise ValueError(
+            f"partition_spec names {', '.join(map(repr, unknown))}, but the mesh has "
+            f"{', '.join(map(repr, mesh.shape))}"
+        )
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    """The mesh axes that one entry of a partition spec names."""
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+
+
+def _axes_of(
+    rule: Rule,
+    params: RuleParams,
+    shape: tuple[int, ...],
+    mesh: Any,
+    spec: PartitionSpec,
+    steps_per_exchange: int,
+) -> tuple[_Axis, ...]:
+    """Per dim of the state, without its channels, how it is split.
+
+    Raises:
+        ValueError: a batch dim is not divisible, or a block is smaller than its halo.
+    """
+    entries = (*spec, *(None,) * (len(shape) - len(spec)))
     num_batch_dims = len(shape) + 1 - np.ndim(params.perception)
     axes = []
     for dim, (size, entry) in enumerate(zip(shape[:-1], entries, strict=False)):
-        names = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
-        unknown = [name for name in names if name not in mesh.shape]
-        if unknown:
-            raise ValueError(
-                f"partition_spec names {', '.join(map(repr, unknown))}, but the mesh has "
-                f"{', '.join(map(repr, mesh.shape))}"
-            )
+        names = _names(entry)
         shards = int(np.prod([mesh.shape[name] for name in names], dtype=int))
         if dim < num_batch_dims:
             if size % shards:
@@ -209,84 +239,26 @@ def _layout(
                 + (", or exchange more often" if steps_per_exchange > 1 else "")
             )
         axes.append(_Axis(size, names, shards, halo, rule.padding == "circular"))
-    return tuple(axes), num_batch_dims, steps_per_exchange
+    return tuple(axes)
 
 
-@partial(jax.jit, static_argnums=tuple(range(11)))
+@partial(jax.jit, static_argnums=0)
 def _run(
-    rule: Rule,
-    num_steps: int,
-    checkpoint: str | int,
-    keep: str,
-    return_states: bool,
-    backend: str,
-    constant: ConstantTaps,
-    after_step: AfterStep | None,
-    overlap: bool,
-    layout: tuple[tuple[_Axis, ...], int, int],
-    mesh: Any,
+    plan: _Plan,
     params: RuleParams,
     state: Array,
     key: Any,
     inputs: Array | None,
     sample_steps: Array | None,
 ) -> Any:
-    axes, num_batch_dims, steps_per_exchange = layout
+    """Splits the arrays, steps on every device, and puts the results together."""
+    axes, mesh, return_states = plan.axes, plan.mesh, plan.return_states
     names = [axis.names or None for axis in axes]
-    cells, samples = PartitionSpec(*names), PartitionSpec(*names[:num_batch_dims])
+    cells, samples = PartitionSpec(*names), PartitionSpec(*names[: plan.step.num_batch_dims])
     per_cell = inputs is not None and inputs.ndim == state.ndim
-
-    def on_each(params: RuleParams, block: Array, key: Any, inputs: Any, sample_steps: Any) -> Any:
-        used = tuple(name for axis in axes for name in axis.names)
-        if used:  # once, so that their gradients are summed over the devices once
-            params = jax.tree.map(lambda w: lax.pcast(w, used, to="varying"), params)
-        parts = _parts(axes, overlap)
-        seen = [inputs] * len(parts)
-        if per_cell:
-            window = _window(inputs, axes)
-            seen = [part.take(inputs, window) for part in parts]
-        shape = tuple(axis.size for axis in axes)
-
-        def one_step(carry: tuple[list[Array], Any], at: Any) -> tuple[Any, Any]:
-            (states, sampled), (t, key) = carry, at
-            states = [
-                step_of_part(
-                    rule, params, state, key, inputs, backend, constant, after_step, shape,
-                    part.places, num_batch_dims,
-                )
-                for part, state, inputs in zip(parts, states, seen, strict=True)
-            ]  # fmt: skip
-            block = _whole_block(parts, states)
-            if sample_steps is not None:
-                sampled = where_sample(sample_steps == t + 1, block, sampled)
-            return (states, sampled), block if return_states else None
-
-        def exchange_and_step(carry: tuple[Array, Any], steps: Any) -> Any:
-            block, sampled = carry
-            window = _window(block, axes)
-            states = [part.take(block, window) for part in parts]
-            (states, sampled), outs = scan_steps(one_step, (states, sampled), steps)
-            return (_whole_block(parts, states), sampled), outs
-
-        carry = (block, block if sample_steps is not None else None)
-        steps = numbers_and_keys(key, num_steps)
-
-        def exchanges(carry: Any, first: int, last: int, each: int) -> Any:
-            some = jax.tree.map(lambda s: s[first:last].reshape(-1, each, *s.shape[1:]), steps)
-            carry, states = checkpointed_scan(exchange_and_step, carry, some, checkpoint, keep)
-            return carry, states.reshape(-1, *block.shape) if return_states else None
-
-        whole = num_steps - num_steps % steps_per_exchange
-        carry, states = exchanges(carry, 0, whole, steps_per_exchange)
-        if whole < num_steps:
-            carry, more = exchanges(carry, whole, num_steps, num_steps - whole)
-            states = jnp.concatenate([states, more]) if return_states else None
-        final, sampled = carry
-        return final, states if return_states else sampled
-
     more = PartitionSpec(None, *cells) if return_states else cells
     mapped = jax.shard_map(
-        on_each,
+        partial(_on_each_device, plan),
         mesh=mesh,
         in_specs=(PartitionSpec(), cells, PartitionSpec(), cells if per_cell else samples, samples),
         out_specs=(cells, more),
@@ -309,36 +281,55 @@ def _run(
     return final if other is None else (final, other)
 
 
-def step_of_part(
-    rule: Rule,
-    params: RuleParams,
-    state: Array,
-    key: Any,
-    inputs: Array | None,
-    backend: str,
-    constant: ConstantTaps,
-    after_step: AfterStep | None,
-    shape: tuple[int, ...],
-    places: Sequence[Array],
-    num_batch_dims: int,
-) -> Array:
-    """A step of the part at ``places`` of a state whose dims, without the channels, are ``shape``.
+def _on_each_device(
+    plan: _Plan, params: RuleParams, block: Array, key: Any, inputs: Any, sample_steps: Any
+) -> Any:
+    """A device's block after all steps, and its states or samples."""
+    axes, num_steps = plan.axes, plan.num_steps
+    used = tuple(name for axis in axes for name in axis.names)
+    if used:  # once, so that their gradients are summed over the devices once
+        params = jax.tree.map(lambda w: lax.pcast(w, used, to="varying"), params)
+    parts = _parts(axes, plan.overlap)
+    seen = [inputs] * len(parts)
+    if inputs is not None and inputs.ndim == block.ndim:
+        window = _window(inputs, axes)
+        seen = [part.take(inputs, window) for part in parts]
 
-    Right for the cells that are no nearer to an end of the part than a step reaches, or where that
-    end is a border of the whole.
-    """
-    if rule.fire_rate < 1.0:
-        key = drawn_at(key, rule.fire_rate, shape, places)
-    new = nca_step(rule, params, state, key, inputs, backend, constant)
-    if after_step is not None:
-        new = after_step(state, new, broadcast_places(places[num_batch_dims:]))
-    return new
+    def one_step(carry: tuple[list[Array], Any], at: Any) -> tuple[Any, Any]:
+        (states, sampled), (t, key) = carry, at
+        states = [
+            plan.step(params, state, key, inputs, part.places)
+            for part, state, inputs in zip(parts, states, seen, strict=True)
+        ]
+        block = _whole_block(parts, states)
+        if sample_steps is not None:
+            sampled = where_sample(sample_steps == t + 1, block, sampled)
+        return (states, sampled), block if plan.return_states else None
 
+    def exchange_and_step(carry: tuple[Array, Any], steps: Any) -> Any:
+        block, sampled = carry
+        window = _window(block, axes)
+        states = [part.take(block, window) for part in parts]
+        (states, sampled), outs = scan_steps(one_step, (states, sampled), steps)
+        return (_whole_block(parts, states), sampled), outs
 
-def reach(rule: Rule, params: RuleParams) -> list[int]:
-    """Along each grid dim: how many cells away a step of a cell sees anything."""
-    margins = same_margins(np.shape(params.perception)[:-2])
-    return [max(margin) + (rule.alive.radius if rule.alive else 0) for margin in margins]
+    carry = (block, block if sample_steps is not None else None)
+    steps = numbers_and_keys(key, num_steps)
+
+    def exchanges(carry: Any, first: int, last: int, each: int) -> Any:
+        some = jax.tree.map(lambda s: s[first:last].reshape(-1, each, *s.shape[1:]), steps)
+        carry, states = checkpointed_scan(
+            exchange_and_step, carry, some, plan.checkpoint, plan.keep
+        )
+        return carry, states.reshape(-1, *block.shape) if plan.return_states else None
+
+    whole = num_steps - num_steps % plan.steps_per_exchange
+    carry, states = exchanges(carry, 0, whole, plan.steps_per_exchange)
+    if whole < num_steps:
+        carry, more = exchanges(carry, whole, num_steps, num_steps - whole)
+        states = jnp.concatenate([states, more]) if plan.return_states else None
+    final, sampled = carry
+    return final, states if plan.return_states else sampled
 
 
 def _window(block: Array, axes: Sequence[_Axis]) -> Array:

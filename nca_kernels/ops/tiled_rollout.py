@@ -19,10 +19,10 @@ import numpy as np
 from jax import Array, lax
 
 from nca_kernels.checks import check_rollout, check_step
+from nca_kernels.dispatch import requested
+from nca_kernels.ops.parts import PartStep, reach
 from nca_kernels.ops.rollout import AfterStep, numbers_and_keys, scan_steps
-from nca_kernels.ops.sharded_rollout import reach, step_of_part
-from nca_kernels.ops.step import requested
-from nca_kernels.perception import ConstantTaps, constant_taps
+from nca_kernels.perception import constant_taps
 from nca_kernels.rule import Rule, RuleParams
 
 
@@ -77,8 +77,11 @@ def tiled_rollout(
     batch_shape = check_step(rule, params, state, key, inputs)
     check_rollout(num_steps, "all", "exact", None, False, batch_shape)
     grid, reaches = state.shape[len(batch_shape) : -1], reach(rule, params)
-    backend, steps = requested(backend), numbers_and_keys(key, num_steps)
     constant = constant_taps(params.perception, state.shape[-1])
+    step = PartStep(
+        rule, requested(backend), constant, after_step, state.shape[:-1], len(batch_shape)
+    )
+    steps = numbers_and_keys(key, num_steps)
     may_write, spare = donate and state.flags.writeable, None
     for first in range(0, num_steps, steps_per_pass):
         some = jax.tree.map(lambda s: s[first : first + steps_per_pass], steps)  # noqa: B023
@@ -87,7 +90,7 @@ def tiled_rollout(
             _Axis(size, min(tile, size), count * reached, rule.padding == "circular")
             for size, reached in zip(grid, reaches, strict=True)
         )
-        run = partial(_steps, rule, backend, constant, after_step, batch_shape, axes, params, some)
+        run = partial(_steps, step, axes, params, some)
         new = np.empty(state.shape, state.dtype) if spare is None else spare
         for cells in _pass(run, axes, state, new, inputs):
             if progress is not None:
@@ -169,13 +172,9 @@ def _put(new: np.ndarray, axes: Sequence[_Axis], starts: Sequence[int], tile: Ar
     new[(..., *places, slice(None))] = np.asarray(tile)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+@partial(jax.jit, static_argnums=(0, 1))
 def _steps(
-    rule: Rule,
-    backend: str,
-    constant: ConstantTaps,
-    after_step: AfterStep | None,
-    batch_shape: tuple[int, ...],
+    step: PartStep,
     axes: tuple[_Axis, ...],
     params: RuleParams,
     steps: Any,
@@ -185,16 +184,12 @@ def _steps(
     starts: Array,
 ) -> Array:
     """The tile of a window after some steps."""
-    shape = (*batch_shape, *(axis.size for axis in axes))
+    batch_shape = step.shape[: step.num_batch_dims]
     places = [jnp.arange(size) for size in batch_shape]
     places += [axis.places(corner) for axis, corner in zip(axes, corners, strict=True)]
 
     def one_step(state: Array, at: Any) -> tuple[Array, None]:
-        part = step_of_part(
-            rule, params, state, at[1], inputs, backend, constant, after_step, shape, places,
-            len(batch_shape),
-        )  # fmt: skip
-        return part, None
+        return step(params, state, at[1], inputs, places), None
 
     window, _ = scan_steps(one_step, window, steps)
     for dim, axis in enumerate(axes, len(batch_shape)):
