@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from zipfile import BadZipFile
 
 from benchmarks.gpu import kit, report
 from benchmarks.gpu.items import Asked, Refused, listed
@@ -104,10 +105,14 @@ def _environment(folder: Path | None, scratch: Path) -> dict[str, str]:
     }
     if folder is None:
         return environment
-    if reason := kit.unfit(folder):
-        print(f"the kit is left alone: {reason}", flush=True)
-        return environment
-    return environment | kit.unpack(folder, scratch)
+    reason = kit.unfit(folder)
+    try:
+        if reason is None:
+            return environment | kit.unpack(folder, scratch)
+    except (OSError, BadZipFile) as error:
+        reason = f"it is broken ({error})"
+    print(f"the kit is left alone: {reason}", flush=True)
+    return environment
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 Questions come on standard input, answers go to standard output, each a line of JSON::
 
     {backends, tiny, ...}      (``items.Asked``)   {hello: facts of this machine}, or {refused: why}
-    {list: stage}                                  {items: [names]}
+    {list: stage}                                  {items: [names]}, with error and traceback
+                                                   where there are none for that
     {run: [stage, item]}                           {found: facts}, as often as there are any, then
                                                    {done: {seconds, kernels, ...}}
     {lower: [stage, item]}                         {done: {seconds, kernels, ...}}
@@ -58,7 +59,7 @@ def serve(start: Callable[[Asked], Work]) -> int:
     answers(hello=work.hello())
     for question in questions:
         if "list" in question:
-            answers(items=[item.name for item in work.items(question["list"])])
+            answers(**_listed(work, question["list"]))
             continue
         ((verb, (stage, name)),) = question.items()
         (item,) = (item for item in work.items(stage) if item.name == name)
@@ -67,6 +68,13 @@ def serve(start: Callable[[Asked], Work]) -> int:
         if done.get("lost"):
             return 3
     return 0
+
+
+def _listed(work: Work, stage: str) -> Facts:
+    try:
+        return {"items": [item.name for item in work.items(stage)]}
+    except Exception as error:
+        return {"items": [], "error": told(error), "traceback": traceback.format_exc()[-MOST:]}
 
 
 def _do(work: Work, item: Item, verb: str, answers: Callable[..., None]) -> Facts:

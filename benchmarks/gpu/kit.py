@@ -69,7 +69,11 @@ def unfit(folder: Path) -> str | None:
 
 
 def unpack(folder: Path, scratch: Path) -> dict[str, str]:
-    """Copies a kit to where it can be written; returns the environment that makes use of it."""
+    """Copies a kit to where it can be written; returns the environment that makes use of it.
+
+    Raises:
+        OSError, zipfile.BadZipFile: it is broken.
+    """
     cache, wheels = scratch / "triton", scratch / "wheels"
     cache.mkdir()
     if (folder / ARCHIVE).exists():
@@ -98,13 +102,13 @@ def make(options: argparse.Namespace) -> int:
     results = Results(making / sources(options), {}, lambda _: None)
     for key in [key for key, record in results.records.items() if "error" in record]:
         del results.records[key]
+    wheels = fetch_wheels(options.packages, options.out / "wheels")
     compile_kernels(options, results, making / "triton")
     folders = {f for r in results.records.values() for f in r.get("kernels", {}).get("folders", ())}
     for folder in (making / "triton").iterdir():
         if folder.name not in folders:  # of other sources
             shutil.rmtree(folder)
     pack(making / "triton", options.out / ARCHIVE)
-    wheels = fetch_wheels(options.packages, options.out / "wheels")
     size = sum(f.stat().st_size for f in options.out.rglob("*") if f.is_file()) / 1e6
     about = {"commit": commit(), "versions": versions(), "arch": options.arch}
     counts = {"kernels": len(folders), "items": len(results.records), "wheels": wheels}
@@ -141,6 +145,8 @@ def compile_kernels(options: argparse.Namespace, results: Results, cache: Path) 
         "JAX_PLATFORMS": "cpu",
         ARCHITECTURE: str(options.arch),
         "TRITON_CACHE_DIR": str(cache),
+        # What runs on the CPU meanwhile, such as an oracle, is for nothing: it is compiled fast.
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
     }
     environment.pop("TRITON_INTERPRET", None)  # nothing compiles with it
     with tqdm(total=0, disable=None, unit="item") as bar:
@@ -185,8 +191,14 @@ def pack(cache: Path, archive: Path) -> None:
 
 
 def fetch_wheels(packages: Sequence[str], folder: Path) -> list[str]:
-    """Wheels of packages, as installed here if they are, for this Python on Linux."""
+    """Wheels of packages, as installed here if they are, for this Python on Linux.
+
+    Raises:
+        Refused: pip cannot get them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    for other in folder.glob("*.whl"):
+        other.unlink()
     installed = {name: _version(name) for name in packages}
     named = [name if v == "none" else f"{name}=={v}" for name, v in installed.items()]
     if named:
@@ -195,7 +207,12 @@ def fetch_wheels(packages: Sequence[str], folder: Path) -> list[str]:
         command += ["--python-version", versions()["python"], "--implementation", "cp"]
         for tag in PLATFORMS:
             command += ["--platform", f"manylinux_{tag}_x86_64"]
-        subprocess.run([*command, *named], check=True)
+        run = subprocess.run([*command, *named], capture_output=True, text=True)
+        if run.returncode:
+            last = run.stderr.strip().splitlines()[-1:]
+            raise Refused(
+                f"no wheels of {', '.join(named)}: {''.join(last)}; --packages names them"
+            )
     return sorted(path.name for path in folder.glob("*.whl"))
 
 
@@ -215,6 +232,9 @@ def main() -> int:
     except Refused as refusal:
         print(refusal, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on where it was", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

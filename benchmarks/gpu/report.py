@@ -229,7 +229,8 @@ def _counted(names: list[str]) -> str:
 
 
 def _lines(records: list[Facts]) -> Iterator[str]:
-    yield "\n".join(f"* {line(record)}" for record in records if _is_done(record))
+    if done := [record for record in records if _is_done(record)]:
+        yield "\n".join(f"* {line(record)}" for record in done)
 
 
 def _ratios(records: list[Facts]) -> Iterator[str]:

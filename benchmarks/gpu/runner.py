@@ -29,9 +29,10 @@ from benchmarks.gpu.results import Results
 
 TAIL = 4000  # characters of what a child that died said last
 START = 90.0  # seconds in which a child has to answer
-STARTS = 2  # that may fail, one after the other, before a stage is given up
+LOSSES = 2  # of processes that did nothing, in a stage, before no more are started
 POLL = 0.05
 OVER = "the time was over"
+NONE_STARTS = "no process could be started"
 
 
 class Stage(NamedTuple):
@@ -141,7 +142,7 @@ class Course:
     begun: Callable[[int], None] = lambda items: None
     _children: list[Child] = field(default_factory=list)
     _inbox: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
-    _failed_starts: int = 0
+    _losses: int = 0
     _stage: str = ""
 
     def __post_init__(self) -> None:
@@ -172,30 +173,35 @@ class Course:
         return [min(self._begin + end, self.end) for end in ends]
 
     def _run_stage(self, name: str, stage: Stage, deadline: float) -> None:
-        self._stage, self._failed_starts = name, 0
+        self._stage, self._losses = name, 0
         self._cut_off(self._children[0 if stage.fresh else stage.children :])
         names = [n for n in self._names(deadline) if self.only in n]
         todo = deque(n for n in names if not self.results.has(name, n))
         until = f", until {deadline - self._begin:.0f} s" if deadline < math.inf else ""
         self._say(f"{name}: {len(todo)} of {len(names)} items{until}")
         self.begun(len(todo))
-        while self.machinery.clock() < deadline and self._failed_starts < STARTS:
+        over = OVER if deadline == self.end else "the stage's time was over"
+        while self.machinery.clock() < deadline:
             self._hand_out(stage, todo)
+            if todo and not self._children:
+                over = NONE_STARTS
+                break
             if not todo and not any(child.item for child in self._children):
                 break
             self._listen(stage.fresh)
             self._end_late(stage.item_seconds)
-        over = OVER if deadline == self.end else "the stage's time was over"
         self._cut_off([c for c in self._children if c.item or stage.fresh or not c.started], over)
-        if todo and self._failed_starts < STARTS:
+        if todo:
             self._leave_out(name, [*todo], over)
 
     def _names(self, deadline: float) -> list[str]:
         """Of the stage's items, from a child; none if none answers."""
         asked = None
-        while self.machinery.clock() < deadline and self._failed_starts < STARTS:
+        while self.machinery.clock() < deadline:
             if not self._children:
-                self._children.append(self._start())
+                self._start(1)
+            if not self._children:
+                return []
             if self._children[0].started and asked is not self._children[0]:
                 asked = self._children[0]
                 asked.ask({"list": self._stage})
@@ -203,12 +209,12 @@ class Course:
             if message and "items" in message:
                 return list(message["items"])
             self._end_late()
-        if self._failed_starts < STARTS:
-            self._leave_out(self._stage, [], "its process did not answer in time")
+        self._leave_out(self._stage, [], "its process did not answer in time")
         return []
 
-    def _start(self) -> Child:
-        return Child(self.machinery, self.asked, self._inbox)
+    def _start(self, count: int) -> None:
+        if self._losses < LOSSES:
+            self._children += [Child(self.machinery, self.asked, self._inbox) for _ in range(count)]
 
     def _hand_out(self, stage: Stage, todo: deque[str]) -> None:
         """Items to idle children, and as many children as there is work for."""
@@ -216,8 +222,7 @@ class Course:
             if todo and child.started and not child.item:
                 child.begin(self.machinery.verb, self._stage, todo.popleft())
         without = sum(not child.item for child in self._children)
-        wanted = min(stage.children - len(self._children), len(todo) - without)
-        self._children += [self._start() for _ in range(wanted)]
+        self._start(min(stage.children - len(self._children), len(todo) - without))
 
     def _listen(self, fresh: bool = False) -> Facts | None:
         """Waits a moment for a message of a child, and takes note of it."""
@@ -232,8 +237,10 @@ class Course:
         elif "refused" in message:
             raise Refused(message["refused"])
         elif "hello" in message:
-            child.started, self._failed_starts = True, 0
+            child.started = True
             self._introduce(message["hello"])
+        elif "error" in message:
+            self._leave_out(self._stage, [], message["error"], message["traceback"])
         elif "found" in message:
             child.found |= message["found"]
             self.results.add(self._record(child, found=message["found"], partial=True))
@@ -255,13 +262,14 @@ class Course:
             self._say(f"{hello['device']}: {', '.join(hello['backends'])}")
 
     def _died(self, child: Child, why: str) -> None:
-        """Notes what a child left behind, of its item or of its start."""
+        """Notes what a child left behind, of its item or of nothing."""
         stderr = self._drop(child)
         if child.item:
             self._add(self._record(child, error=why, stderr=stderr))
-        elif not child.started:
-            self._failed_starts += 1
-            self._leave_out(self._stage, [], f"a process did not start: {why}", stderr)
+        else:
+            self._losses += 1
+            did = "had nothing to do" if child.started else "did not start"
+            self._leave_out(self._stage, [], f"a process {did}: {why}", stderr or why)
 
     def _end_late(self, item_seconds: float = math.inf) -> None:
         now = self.machinery.clock()

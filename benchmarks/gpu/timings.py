@@ -104,7 +104,7 @@ def in_turns(timed: Timed, mode: str, names: list[str], asked: Asked) -> Iterato
         "work": work._asdict(),
         "not_run": not_run,
     }
-    yield {"seconds": interleaved(runs, 2 if asked.tiny else 7, patience=0.5)}
+    yield {"seconds": interleaved(runs, 2 if asked.tiny else 5, patience=0.5)}
     assert not broken, "; ".join(broken)
 
 

@@ -279,6 +279,7 @@ def test_a_failure_is_told_and_keeps_its_numbers(tmp_path):
     assert "0 items done, 1 failed; kernels: 15 from the cache, 6 compiled" in text
     assert "paths: plane triton: FAILED, its process died of SIGABRT\n      CUDA_ERROR" in text
     assert "| plane | FAILED 5.0e-01 of 1e-05 |" in text
+    assert "## train" not in text
     assert "* train: x, cut off: late" in text
     assert "* paths: 2 items (dense pallas, volume pallas), skipped: it does 2-D only" in text
     assert "* memory: 2 items (a, b), left out: the time was over" in text

@@ -64,9 +64,18 @@ class Work:
             raise Refused("there is no backend nobody")
         if "dead" in asked.backends:
             sys.exit("no memory")
+        if "first" in asked.backends:
+            try:
+                os.unlink(os.path.join(os.path.dirname(sys.argv[0]), "one"))
+            except FileNotFoundError:
+                sys.exit("no memory")
     def hello(self):
         return {"device": "fake", "backends": ["triton"]}
     def items(self, stage):
+        if stage == "unlisted":
+            raise KeyError("no such launch")
+        if stage == "unlistable":
+            os.abort()
         names = {"good": ["fine", "prints", "prints too"]}.get(stage, stage.split("-"))
         return [Item(name, globals()[name.split()[0]]) for name in names]
     def kernels(self):
@@ -228,6 +237,25 @@ def test_children_that_do_not_start(course):
     assert not going.results.records
     assert [left["stage"] for left in going.results.left_out] == ["good"] * 2 + ["fine"] * 2
     assert all("no memory" in left["stderr"] for left in going.results.left_out)
+
+
+def test_stages_whose_items_cannot_be_listed(course):
+    going = course({name: Stage(30, 10) for name in ("unlisted", "unlistable", "fine")})
+    going.run()
+    told = [(left["stage"], left["reason"]) for left in going.results.left_out]
+    died = ("unlistable", "a process had nothing to do: its process died of SIGABRT")
+    assert told == [("unlisted", "KeyError: 'no such launch'"), died, died]
+    assert [record["item"] for record in going.results.records.values()] == ["fine"]
+
+
+def test_processes_that_do_not_start_end_no_others(course, tmp_path):
+    """Where some processes do not start, those that do go on."""
+    (tmp_path / "one").touch()
+    names = [f"naps {i}" for i in range(4)]
+    going = course({"-".join(names): Stage(30, 10, children=3)}, backends=("first",))
+    going.run()
+    assert sorted(record["item"] for record in going.results.records.values()) == names
+    assert 2 <= len(going.results.left_out) <= 4  # no more are started
 
 
 def test_what_children_refuse(course):
