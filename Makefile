@@ -7,14 +7,15 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Versions to hold to, as a pip constraints file; empty for the newest that fit.
 CONSTRAINTS ?=
 CONSTRAIN := $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
-# What `make test` runs: files or folders.
+# Files or folders of tests. Of all of them `make test` runs the quick ones, see tests/conftest.py.
 TESTS ?= tests
+SELECT ?= $(if $(filter-out tests,$(TESTS)),,--quick)
 
-.PHONY: help demo test check bench gallery fuzz sanitize gpu gpu-kit aot clean
+.PHONY: help demo test test-all check bench gallery fuzz sanitize gpu gpu-kit aot clean
 
 help:
 	@echo "make demo   train a Growing NCA on the packaged target and show it (under 4 minutes)"
-	@echo "make test   all tests"
+	@echo "make test   whether an install can be trusted (under 6 minutes); test-all: all tests"
 	@echo "make check  formatting, lint and types"
 	@echo "make bench  against the reference, CAX and PyTorch on this machine; writes results"
 	@echo "make gallery  train the small preset of every system; pictures and figures to docs/gallery"
@@ -46,7 +47,10 @@ $(VENV)/no-deps: $(VENV)/installed-models,test
 	@touch $@
 
 test: $(VENV)/installed-models,test $(VENV)/no-deps
-	$(BIN)/python -m pytest $(TESTS) -n 2 --dist worksteal $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(TESTS) $(SELECT) -n 2 --dist worksteal $(PYTEST_ARGS)
+
+test-all: test
+	$(MAKE) test SELECT=--rest
 
 check: $(VENV)/installed-models,test,check
 	$(BIN)/ruff check .

@@ -124,7 +124,11 @@ def in_grid(z, y, x, grid):
 @triton.jit
 def _below(i, size):
     """Whether a position is in 0 .. size, in one comparison: of negative ones the sign is large."""
-    return i.to(tl.uint32, bitcast=True) < size.to(tl.uint32)
+    if i.dtype == tl.int64:
+        below = (i >= 0) & (i < size)
+    else:
+        below = i.to(tl.uint32, bitcast=True) < size.to(tl.uint32)
+    return below
 
 
 @triton.jit
