@@ -161,7 +161,7 @@ def commit() -> str:
 def provenance(command: str) -> dict[str, Any]:
     """What a result needs to be believed: commit, versions, device and the command."""
     versions = {}
-    for package in ("jax", "jaxlib", "triton", "jax-triton", "flax", "cax", "torch", "numpy"):
+    for package in ("jax", "jaxlib", "triton", "flax", "cax", "torch", "numpy"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

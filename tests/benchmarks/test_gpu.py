@@ -204,7 +204,7 @@ def test_cut_off_by_a_signal(tmp_path):
 
 def test_without_a_gpu(tmp_path):
     if jax.default_backend() == "gpu":
-        pytest.skip("there is one")
+        pytest.skip("this machine has a GPU, and what is tested is a machine without one")
     for _ in range(2):  # nothing is left that would stop the second
         status, out, error = finished(command("--out", tmp_path / "out"))
         assert (status, out) == (2, "")
