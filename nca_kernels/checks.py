@@ -36,9 +36,10 @@ def check_step(
     perception_size = _check_taps(params.perception, channels)
     _check_floating("params.perception", params.perception)
     _check_vector("params.perception_bias", params.perception_bias, perception_size)
-    return _check_update_operands(
-        rule, params.layers, state, perception_size, key, inputs, num_spatial_dims, "params.layers"
-    )
+    batch_shape = _check_update_operands(rule, state, key, num_spatial_dims)
+    input_size = _check_inputs(inputs, np.shape(state), batch_shape)
+    _check_layers("params.layers", params.layers, perception_size, input_size, channels)
+    return batch_shape
 
 
 def check_update(
@@ -48,6 +49,7 @@ def check_update(
     perception: Any,
     key: Any,
     inputs: Any,
+    *,
     num_spatial_dims: int,
 ) -> tuple[int, ...]:
     """Checks the arguments of ``update``; returns the shape of the batch."""
@@ -61,10 +63,10 @@ def check_update(
             "perception must be [*batch, *spatial, P] with the batch and spatial shape of the "
             f"state, {np.shape(state)[:-1]}, got shape {np.shape(perception)}"
         )
-    perception_size = np.shape(perception)[-1]
-    return _check_update_operands(
-        rule, layers, state, perception_size, key, inputs, num_spatial_dims, "layers"
-    )
+    batch_shape = _check_update_operands(rule, state, key, num_spatial_dims)
+    input_size = _check_inputs(inputs, np.shape(state), batch_shape)
+    _check_layers("layers", layers, np.shape(perception)[-1], input_size, np.shape(state)[-1])
+    return batch_shape
 
 
 def check_rollout(
@@ -181,16 +183,9 @@ def _check_taps(taps: Any, channels: int) -> int:
 
 
 def _check_update_operands(
-    rule: Rule,
-    layers: Any,
-    state: Any,
-    perception_size: int,
-    key: Any,
-    inputs: Any,
-    num_spatial_dims: int,
-    name: str,
+    rule: Rule, state: Any, key: Any, num_spatial_dims: int
 ) -> tuple[int, ...]:
-    """Checks what step and update share; returns the shape of the batch."""
+    """Checks the rule and the key against the state; returns the shape of the batch."""
     shape = np.shape(state)
     batch_shape = shape[: len(shape) - num_spatial_dims - 1]
     channels = shape[-1]
@@ -199,9 +194,7 @@ def _check_update_operands(
             f"Rule.alive.channel must be between {-channels} and {channels - 1} for a state of "
             f"{channels} channels, got {rule.alive.channel}"
         )
-    input_size = _check_inputs(inputs, shape, batch_shape)
-    _check_layers(layers, perception_size, input_size, channels, name)
-    _check_key(key)
+    _check_key(key, shape[:-1])
     return batch_shape
 
 
@@ -221,7 +214,7 @@ def _check_inputs(inputs: Any, state_shape: tuple[int, ...], batch_shape: tuple[
 
 
 def _check_layers(
-    layers: Any, perception_size: int, input_size: int, channels: int, name: str
+    name: str, layers: Any, perception_size: int, input_size: int, channels: int
 ) -> None:
     if not isinstance(layers, (tuple, list)) or not layers:
         raise ValueError(f"{name} must be one or more (W, b) pairs, got {layers!r}")
@@ -247,7 +240,15 @@ def _check_layers(
         )
 
 
-def _check_key(key: Any) -> None:
+def _check_key(key: Any, cells: tuple[int, ...]) -> None:
+    """``cells``: the shape of a mask that may take the place of the key."""
+    if isinstance(key, (jax.Array, np.ndarray)) and key.dtype == np.bool_:
+        if key.shape != cells:
+            raise ValueError(
+                f"a mask in place of the key must be [*batch, *spatial], {cells} for this state, "
+                f"got shape {key.shape}"
+            )
+        return
     is_typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     if is_typed and key.ndim == 0:
         return
@@ -260,8 +261,8 @@ def _check_key(key: Any) -> None:
     if not (is_raw and key.ndim == 1):
         given = f"{key.dtype}{list(key.shape)}" if hasattr(key, "dtype") else repr(key)
         raise TypeError(
-            f"key must be a JAX random key, as jax.random.key(0) or jax.random.PRNGKey(0) give, "
-            f"got {given}"
+            "key must be a JAX random key, as jax.random.key(0) or jax.random.PRNGKey(0) give, or "
+            f"a mask of the cells that fire, bool {list(cells)}; got {given}"
         )
 
 

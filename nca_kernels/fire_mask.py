@@ -29,12 +29,12 @@ def fire_operand(key: Any, fire_rate: float, shape: tuple[int, ...]) -> Array | 
 
     The mask ``bool [*shape]`` is drawn here by ``jax.random`` where its bits are not threefry's
     of the cell index: another PRNG, ``jax_threefry_partitionable=False``, or x64. A mask in the
-    place of the key is that mask.
+    place of the key is that mask, whatever the fire rate.
     """
+    if key.dtype == jnp.bool_:
+        return jnp.asarray(key)
     if fire_rate >= 1.0:
         return None
-    if key.dtype == jnp.bool_:
-        return key
     key = _typed(key)
     if _counted(key):
         return jax.random.key_data(key)
@@ -43,7 +43,9 @@ def fire_operand(key: Any, fire_rate: float, shape: tuple[int, ...]) -> Array | 
 
 def drawn(key: Any, fire_rate: float, shape: tuple[int, ...]) -> Array:
     """The mask ``bool [*shape]`` by ``jax.random``; a mask in the place of the key is that mask."""
-    return key if key.dtype == jnp.bool_ else jax.random.bernoulli(key, fire_rate, shape)
+    if key.dtype == jnp.bool_:
+        return jnp.asarray(key)
+    return jax.random.bernoulli(key, fire_rate, shape)
 
 
 def drawn_at(

@@ -132,18 +132,24 @@ def taps(
     if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
         raise ValueError(f"channels must be a positive int, got {channels!r}")
     bank = filter_bank(filters, num_spatial_dims)
+    return depthwise(bank, channels)
+
+
+def depthwise(bank: np.ndarray, channels: int) -> np.ndarray:
+    """A bank ``[*kernel, F]`` on every channel: taps ``[*kernel, 1, F*C]`` float32."""
     return np.tile(bank, channels)[..., None, :].astype(np.float32)
 
 
-ConstantTaps = tuple[float, ...] | None  # [K * F]
-MOST_CONSTANTS = 128  # taps that are not zero: each is code of its own
+ConstantTaps = tuple[float, ...] | None  # a bank [*kernel, F], flat
+MOST_CONSTANTS = 128  # taps that are not zero: a kernel has code for each of them
 
 
 def constant_taps(taps: Any, channels: int) -> ConstantTaps:
-    """Depthwise taps ``[K * F]`` that a kernel can be compiled for, the same for all channels.
+    """The bank behind depthwise taps, flat, if a kernel can be compiled for it; else None.
 
-    None for taps that JAX traces or may change, for those with few zeros, as it is them that a
-    kernel can leave out, and for more than ``MOST_CONSTANTS`` others.
+    It can if the taps are a NumPy array, so that JAX neither traces nor changes them, are the same
+    for all channels, have at least a quarter of zeros, which a kernel leaves out, and no more than
+    ``MOST_CONSTANTS`` taps besides.
     """
     if not isinstance(taps, np.ndarray) or taps.shape[-2] != 1 or not np.isfinite(taps).all():
         return None

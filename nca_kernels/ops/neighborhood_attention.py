@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from nca_kernels import dispatch
 from nca_kernels.call import AttentionCall, AttentionOperands
 from nca_kernels.checks import check_attention
+from nca_kernels.dispatch import plain, requested
 from nca_kernels.primitive import differentiable_op
 
 OP = "neighborhood_attention"
@@ -70,24 +71,23 @@ def neighborhood_attention(
     Tesfaldet et al., "Attention-based Neural Cellular Automata", NeurIPS 2022.
     """
     check_attention(q, k, v, radius, num_spatial_dims, padding)
-    return nca_neighborhood_attention(
-        q, k, v, int(radius), num_spatial_dims, padding, dispatch.requested(backend)
-    )
+    statics = AttentionCall(OP, int(radius), num_spatial_dims, padding, None)
+    return nca_neighborhood_attention(q, k, v, statics=statics, backend=requested(backend))
 
 
-@partial(jax.jit, static_argnums=(3, 4, 5, 6))
+@partial(jax.jit, static_argnames=("statics", "backend"))
 def nca_neighborhood_attention(
-    q: Array, k: Array, v: Array, radius: int, num_spatial_dims: int, padding: str, backend: str
+    q: Array, k: Array, v: Array, *, statics: AttentionCall, backend: str
 ) -> Array:
-    plain = dispatch.plain(backend, OP)
-    if plain is not None:
-        return plain(q, k, v, radius, num_spatial_dims, padding)
-    per_sample = q.shape[q.ndim - num_spatial_dims - 2 :]  # (*S, heads, d)
+    ordinary = plain(backend, OP)
+    if ordinary is not None:
+        return ordinary(q, k, v, statics.radius, statics.num_spatial_dims, statics.padding)
+    per_sample = q.shape[q.ndim - statics.num_spatial_dims - 2 :]  # (*S, heads, d)
     samples = math.prod(q.shape[: q.ndim - len(per_sample)])
     if samples == 0:
         return jnp.zeros_like(q)
     operands = AttentionOperands(*(a.reshape(1, samples, *per_sample) for a in (q, k, v)))
-    call = AttentionCall(OP, radius, num_spatial_dims, padding, jax.tree.structure(operands))
+    call = replace(statics, treedef=jax.tree.structure(operands))
     return bind(call, backend, operands).reshape(q.shape)
 
 

@@ -38,7 +38,7 @@ def rollout(
 
         for t in range(num_steps):
             new = nk.step(rule, params, state, jax.random.fold_in(key, t), inputs)
-            state = new if after_step is None else after_step(state, new, places)
+            state = new if after_step is None else after_step(state, new, positions)
 
     Args:
         rule, params, state, key, inputs, backend: as for :func:`nca_kernels.step`.
@@ -50,12 +50,12 @@ def rollout(
         sample_steps: int ``[*batch]``, each from 0 to T: also return each sample's state after
             that many steps, without keeping the trajectory.
         after_step: what happens to the state after each step, cell by cell, such as a wall:
-            ``(state before the step, state after it, places) -> state``. ``places`` has for each
-            grid dim the indices of the cells, int32, shaped to broadcast with the states.
-        keep: how the states of ``checkpoint`` are kept: "exact"; "bfloat16", float32 states in
-            half the memory, values untouched and gradients within a few percent; "host", in the
-            memory of the host, from where they come back one by one. The last two run a step's
-            forward again with "all", too.
+            ``(state before the step, state after it, positions) -> state``. ``positions`` has for
+            each grid dim the indices of the cells, int32, shaped to broadcast with the states.
+        keep: how the states of ``checkpoint`` wait for the backward: "exact"; "bfloat16" (float32
+            states take half the memory; values are untouched, gradients within a few percent); or
+            "host" (in the memory of the host, from where they come back one by one). The last two
+            run a step's forward again even with ``checkpoint="all"``.
 
     Returns:
         The final state; ``(final, states [T, *batch, *spatial, C])`` with ``return_states``;
@@ -72,7 +72,7 @@ def rollout(
         (before, sampled), (t, step_key) = carry, at
         state = step(rule, params, before, step_key, inputs, backend)
         if after_step is not None:
-            state = after_step(before, state, broadcast_places(map(jnp.arange, grid)))
+            state = after_step(before, state, broadcast_positions(map(jnp.arange, grid)))
         if sample_steps is not None:
             sampled = where_sample(sample_steps == t + 1, state, sampled)
         return (state, sampled), state if return_states else None
@@ -87,7 +87,7 @@ def rollout(
 
 
 def numbers_and_keys(key: Any, num_steps: int) -> tuple[Array, Array]:
-    """Of every step its number, int32, and its key, all drawn at once."""
+    """The number of every step, ``int32 [T]``, and its key ``[T]``, all drawn at once."""
     steps = jnp.arange(num_steps)
     return steps, jax.vmap(partial(jax.random.fold_in, key))(steps)
 
@@ -95,8 +95,8 @@ def numbers_and_keys(key: Any, num_steps: int) -> tuple[Array, Array]:
 def checkpointed_scan(
     body: Callable, carry: Any, steps: Any, checkpoint: str | int, keep: str
 ) -> Any:
-    """``lax.scan(body, carry, steps)``, keeping the carry of one step in ``every``."""
-    # Between two kept states a step's own residuals (its input state) live for a moment only.
+    """``lax.scan(body, carry, steps)`` whose backward keeps the carries ``checkpoint`` names."""
+    # Between two of these, what a single step keeps (its input state) lives for a moment only.
     num_steps = _length(steps)
     if isinstance(checkpoint, int):
         every = checkpoint
@@ -122,7 +122,7 @@ def checkpointed_scan(
 
 
 def _keeping(segment: Callable, keep: str) -> Callable:
-    """``segment(carry, steps)`` that keeps its carry for the backward as ``keep`` says."""
+    """``segment(carry, steps)``, its carry for the backward stored as ``keep`` says."""
 
     def pack(leaf: Array) -> Array:
         if keep == "host":
@@ -132,15 +132,15 @@ def _keeping(segment: Callable, keep: str) -> Callable:
         # As integers: XLA on a CPU widens a whole bfloat16 array to write one state to it.
         return lax.bitcast_convert_type(leaf.astype(jnp.bfloat16), jnp.uint16)
 
-    def unpack(kept: Array, dtype: Any) -> Array:
+    def unpack(packed: Array, dtype: Any) -> Array:
         if keep == "host":
-            return jax.device_put(kept, jax.memory.Space.Device)
-        if kept.dtype != jnp.uint16:
-            return kept
-        return lax.bitcast_convert_type(kept, jnp.bfloat16).astype(dtype)
+            return jax.device_put(packed, jax.memory.Space.Device)
+        if packed.dtype != jnp.uint16:
+            return packed
+        return lax.bitcast_convert_type(packed, jnp.bfloat16).astype(dtype)
 
     def run(carry: Any, steps: Any) -> Any:
-        # A custom VJP cannot close over what is being traced: all of that becomes arguments.
+        # A custom VJP cannot close over values that are being traced: they become arguments.
         traced, out = jax.make_jaxpr(segment, return_shape=True)(carry, steps)
         dtypes = jax.tree.map(lambda leaf: leaf.dtype, carry)
 
@@ -151,8 +151,8 @@ def _keeping(segment: Callable, keep: str) -> Callable:
         def forward(captured: Any, carry: Any, steps: Any) -> Any:
             return pure(captured, carry, steps), (captured, jax.tree.map(pack, carry), steps)
 
-        def backward(kept: Any, cotangent: Any) -> Any:
-            captured, packed, steps = kept
+        def backward(residuals: Any, cotangent: Any) -> Any:
+            captured, packed, steps = residuals
             carry = jax.tree.map(unpack, packed, dtypes)
             _, pull = jax.vjp(lambda *args: pure(args[0], args[1], steps), captured, carry)
             return *pull(cotangent), None
@@ -164,15 +164,15 @@ def _keeping(segment: Callable, keep: str) -> Callable:
     return run
 
 
-# Steps that are written out instead of looped over: the backward finds each one's state where its
-# kernel left it, where a loop copies all states to one array and out of it again.
+# Up to this many steps are written out instead of looped over. The backward then finds each state
+# where its kernel wrote it, while a loop copies all states into one array and out of it again.
 _UNROLLED = 12  # "sqrt" makes segments of 12 out of 144 steps
 
 
 def scan_steps(body: Callable, carry: Any, steps: Any) -> Any:
     """``lax.scan(body, carry, steps)``, unrolled as far as it spares copies of the state."""
-    # A kernel cannot write where it reads. With one step an iteration, XLA copies each new state
-    # to where the loop's carry lives; two steps write from there to another buffer and back.
+    # A kernel cannot write where it reads. With a single step in an iteration, XLA copies each new
+    # state to the loop's carry; two steps write from the carry to another buffer and back.
     length = _length(steps)
     return lax.scan(body, carry, steps, unroll=2 if length > _UNROLLED else max(length, 1))
 
@@ -181,14 +181,14 @@ def _length(steps: Any) -> int:
     return int(jax.tree.leaves(steps)[0].shape[0])
 
 
-def broadcast_places(places: Iterable[Array]) -> list[Array]:
-    """Of each grid dim the places ``[n]``, with dims of 1 for the dims after it, channels too."""
-    listed = list(places)
+def broadcast_positions(positions: Iterable[Array]) -> list[Array]:
+    """The positions ``[n]`` along each grid dim, shaped to broadcast with ``[*spatial, C]``."""
+    listed = list(positions)
     return [p.reshape(-1, *(1,) * (len(listed) - dim)) for dim, p in enumerate(listed)]
 
 
 def _saves_kernel_outputs(primitive: Any, *args: Any, **params: Any) -> bool:
-    """A step's kernel runs once going forward; of plain JAX steps nothing inside is kept."""
+    """Keeps what a step's kernel computed, so that it does not run again; nothing else."""
     return primitive.name == "nca_step_forward"
 
 

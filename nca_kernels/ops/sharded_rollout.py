@@ -1,16 +1,15 @@
 """``sharded_rollout``: a rollout of one lattice on many devices.
 
 Every device holds a block of the grid. Before ``steps_per_exchange`` steps it receives from its
-neighbours the cells around its block that those steps depend on (the halo), takes the steps on
-block and halo, and keeps its block: the halo's cells, wrong from their outer end inwards, never
-reach it.
+neighbours the cells around its block that those steps depend on (the halo), takes the steps with
+that, and keeps its block: the halo goes wrong from its outer end inwards, and the steps end before
+that reaches the block.
 
-At a true border there is nothing to receive, and a block does not lie in the middle of what its
-device steps on but at the end: so the step's own padding is at work there, whatever it is, and not
-an imitation of it.
+At a true border there is nothing to receive. A block there does not lie in the middle of its
+device's window but at the window's end, so that the step itself pads, whatever its padding is.
 
-A grid that the mesh does not divide evenly lies in blocks of equal size all the same, which
-overlap by a cell here and there; of a cell that two blocks hold, both hold the same bits.
+A grid that the mesh does not divide evenly still lies in blocks of equal size: some of them overlap
+by a cell, and both hold the same bits for it.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +26,7 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 from nca_kernels.checks import check_rollout, check_step
-from nca_kernels.dispatch import requested
-from nca_kernels.ops.parts import PartStep, reach
+from nca_kernels.ops.parts import PartAxis, PartStep, reach
 from nca_kernels.ops.rollout import (
     AfterStep,
     checkpointed_scan,
@@ -36,7 +34,6 @@ from nca_kernels.ops.rollout import (
     scan_steps,
     where_sample,
 )
-from nca_kernels.perception import constant_taps
 from nca_kernels.rule import Rule, RuleParams
 
 
@@ -62,14 +59,15 @@ def sharded_rollout(
     """A rollout with the lattice, the batch or both split over the devices of a mesh.
 
     Equivalent to ``nk.rollout`` with the same arguments, and with the same backend the same states
-    to the bit: a cell fires by its place in the whole grid. Gradients of the weights are summed in
-    another order, so they agree to rounding.
+    to the bit: a cell fires by its position in the whole grid. Gradients of the weights are summed
+    in another order, so they agree to rounding.
 
     Args:
         rule, params, state, key, num_steps, inputs, checkpoint, return_states, sample_steps,
             backend, after_step, keep: as for :func:`nca_kernels.rollout`; the weights are on every
-            device. ``after_step`` sees a device's part of the state, with the places of that part
-            in the whole grid; it must be hashable, and is compiled once if it is equal to the last.
+            device. ``after_step`` sees a device's part of the state, with the positions of that
+            part in the whole grid; it must be hashable, and functions that are equal are compiled
+            once.
         mesh: the devices, a ``jax.sharding.Mesh``.
         partition_spec: which mesh axes split which dims of ``state``: ``P("data", "x", "y")`` for
             ``[batch, height, width, C]``, say; the channels cannot be split, and batch dims must
@@ -77,9 +75,9 @@ def sharded_rollout(
         steps_per_exchange: k, the steps between two exchanges of halos. A halo is as wide as k
             steps reach (3x3 taps: k cells, 2k with alive masking): larger k means fewer, larger
             messages, and cells computed twice.
-        overlap: step on the block as it is while its halo is on the way, and after that on strips
-            of three halos at each of its ends. Hides slow messages behind the block's own work
-            where communication is asynchronous (not on CPUs), for more and smaller kernels.
+        overlap: step the block as it is while its halo is on the way, and after that strips of
+            three halos at each of its ends. Hides slow messages behind the work on the block where
+            communication is asynchronous (not on CPUs), at the price of more and smaller kernels.
 
     Returns:
         As :func:`nca_kernels.rollout`, split as ``partition_spec`` says; along grid dims that are
@@ -95,11 +93,9 @@ def sharded_rollout(
     batch_shape = check_step(rule, params, state, key, inputs)
     check_rollout(num_steps, checkpoint, keep, sample_steps, return_states, batch_shape)
     _check_split(np.shape(state), mesh, partition_spec, steps_per_exchange)
-    shape = np.shape(state)
-    constant = constant_taps(params.perception, shape[-1])
     plan = _Plan(
-        step=PartStep(rule, requested(backend), constant, after_step, shape[:-1], len(batch_shape)),
-        axes=_axes_of(rule, params, shape, mesh, partition_spec, steps_per_exchange),
+        step=PartStep.of(rule, params, state, backend, after_step),
+        axes=_axes_of(rule, params, np.shape(state), mesh, partition_spec, steps_per_exchange),
         mesh=mesh,
         num_steps=num_steps,
         steps_per_exchange=steps_per_exchange,
@@ -112,33 +108,29 @@ def sharded_rollout(
 
 
 @dataclass(frozen=True)
-class _Axis:
-    """One dim of the state, batch or grid; ``shards`` devices hold ``block`` places of it each."""
+class _Axis(PartAxis):
+    """A dim of the state, split over the devices of ``names``: each of them keeps ``core`` cells.
 
-    size: int
-    names: tuple[str, ...]  # of mesh axes; empty where every device holds all of it
-    shards: int
-    halo: int  # places received on either side
-    periodic: bool
+    Its halo is 0 where every device has all of the dim, and for batch dims.
+    """
 
-    @property
-    def block(self) -> int:
-        return -(-self.size // self.shards)
+    names: tuple[str, ...]  # of mesh axes; empty where every device holds all of the dim
+    shards: int  # how many devices that makes
 
     @property
     def window(self) -> int:
-        """Places that a device steps on."""
-        return self.block + 2 * self.halo
+        """Cells that a device steps."""
+        return self.core + 2 * self.halo
 
     @property
     def even(self) -> bool:
-        return self.block * self.shards == self.size
+        return self.core * self.shards == self.size
 
     def shard(self) -> Any:
         return lax.axis_index(self.names) if self.names else 0
 
     def start(self, shard: Any) -> Any:
-        """First place of a block; also of the one before the first, and after the last."""
+        """The first position of a block; also of the blocks before the first and after the last."""
         return shard * self.size // self.shards
 
     def offset(self) -> Any:
@@ -149,10 +141,9 @@ class _Axis:
         middle = jnp.where(shard == self.shards - 1, 2 * self.halo, self.halo)
         return jnp.where(shard == 0, 0, middle)
 
-    def places(self) -> Array:
-        """Which places of the whole dim this device's window shows; beyond a true border, any."""
-        places = self.start(self.shard()) - self.offset() + jnp.arange(self.window)
-        return places % self.size if self.periodic else places
+    def in_window(self) -> Array:
+        """Positions in the whole of the cells of this device's window."""
+        return self.positions(self.start(self.shard()) - self.offset(), self.window)
 
 
 @dataclass(frozen=True)
@@ -227,7 +218,7 @@ def _axes_of(
                     f"state dim {dim}, a batch dim of {size}, cannot be split over {shards} "
                     "devices: give a batch that is divisible"
                 )
-            axes.append(_Axis(size, names, shards, 0, False))
+            axes.append(_Axis(size, size // shards, 0, False, names, shards))
             continue
         reached = reach(rule, params)[dim - num_batch_dims]
         halo = reached * steps_per_exchange if shards > 1 else 0
@@ -238,7 +229,8 @@ def _axes_of(
                 f"steps_per_exchange is {steps_per_exchange}): split it over fewer devices"
                 + (", or exchange more often" if steps_per_exchange > 1 else "")
             )
-        axes.append(_Axis(size, names, shards, halo, rule.padding == "circular"))
+        core, periodic = -(-size // shards), rule.padding == "circular"
+        axes.append(_Axis(size, core, halo, periodic, names, shards))
     return tuple(axes)
 
 
@@ -256,12 +248,12 @@ def _run(
     names = [axis.names or None for axis in axes]
     cells, samples = PartitionSpec(*names), PartitionSpec(*names[: plan.step.num_batch_dims])
     per_cell = inputs is not None and inputs.ndim == state.ndim
-    more = PartitionSpec(None, *cells) if return_states else cells
+    second_spec = PartitionSpec(None, *cells) if return_states else cells
     mapped = jax.shard_map(
         partial(_on_each_device, plan),
         mesh=mesh,
         in_specs=(PartitionSpec(), cells, PartitionSpec(), cells if per_cell else samples, samples),
-        out_specs=(cells, more),
+        out_specs=(cells, second_spec),
     )
     place = partial(_place, mesh)
     blocks = place(_in_blocks(state, axes), cells)
@@ -271,14 +263,14 @@ def _run(
         inputs = place(inputs, samples)
     if sample_steps is not None:
         sample_steps = place(sample_steps, samples)
-    final, other = mapped(params, blocks, key, inputs, sample_steps)
+    final, second = mapped(params, blocks, key, inputs, sample_steps)
     whole = PartitionSpec(*(name if axis.even else None for name, axis in zip(names, axes)))
     final = _whole(place(final, whole), axes)
     if return_states:
-        other = _whole(place(other, PartitionSpec(None, *whole)), axes, leading=1)
+        second = _whole(place(second, PartitionSpec(None, *whole)), axes, leading=1)
     elif sample_steps is not None:
-        other = _whole(place(other, whole), axes)
-    return final if other is None else (final, other)
+        second = _whole(place(second, whole), axes)
+    return final if second is None else (final, second)
 
 
 def _on_each_device(
@@ -290,16 +282,16 @@ def _on_each_device(
     if used:  # once, so that their gradients are summed over the devices once
         params = jax.tree.map(lambda w: lax.pcast(w, used, to="varying"), params)
     parts = _parts(axes, plan.overlap)
-    seen = [inputs] * len(parts)
+    inputs_of_parts = [inputs] * len(parts)
     if inputs is not None and inputs.ndim == block.ndim:
         window = _window(inputs, axes)
-        seen = [part.take(inputs, window) for part in parts]
+        inputs_of_parts = [part.take(inputs, window) for part in parts]
 
     def one_step(carry: tuple[list[Array], Any], at: Any) -> tuple[Any, Any]:
         (states, sampled), (t, key) = carry, at
         states = [
-            plan.step(params, state, key, inputs, part.places)
-            for part, state, inputs in zip(parts, states, seen, strict=True)
+            plan.step(params, state, key, inputs, part.positions)
+            for part, state, inputs in zip(parts, states, inputs_of_parts, strict=True)
         ]
         block = _whole_block(parts, states)
         if sample_steps is not None:
@@ -317,9 +309,9 @@ def _on_each_device(
     steps = numbers_and_keys(key, num_steps)
 
     def exchanges(carry: Any, first: int, last: int, each: int) -> Any:
-        some = jax.tree.map(lambda s: s[first:last].reshape(-1, each, *s.shape[1:]), steps)
+        grouped = jax.tree.map(lambda s: s[first:last].reshape(-1, each, *s.shape[1:]), steps)
         carry, states = checkpointed_scan(
-            exchange_and_step, carry, some, plan.checkpoint, plan.keep
+            exchange_and_step, carry, grouped, plan.checkpoint, plan.keep
         )
         return carry, states.reshape(-1, *block.shape) if plan.return_states else None
 
@@ -343,7 +335,7 @@ def _window(block: Array, axes: Sequence[_Axis]) -> Array:
         halo, shard, shards = axis.halo, axis.shard(), axis.shards
         take = partial(lax.dynamic_slice_in_dim, block, slice_size=halo, axis=dim)
         after = axis.start(shard + 1) - axis.start(shard) - halo
-        before = axis.start(shard - 1) + axis.block - axis.start(shard)
+        before = axis.start(shard - 1) + axis.core - axis.start(shard)
         pairs = [(i, (i + 1) % shards) for i in range(shards if axis.periodic else shards - 1)]
         left = lax.ppermute(take(after), axis.names, pairs)
         right = lax.ppermute(take(before), axis.names, [(b, a) for a, b in pairs])
@@ -356,66 +348,71 @@ def _window(block: Array, axes: Sequence[_Axis]) -> Array:
     return block
 
 
+class _Extent(NamedTuple):
+    """Along one dim, the cells that a part sees, and those of them that it keeps.
+
+    What differs from device to device is traced.
+    """
+
+    begin: Any  # the first cell that it sees, in the window
+    size: int  # how many it sees
+    kept_from: Any  # the first cell that it keeps, among those that it sees
+    kept_size: int  # how many it keeps
+    target: int  # the first cell that it keeps, in the block
+
+
 @dataclass(frozen=True)
 class _Part:
-    """Cells that a device steps on at once, and which of them it keeps.
+    """Cells that a device steps at once, and those of them that it keeps.
 
-    By dim: where the part begins in the window, how long it is, where in it begins what is kept,
-    how long that is, and where that lies in the block. ``begins`` is None for the block itself,
-    which is there before the halo is.
+    ``is_block``: it is the block without a halo, which can be stepped before the halo is there.
     """
 
     axes: tuple[_Axis, ...]
-    begins: list[Any] | None
-    sizes: list[int]
-    kept_from: list[Any]
-    kept: list[int]
-    lies_at: list[int]
+    extents: tuple[_Extent, ...]  # by dim
+    is_block: bool
 
     def take(self, block: Array, window: Array) -> Array:
-        if self.begins is None:
+        """The cells that the part sees."""
+        if self.is_block:
             return block
-        for dim, (begin, size) in enumerate(zip(self.begins, self.sizes, strict=True)):
-            if size < window.shape[dim]:
-                window = lax.dynamic_slice_in_dim(window, begin, size, dim)
+        for dim, extent in enumerate(self.extents):
+            if extent.size < window.shape[dim]:
+                window = lax.dynamic_slice_in_dim(window, extent.begin, extent.size, dim)
         return window
 
     @property
-    def places(self) -> list[Array]:
-        """Which places of the whole state, by dim."""
-        begins = self.begins or [axis.offset() for axis in self.axes]
+    def positions(self) -> list[Array]:
+        """Which cells of the whole state the part sees, by dim."""
         return [
-            lax.dynamic_slice_in_dim(axis.places(), begin, size)
-            for axis, begin, size in zip(self.axes, begins, self.sizes, strict=True)
+            lax.dynamic_slice_in_dim(axis.in_window(), extent.begin, extent.size)
+            for axis, extent in zip(self.axes, self.extents, strict=True)
         ]
 
     def put(self, block: Array | None, state: Array) -> Array:
-        """``block`` with what is kept of this part."""
-        for dim, (begin, size) in enumerate(zip(self.kept_from, self.kept, strict=True)):
-            if size < state.shape[dim]:
-                state = lax.dynamic_slice_in_dim(state, begin, size, dim)
-        return (
-            state if block is None else lax.dynamic_update_slice(block, state, (*self.lies_at, 0))
-        )
+        """``block`` with the cells that the part keeps of its ``state``."""
+        for dim, extent in enumerate(self.extents):
+            if extent.kept_size < state.shape[dim]:
+                state = lax.dynamic_slice_in_dim(state, extent.kept_from, extent.kept_size, dim)
+        if block is None:
+            return state
+        return lax.dynamic_update_slice(block, state, (*(e.target for e in self.extents), 0))
 
 
 def _parts(axes: tuple[_Axis, ...], overlap: bool) -> list[_Part]:
     """The window, of which the block is kept; or the block, and strips that mend its ends."""
-    blocks, none = [axis.block for axis in axes], [0] * len(axes)
+    whole = tuple(_Extent(0, a.window, a.offset(), a.core, 0) for a in axes)
     if not overlap:
-        windows = [axis.window for axis in axes]
-        offsets = [axis.offset() for axis in axes]
-        return [_Part(axes, list(none), windows, offsets, list(blocks), list(none))]
-    parts = [_Part(axes, None, blocks, none, blocks, none)]
+        return [_Part(axes, whole, is_block=False)]
+    block = tuple(_Extent(a.offset(), a.core, 0, a.core, 0) for a in axes)
+    parts = [_Part(axes, block, is_block=True)]
     for dim, axis in enumerate(axes):
-        width = 3 * axis.halo  # of which the middle is right, or what lies at a true border
-        for end in (0, axis.block - axis.halo) if axis.halo else ():
-            strip = _parts(axes, overlap=False)[0]
-            at = axis.offset() + end
-            begin = jnp.clip(at - axis.halo, 0, axis.window - width)
-            strip.begins[dim], strip.sizes[dim] = begin, width  # type: ignore[index]
-            strip.kept_from[dim], strip.kept[dim], strip.lies_at[dim] = at - begin, axis.halo, end
-            parts.append(strip)
+        width = 3 * axis.halo  # the cells of its middle come out right, and those at a true border
+        for end in (0, axis.core - axis.halo) if axis.halo else ():
+            first = axis.offset() + end
+            begin = jnp.clip(first - axis.halo, 0, axis.window - width)
+            strip = _Extent(begin, width, first - begin, axis.halo, end)
+            parts.append(_Part(axes, (*whole[:dim], strip, *whole[dim + 1 :]), is_block=False))
     return parts
 
 
@@ -432,7 +429,7 @@ def _in_blocks(array: Array, axes: Sequence[_Axis]) -> Array:
     for dim, axis in enumerate(axes):
         if not axis.even:
             starts = np.arange(axis.shards)[:, None] * axis.size // axis.shards
-            array = jnp.take(array, (starts + np.arange(axis.block)).ravel(), axis=dim)
+            array = jnp.take(array, (starts + np.arange(axis.core)).ravel(), axis=dim)
     return array
 
 
@@ -447,7 +444,7 @@ def _whole(array: Array, axes: Sequence[_Axis], leading: int = 0) -> Array:
     for dim, axis in enumerate(axes, start=leading):
         if not axis.even:
             starts = np.arange(axis.shards) * axis.size // axis.shards
-            place = np.arange(axis.size)
-            shard = np.searchsorted(starts, place, side="right") - 1
-            array = jnp.take(array, shard * axis.block + place - starts[shard], axis=dim)
+            position = np.arange(axis.size)
+            shard = np.searchsorted(starts, position, side="right") - 1
+            array = jnp.take(array, shard * axis.core + position - starts[shard], axis=dim)
     return array

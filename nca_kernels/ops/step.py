@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jax import Array
 
+from nca_kernels.call import StepCall, Weights
 from nca_kernels.checks import check_step
 from nca_kernels.dispatch import plain, requested
 from nca_kernels.ops.bind import bind
@@ -39,13 +40,14 @@ def step(
 
     Args:
         rule: what is fixed; static under ``jax.jit``.
-        params: what is learned; differentiable. Of taps that are a NumPy array, as ``nk.taps``
-            gives them, Triton's kernels leave out the zeros; pass them so where they are not
-            trained, from outside of what JAX transforms.
+        params: what is learned; differentiable. Where the taps are not trained, pass them as the
+            NumPy array that ``nk.taps`` gives, from outside of what JAX transforms: Triton's
+            kernels then leave out their zeros.
         state: ``[*batch, *spatial, C]`` float32 or bfloat16, with as many spatial dims (1 to 3)
             as the taps have kernel axes; differentiable. Arithmetic is float32 inside.
-        key: a JAX random key. One mask is drawn over all of ``[*batch, *spatial]``; for one key
-            a sample, use ``jax.vmap``.
+        key: a JAX random key, from which one mask is drawn for all of ``[*batch, *spatial]`` (for
+            a key for each sample use ``jax.vmap``); or, in its place, the mask itself, bool
+            ``[*batch, *spatial]``, of the cells that fire, whatever the rule's fire rate.
         inputs: ``[*batch, *spatial, I]`` per cell or ``[*batch, I]`` per sample, joined to the
             perception; differentiable.
         backend: "auto", or a name of ``nk.backends()``; a named backend runs or raises.
@@ -64,32 +66,24 @@ def step(
     """
     check_step(rule, params, state, key, inputs)
     constant = constant_taps(params.perception, state.shape[-1])
-    return nca_step(rule, params, state, key, inputs, requested(backend), constant)
+    statics = {"rule": rule, "backend": requested(backend), "constant": constant}
+    return nca_step(params, state, key, inputs, **statics)
 
 
-@partial(jax.jit, static_argnums=(0, 5, 6))
+@partial(jax.jit, static_argnames=("rule", "backend", "constant"))
 def nca_step(
-    rule: Rule,
     params: RuleParams,
     state: Array,
     key: Any,
     inputs: Array | None,
+    *,
+    rule: Rule,
     backend: str,
     constant: ConstantTaps,
 ) -> Array:
     ordinary = plain(backend, "step")
     if ordinary is not None:
         return ordinary(rule, params, state, key, inputs)
-    return bind(
-        "step",
-        backend,
-        rule,
-        state,
-        key,
-        params.perception.ndim - 2,
-        inputs=inputs,
-        taps=params.perception,
-        perception_bias=params.perception_bias,
-        layers=params.layers,
-        constant_taps=constant,
-    )
+    weights = Weights(params.perception, params.perception_bias, tuple(params.layers))
+    statics = StepCall("step", rule, params.perception.ndim - 2, None, constant)
+    return bind(statics, backend, state, key, weights, inputs=inputs)

@@ -1,8 +1,8 @@
 """``tiled_rollout``: a rollout of a lattice in the host's memory, of which a device sees a tile.
 
-A tile is taken with the cells around it that ``steps_per_pass`` steps depend on (the halo), goes to
-the device, takes these steps there, and comes back without them. One pass over all tiles advances
-the whole lattice, so the device holds a few tiles whatever the size of the lattice.
+A tile goes to the device together with the cells around it that ``steps_per_pass`` steps depend on
+(the halo), takes these steps there, and comes back without its halo. One pass over all tiles
+advances the whole lattice, so the device holds a few tiles whatever the size of the lattice.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,8 @@ import numpy as np
 from jax import Array, lax
 
 from nca_kernels.checks import check_rollout, check_step
-from nca_kernels.dispatch import requested
-from nca_kernels.ops.parts import PartStep, reach
+from nca_kernels.ops.parts import PartAxis, PartStep, reach
 from nca_kernels.ops.rollout import AfterStep, numbers_and_keys, scan_steps
-from nca_kernels.perception import constant_taps
 from nca_kernels.rule import Rule, RuleParams
 
 
@@ -44,14 +42,14 @@ def tiled_rollout(
     """A rollout of a lattice that only the host's memory holds, tile by tile.
 
     Equivalent to ``np.asarray(nk.rollout(...))`` with the same arguments, and with the same backend
-    the same states to the bit: a cell fires by its place in the whole grid. For running, not for
+    the same states to the bit: a cell fires by its position in the whole grid. For running, not for
     training: it has no gradient, and cannot be traced.
 
     Args:
         rule, params, key, num_steps, inputs, backend: as for :func:`nca_kernels.rollout`.
         state: ``[*batch, *spatial, C]``, a NumPy array (``np.memmap`` is one). Beside it there are
             two more arrays of its size, or one with ``donate``.
-        after_step: as for :func:`nca_kernels.rollout`, of a tile, with the places of the tile in
+        after_step: as for :func:`nca_kernels.rollout`, of a tile, with its positions in
             the whole grid; hashable, or everything is compiled again for each call.
         tile: cells along each grid dim that a tile keeps; smaller dims are whole.
         steps_per_pass: k, the steps that a tile takes at a time. Its halo is as wide as k steps
@@ -76,62 +74,66 @@ def tiled_rollout(
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
     batch_shape = check_step(rule, params, state, key, inputs)
     check_rollout(num_steps, "all", "exact", None, False, batch_shape)
+    step = PartStep.of(rule, params, state, backend, after_step)
     grid, reaches = state.shape[len(batch_shape) : -1], reach(rule, params)
-    constant = constant_taps(params.perception, state.shape[-1])
-    step = PartStep(
-        rule, requested(backend), constant, after_step, state.shape[:-1], len(batch_shape)
-    )
-    steps = numbers_and_keys(key, num_steps)
+    numbered_keys = numbers_and_keys(key, num_steps)
     may_write, spare = donate and state.flags.writeable, None
     for first in range(0, num_steps, steps_per_pass):
-        some = jax.tree.map(lambda s: s[first : first + steps_per_pass], steps)  # noqa: B023
-        count = len(some[0])
+        steps = tuple(s[first : first + steps_per_pass] for s in numbered_keys)
         axes = tuple(
-            _Axis(size, min(tile, size), count * reached, rule.padding == "circular")
+            _Axis(size, min(tile, size), len(steps[0]) * reached, rule.padding == "circular")
             for size, reached in zip(grid, reaches, strict=True)
         )
-        run = partial(_steps, step, axes, params, some)
+        run = partial(_steps, _Plan(step, axes), params, steps)
         new = np.empty(state.shape, state.dtype) if spare is None else spare
         for cells in _pass(run, axes, state, new, inputs):
             if progress is not None:
-                progress(count * cells)
+                progress(len(steps[0]) * cells)
         spare = state if may_write else None
         state, may_write = new, True
     return state if num_steps or donate else state.copy()
 
 
 @dataclass(frozen=True)
-class _Axis:
-    """A grid dim: of each tile the device sees a window, the tile and its halo."""
-
-    size: int
-    tile: int
-    halo: int
-    periodic: bool
+class _Axis(PartAxis):
+    """A grid dim, of which a device sees a window: a tile of ``core`` cells and its halo."""
 
     @property
     def window(self) -> int:
-        return self.size if self.tile == self.size else min(self.size, self.tile + 2 * self.halo)
+        return self.size if self.core == self.size else min(self.size, self.core + 2 * self.halo)
 
     def tiles(self) -> Iterator[tuple[int, int]]:
-        """Of each tile its first place and how many of its places no tile before it has."""
-        for start in range(0, self.size, self.tile):
-            yield min(start, self.size - self.tile), min(self.tile, self.size - start)
+        """The first cell of each tile, and how many of its cells no tile before it has."""
+        for start in range(0, self.size, self.core):
+            yield min(start, self.size - self.core), min(self.core, self.size - start)
 
     def corner(self, start: int) -> int:
-        """First place of a window: at a true border the border itself, so that padding meets it."""
+        """The first cell of a tile's window: at a true border the border, so that padding works."""
         if self.window == self.size:
             return 0
         first = start - self.halo
         return first if self.periodic else min(max(first, 0), self.size - self.window)
 
-    def places(self, corner: Any) -> Array:
-        """Which places of the whole dim a window shows."""
-        return (corner + jnp.arange(self.window)) % self.size
+
+@dataclass(frozen=True)
+class _Plan:
+    """The static facts of the steps of a tile."""
+
+    step: PartStep
+    axes: tuple[_Axis, ...]  # of the grid
+
+
+class _Tile(NamedTuple):
+    """What a device gets to step a tile."""
+
+    window: Array | np.ndarray  # [*batch, *window, C]
+    inputs: Any  # [*batch, *window, I], [*batch, I] or None
+    corners: np.ndarray  # int [dims]: the first cell of the window, in the whole
+    starts: np.ndarray  # int [dims]: the first cell of the tile, in the whole
 
 
 def _pass(
-    run: Callable[..., Array],
+    run: Callable[[_Tile], Array],
     axes: Sequence[_Axis],
     state: np.ndarray,
     new: np.ndarray,
@@ -140,59 +142,53 @@ def _pass(
     """Fills ``new`` tile by tile; yields the number of cells done."""
     per_cell = inputs is not None and np.ndim(inputs) == state.ndim
     inputs = np.asarray(inputs) if per_cell else inputs
-    waiting: Callable[[], None] | None = None
+    finish: Callable[[], None] | None = None
     for tiles in itertools.product(*(axis.tiles() for axis in axes)):
         starts = [start for start, _ in tiles]
         corners = [axis.corner(start) for axis, start in zip(axes, starts, strict=True)]
-        seen = _window(inputs, axes, corners) if per_cell else inputs
-        out = run(_window(state, axes, corners), seen, np.array(corners), np.array(starts))
-        if waiting is not None:  # the device has work while the tile before comes back
-            waiting()
-        waiting = partial(_put, new, axes, starts, out)
+        tile_inputs = _cut(inputs, axes, corners) if per_cell else inputs
+        window = _cut(state, axes, corners)
+        out = run(_Tile(window, tile_inputs, np.array(corners), np.array(starts)))
+        if finish is not None:  # the device has work while the tile before comes back
+            finish()
+        finish = partial(_put, new, axes, starts, out)
         cells = new.size // new.shape[-1]
         for axis, (_, fresh) in zip(axes, tiles, strict=True):
             cells = cells // axis.size * fresh
         yield cells
-    if waiting is not None:
-        waiting()
+    if finish is not None:
+        finish()
 
 
-def _window(array: np.ndarray, axes: Sequence[_Axis], corners: Sequence[int]) -> np.ndarray:
+def _cut(array: np.ndarray, axes: Sequence[_Axis], corners: Sequence[int]) -> np.ndarray:
+    """The windows that begin at ``corners``, of an array ``[*batch, *spatial, channels]``."""
     for dim, (axis, corner) in enumerate(zip(axes, corners, strict=True), -len(axes) - 1):
-        places = range(corner, corner + axis.window)
-        if places.start >= 0 and places.stop <= axis.size:
-            array = np.moveaxis(np.moveaxis(array, dim, 0)[places.start : places.stop], 0, dim)
+        window = range(corner, corner + axis.window)
+        if window.start >= 0 and window.stop <= axis.size:
+            array = np.moveaxis(np.moveaxis(array, dim, 0)[window.start : window.stop], 0, dim)
         else:
-            array = array.take(places, dim, mode="wrap")
+            array = array.take(window, dim, mode="wrap")
     return array
 
 
 def _put(new: np.ndarray, axes: Sequence[_Axis], starts: Sequence[int], tile: Array) -> None:
-    places: list[Any] = [slice(s, s + axis.tile) for axis, s in zip(axes, starts, strict=True)]
-    new[(..., *places, slice(None))] = np.asarray(tile)
+    cells: list[Any] = [slice(s, s + axis.core) for axis, s in zip(axes, starts, strict=True)]
+    new[(..., *cells, slice(None))] = np.asarray(tile)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _steps(
-    step: PartStep,
-    axes: tuple[_Axis, ...],
-    params: RuleParams,
-    steps: Any,
-    window: Array,
-    inputs: Array | None,
-    corners: Array,
-    starts: Array,
-) -> Array:
-    """The tile of a window after some steps."""
-    batch_shape = step.shape[: step.num_batch_dims]
-    places = [jnp.arange(size) for size in batch_shape]
-    places += [axis.places(corner) for axis, corner in zip(axes, corners, strict=True)]
+@partial(jax.jit, static_argnums=0)
+def _steps(plan: _Plan, params: RuleParams, steps: Any, tile: _Tile) -> Array:
+    """The cells of a tile after some steps."""
+    num_batch_dims = plan.step.num_batch_dims
+    positions = [jnp.arange(size) for size in plan.step.shape[:num_batch_dims]]
+    for axis, corner in zip(plan.axes, tile.corners, strict=True):
+        positions.append(axis.positions(corner, axis.window))
 
     def one_step(state: Array, at: Any) -> tuple[Array, None]:
-        return step(params, state, at[1], inputs, places), None
+        return plan.step(params, state, at[1], tile.inputs, positions), None
 
-    window, _ = scan_steps(one_step, window, steps)
-    for dim, axis in enumerate(axes, len(batch_shape)):
-        offset = starts[dim - len(batch_shape)] - corners[dim - len(batch_shape)]
-        window = lax.dynamic_slice_in_dim(window, offset, axis.tile, dim)
-    return window
+    state, _ = scan_steps(one_step, jnp.asarray(tile.window), steps)
+    offsets = tile.starts - tile.corners
+    for dim, (axis, offset) in enumerate(zip(plan.axes, offsets, strict=True), num_batch_dims):
+        state = lax.dynamic_slice_in_dim(state, offset, axis.core, dim)
+    return state

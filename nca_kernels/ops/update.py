@@ -8,8 +8,9 @@ from typing import Any
 import jax
 from jax import Array
 
-from nca_kernels import dispatch
+from nca_kernels.call import StepCall, Weights
 from nca_kernels.checks import check_update
+from nca_kernels.dispatch import plain, requested
 from nca_kernels.ops.bind import bind
 from nca_kernels.rule import Rule
 
@@ -28,8 +29,8 @@ def update(
     """MLP, stochastic update and alive mask, with the perception given.
 
     ``step(rule, params, state, key)`` equals ``update(rule, params.layers, state, P, key)`` where
-    ``P`` is the perception, its bias and activation already applied: of ``rule``,
-    ``perception_activation`` is not used, and ``padding`` only by the alive pool.
+    ``P`` is the perception with its bias and activation already applied. The rule's
+    ``perception_activation`` is not used, and its ``padding`` only by the alive pool.
 
     Args:
         rule, state, key, inputs, backend: as for :func:`nca_kernels.step`.
@@ -43,34 +44,26 @@ def update(
     Raises:
         ValueError, TypeError, BackendUnavailable: as :func:`nca_kernels.step`.
     """
-    check_update(rule, layers, state, perception, key, inputs, num_spatial_dims)
-    return nca_update(
-        rule, layers, state, perception, key, inputs, dispatch.requested(backend), num_spatial_dims
-    )
+    check_update(rule, layers, state, perception, key, inputs, num_spatial_dims=num_spatial_dims)
+    statics = {"rule": rule, "backend": requested(backend), "num_spatial_dims": num_spatial_dims}
+    return nca_update(layers, state, perception, key, inputs, **statics)
 
 
-@partial(jax.jit, static_argnums=(0, 6, 7))
+@partial(jax.jit, static_argnames=("rule", "backend", "num_spatial_dims"))
 def nca_update(
-    rule: Rule,
     layers: Any,
     state: Array,
     perception: Array,
     key: Any,
     inputs: Array | None,
+    *,
+    rule: Rule,
     backend: str,
     num_spatial_dims: int,
 ) -> Array:
-    plain = dispatch.plain(backend, "update")
-    if plain is not None:
-        return plain(rule, layers, state, perception, key, inputs, num_spatial_dims)
-    return bind(
-        "update",
-        backend,
-        rule,
-        state,
-        key,
-        num_spatial_dims,
-        perception=perception,
-        inputs=inputs,
-        layers=layers,
-    )
+    ordinary = plain(backend, "update")
+    if ordinary is not None:
+        return ordinary(rule, layers, state, perception, key, inputs, num_spatial_dims)
+    statics = StepCall("update", rule, num_spatial_dims, None)
+    weights = Weights(None, None, layers)
+    return bind(statics, backend, state, key, weights, perception=perception, inputs=inputs)

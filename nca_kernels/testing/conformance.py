@@ -235,6 +235,25 @@ def check_gradients_under_vmap(backend: str, case: Case) -> None:
     assert_close(out, each(want, params, states, keys)[0], limit, "grad(vmap), own weights ")
 
 
+def check_mask_in_place_of_key(backend: str, case: Case) -> None:
+    """A mask instead of a key says who fires, whatever the fire rate; it may be mapped over."""
+    args = case.arguments()
+    mask = jax.random.bernoulli(args.key, 0.4, args.state.shape[:-1])
+    masks = jnp.stack([mask, ~mask])
+    for rate in (0.4, 1.0):
+        rule = replace(case.rule, fire_rate=rate)
+
+        def loss(backend: str, params: Any, state: Any, mask: Any, rule: nk.Rule = rule) -> Any:
+            out = nk.step(rule, params, state, mask, args.inputs, backend=backend)
+            return jnp.sum(cotangent_of(out) * out.astype(jnp.float32)), out
+
+        grad = partial(jax.grad, argnums=(0, 1), has_aux=True)
+        got, want = grad(partial(loss, backend)), grad(partial(loss, ORACLE))
+        out = jax.jit(jax.vmap(got, (None, None, 0)))(args.params, args.state, masks)
+        expected = each(lambda m: want(args.params, args.state, m), masks)  # noqa: B023
+        assert_close(out, expected, _limit(case), f"fire rate {rate} ")
+
+
 @cache
 def _expected_rollout(case: Case, steps: int) -> tuple[Any, Any, Any]:
     """Single steps of the oracle: all states, a cotangent for them, the gradients."""
@@ -361,6 +380,7 @@ TRANSFORMATION_CHECKS: dict[str, Callable[[str, Case], None]] = {
     "update": check_update,
     "vmap": check_vmap,
     "gradients_under_vmap": check_gradients_under_vmap,
+    "mask_in_place_of_key": check_mask_in_place_of_key,
     "rollout": check_rollout,
     "strict_promotion": check_strict_promotion,
     "no_retrace": check_no_retrace,

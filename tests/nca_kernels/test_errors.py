@@ -154,6 +154,11 @@ WRONG = {
     ),
     "key int": (lambda: step(key=0), TypeError, "key jax.random.key(0) 0"),
     "key float": (lambda: step(key=jnp.zeros(2)), TypeError, "key float32[2]"),
+    "key mask": (
+        lambda: step(key=np.ones((3, 3), bool)),
+        ValueError,
+        "mask [*batch, *spatial] (3, 3)",
+    ),
     "key array": (
         lambda: step(key=jax.random.split(KEY, 2)),
         ValueError,
