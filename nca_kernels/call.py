@@ -1,4 +1,4 @@
-"""One call as primitives and backends see it: its static facts, and its arrays with names.
+"""One call as primitives and backends see it: its static facts, and its arrays by name.
 
 Every array has a leading group axis. A group is one independent call: ``jax.vmap`` turns its axis
 into groups. ``G`` is the number of groups; the key and the weights may have a group axis of 1,
@@ -30,8 +30,8 @@ class Operands(NamedTuple):
     """The arrays of a ``step`` or an ``update``, and what their shapes say."""
 
     state: Any  # [G, B, *S, C]
-    fire: Any  # key data uint32 [G or 1, 2], or a mask bool [G or 1, B, *S], or None: all fire
-    perception: Any  # [G, B, *S, P] when it is given (update), else None
+    fire: Any  # key data uint32 [G or 1, 2]; a mask bool [G or 1, B, *S]; None if all cells fire
+    perception: Any  # [G, B, *S, P] of an update, None of a step
     inputs: Any  # [G, B, *S, I] or [G, B, I] or None
     weights: Weights
 
@@ -41,7 +41,7 @@ class Operands(NamedTuple):
 
     @property
     def samples(self) -> int:
-        """Of each group."""
+        """How many samples a group has."""
         return self.state.shape[1]
 
     @property
@@ -60,15 +60,15 @@ class Operands(NamedTuple):
 
     @property
     def dense(self) -> bool:
-        """Whether taps connect all channels, ``[*kernel, C, P]``.
+        """Whether the taps connect all channels, ``[*kernel, C, P]``.
 
-        Of one channel they are depthwise, which is the same.
+        Taps of a single channel, for which both layouts are the same, count as depthwise.
         """
         return self.weights.taps is not None and self.weights.taps.shape[-2] != 1
 
     @property
     def filters(self) -> int:
-        """Of depthwise taps, for each channel; 1 of dense ones, 0 if the perception is given."""
+        """Depthwise filters of each channel; 1 if the taps are dense, 0 if there are none."""
         if self.weights.taps is None:
             return 0
         return 1 if self.dense else self.weights.taps.shape[-1] // self.channels
@@ -90,7 +90,7 @@ class Operands(NamedTuple):
 
     @property
     def inputs_per_cell(self) -> bool:
-        """Whether inputs, if there are any, differ from cell to cell and not only by sample."""
+        """Whether there are inputs that differ from cell to cell, not just by sample."""
         return self.inputs is not None and self.inputs.ndim == self.state.ndim
 
     @property
@@ -99,21 +99,21 @@ class Operands(NamedTuple):
 
     @property
     def weight_groups(self) -> int:
-        """How many sets of weights there are: one, or one a group."""
+        """How many sets of weights there are: 1, or one for each group."""
         return max(array.shape[0] for array in jax.tree.leaves(self.weights))
 
     @property
     def fire_source(self) -> str:
-        """What says who fires: "all", a "key", or a "mask"."""
+        """What says which cells fire: "all" (they all do), a "key" or a "mask"."""
         if self.fire is None:
             return "all"
         return "mask" if self.fire.dtype == jnp.bool_ else "key"
 
 
 class AttentionOperands(NamedTuple):
-    """The arrays of one ``neighborhood_attention``, every one ``[G, B, *S, heads, d]``.
+    """The arrays of one ``neighborhood_attention``, each ``[G, B, *S, heads, d]``.
 
-    None of these arrays is shared by groups.
+    Groups share none of them.
     """
 
     query: Any
@@ -137,7 +137,7 @@ class StepCall:
 
     @property
     def shared(self) -> tuple[bool, ...]:
-        """True for the key and the weights: groups may have those in common."""
+        """For each operand, whether groups may share it: the key, a mask and the weights."""
         flags = self.operands([True] * self.treedef.num_leaves)
         alone = jax.tree.map(lambda _: False, (flags.state, flags.perception, flags.inputs))
         flags = flags._replace(state=alone[0], perception=alone[1], inputs=alone[2])

@@ -12,7 +12,7 @@ from nca_kernels.rule import RuleParams
 
 
 class Cost(NamedTuple):
-    """Of one cell and one step; the backward's includes what it recomputes.
+    """The cost of one cell and one step; the backward's includes what it recomputes.
 
     Attributes:
         forward_flops, backward_flops: additions and multiplications, each one FLOP.
@@ -39,7 +39,7 @@ class Cost(NamedTuple):
 def cost(params: RuleParams, dtype: Any = "float32", active: float = 1.0) -> Cost:
     """What :func:`nca_kernels.step` with these parameters costs at least, per cell.
 
-    Counted are the taps and the products of the layers; nothing else comes near them.
+    It counts the taps and the products of the layers, beside which the rest is small.
 
     Args:
         params: of the step, arrays or ``jax.ShapeDtypeStruct``; only their shapes matter.
@@ -60,8 +60,8 @@ def cost(params: RuleParams, dtype: Any = "float32", active: float = 1.0) -> Cos
     state = channels * jnp.dtype(dtype).itemsize
     return Cost(
         forward_flops=stencil + 2 * macs,
-        # The perception and the hidden layers again; then of each layer the gradients of its
-        # inputs and its weights, and the stencil transposed.
+        # It recomputes the perception and the hidden layers. Then come the gradients of each
+        # layer's inputs and weights, and the transposed stencil.
         backward_flops=2 * stencil + 2 * (macs - last) + 4 * macs,
         forward_bytes=2 * state,
         backward_bytes=3 * state,

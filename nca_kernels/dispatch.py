@@ -1,8 +1,8 @@
 """Which backend runs: one predicate, ``why_not``, chooses quietly and explains loudly.
 
-A backend says what it covers, a call says what it is (:mod:`nca_kernels.call`), and what is not
-covered is refused with a reason. So an option that is new in ``Rule`` is refused by every backend
-that does not know it yet, wherever it is not at its default.
+A backend says what it covers, a call says what it is (:mod:`nca_kernels.call`), and a call that is
+not covered is refused with a reason. A new option of ``Rule`` is therefore refused by every backend
+that does not list it, unless it is at its default.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ Values = Collection[Any] | str  # the values of a field that are covered, or EVE
 
 @dataclass(frozen=True)
 class Covers:
-    """The calls that a backend does right. A field that is not listed may be at its default only.
+    """The calls that a backend does right. Fields that are not listed must be at their defaults.
 
     Args:
-        rule: by field of ``Rule``, the values; of ``alive`` None and "Alive", for one of any kind.
+        rule: by field of ``Rule``, the values; "Alive" stands for every ``Alive``.
         alive: by field of ``Alive``, the values.
         attention: by field of ``AttentionCall``, ``radius`` and ``padding``, the values.
         dtypes: of states, queries, keys and values.
@@ -75,7 +75,7 @@ ATTENTION_FIELDS = ("radius", "padding")
 def _uncovered(
     options: Any, name: str, covered: Mapping[str, Values], only: Collection[str] = ()
 ) -> str | None:
-    """Of a dataclass's fields, the first whose value is not covered, as a sentence."""
+    """The first field of ``options`` whose value is not covered, as a sentence, or None."""
     for option in fields(options):
         if only and option.name not in only:
             continue
@@ -104,13 +104,13 @@ class Backend:
     Args:
         name: what callers pass as ``backend=``.
         summary: one line for ``nca doctor``.
-        load: imports the tool-chain and returns (forward, backward) of an op by its name; of a
-            plain backend, the function. See :class:`Kernels`.
+        load: imports the tool-chain and returns an op's :class:`Kernels` by its name, or the
+            ordinary function if the backend is ``plain``.
         platforms: JAX platforms it runs on, None for every one.
         missing: why it cannot run in this process (a missing package, ...), or None.
         covers: the calls that it does right.
-        markers: by op, what the lowered module of its gradient holds if the kernels run.
-        plain: it is ordinary JAX code, differentiated by JAX, and never chosen by "auto".
+        markers: by op, what the lowered module of its gradient contains if the kernels run.
+        plain: whether it is ordinary JAX code, which JAX differentiates; "auto" passes it by.
     """
 
     name: str

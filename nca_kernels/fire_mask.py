@@ -2,8 +2,8 @@
 
 Cell ``i`` (C order over batch and grid) fires exactly where
 ``jax.random.bernoulli(key, fire_rate, shape)[i]`` does. For threefry2x32 that is a comparison of
-23 random bits with a threshold, and the bits depend on the key and ``i`` only, so that a kernel
-computes them in registers, for any block of cells, in any order.
+23 random bits with a threshold. The bits depend on nothing but the key and ``i``, so that a kernel
+can compute them in registers, for any block of cells, in any order.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011; the counter layout is
 JAX's with ``jax_threefry_partitionable``.
@@ -25,11 +25,11 @@ PARITY = 0x1BD11BDA
 
 
 def fire_operand(key: Any, fire_rate: float, shape: tuple[int, ...]) -> Array | None:
-    """What a kernel needs to know who fires: key data ``uint32 [2]``, a mask, or None for all.
+    """What tells a kernel which cells fire: key data ``uint32 [2]``, a mask, or None for all.
 
-    The mask ``bool [*shape]`` is drawn here by ``jax.random`` where its bits are not threefry's
-    of the cell index: another PRNG, ``jax_threefry_partitionable=False``, or x64. A mask in the
-    place of the key is that mask, whatever the fire rate.
+    A mask ``bool [*shape]`` is drawn here, by ``jax.random``, if its bits are not threefry's of the
+    cell index: with another PRNG, with ``jax_threefry_partitionable=False``, or under x64. A mask
+    that is passed in place of the key is used as it is, whatever the fire rate.
     """
     if key.dtype == jnp.bool_:
         return jnp.asarray(key)
@@ -42,7 +42,7 @@ def fire_operand(key: Any, fire_rate: float, shape: tuple[int, ...]) -> Array | 
 
 
 def drawn(key: Any, fire_rate: float, shape: tuple[int, ...]) -> Array:
-    """The mask ``bool [*shape]`` by ``jax.random``; a mask in the place of the key is that mask."""
+    """The mask ``bool [*shape]``, drawn by ``jax.random`` unless it takes the place of the key."""
     if key.dtype == jnp.bool_:
         return jnp.asarray(key)
     return jax.random.bernoulli(key, fire_rate, shape)
@@ -51,10 +51,10 @@ def drawn(key: Any, fire_rate: float, shape: tuple[int, ...]) -> Array:
 def drawn_at(
     key: Any, fire_rate: float, shape: tuple[int, ...], positions: Sequence[Array]
 ) -> Array:
-    """A part of the mask of ``shape``: ``bool [n, m, ...]`` at ``positions``, of each axis int32.
+    """A part of the mask of ``shape``: ``bool [n, m, ...]`` at ``positions``, int32 for each axis.
 
-    Equivalent to ``jax.random.bernoulli(key, fire_rate, shape)[jnp.ix_(*positions)]``, and as long
-    as the bits are threefry's of the cell index no other cell's are drawn.
+    Equivalent to ``jax.random.bernoulli(key, fire_rate, shape)[jnp.ix_(*positions)]``. If the bits
+    are threefry's of the cell index, those of no other cell are drawn.
     """
     key = _typed(key)
     if not _counted(key):
@@ -121,7 +121,7 @@ def cell_index(shape: tuple[int, ...]) -> tuple[Array, Array]:
 
 
 def _index(shape: tuple[int, ...], positions: Sequence[Array]) -> tuple[Array, Array]:
-    """The C-order index in ``shape``, as two words, of cells at uint32 ``positions`` by axis."""
+    """The C-order index in ``shape`` of cells at uint32 ``positions`` by axis, as two words."""
     high = low = jnp.zeros_like(positions[0])
     stride = 1
     for position, size in zip(reversed(positions), reversed(shape), strict=True):

@@ -3,8 +3,8 @@
 An op ``f`` becomes three primitives: ``f_forward`` (its value and what the backward needs),
 ``f_backward`` (the gradients, given the cotangent of the value) and ``f_tangent``, the linear map
 of forward-mode differentiation, which exists to be transposed into ``f_backward`` and never runs.
-Differentiation rules on primitives, rather than ``jax.custom_vjp``, tell the backward which
-gradients are wanted, so that a kernel computes no other.
+Differentiation rules of primitives tell the backward which gradients are wanted, which
+``jax.custom_vjp`` does not; the kernels compute no others.
 
 Every operand has a leading group axis (see :mod:`nca_kernels.call`). ``jax.vmap``
 multiplies the groups; an operand that all groups share may keep a group axis of 1. Which backend
@@ -33,7 +33,7 @@ class Call(Protocol):
 
     op: str
     treedef: Any  # of the operands
-    shared: tuple[bool, ...]  # per operand: may its group axis be 1?
+    shared: tuple[bool, ...]  # for each operand: whether its group axis may be 1
 
     def operands(self, arrays: Sequence[Any]) -> Any:
         """The operands, with names, among the arrays that a primitive has."""
@@ -84,7 +84,7 @@ def _primitive(name: str) -> Primitive:
 
 @cache
 def _compiled(primitive: Primitive, params: tuple) -> Callable:
-    """For eager calls, as in the eager half of ``jax.vjp``: compiled once per static call."""
+    """Compiles eager calls, as those in the eager half of ``jax.vjp``, once per static call."""
     return jax.jit(lambda *args: primitive.bind(*args, **dict(params)))
 
 
@@ -117,7 +117,7 @@ def _transpose(
     if type(cotangent) is ad.Zero:
         return [None] * len(args)
     known, linear = args[:num_known], args[num_known:]
-    # A tangent that is a known constant contributes nothing to a cotangent.
+    # Tangents that are known constants need no cotangent.
     asked = [ad.is_undefined_primal(t) for t in linear]
     positions = [i for i, w in enumerate(wrt) if w]
     wrt = tuple(
@@ -183,9 +183,10 @@ def _batch(
 
 
 def _shareable(call: Call, tangents: tuple[bool, ...], num_args: int) -> list[bool]:
-    """Per argument: operands, then what is saved, then a cotangent or tangents of operands.
+    """For each argument, whether its group axis may be 1.
 
-    A tangent has the group axis of its operand; what is saved and cotangents are per group.
+    The arguments are operands, then what was saved, then a cotangent or tangents. A tangent has the
+    group axis of its operand; a cotangent and what was saved belong to a group each.
     """
     shared = list(call.shared)
     last = [s for s, t in zip(shared, tangents, strict=False) if t]
@@ -239,7 +240,7 @@ def _lower(
         *saved, cotangent = flat[num_operands:]
         return kernels.backward(call, platform, call.operands(flat), saved, cotangent, wrt)
 
-    # Inside shard_map the kernel sees its own shard only: it is lowered without manual axes.
+    # Inside shard_map a kernel sees only its shard, and is lowered without manual axes.
     avals: list[Any] = list(ctx.avals_in)
     avals = [jax.core.ShapedArray(a.shape, a.dtype) for a in avals]
     fun = forward if kind == "forward" else backward

@@ -69,9 +69,9 @@ class Rule:
         step_size: multiplies the update.
         alive: an :class:`Alive`, or None for no alive masking.
         precision: of the matrix products: default (what XLA does on the platform), float32,
-            tensorfloat32 (where the hardware has it or gains from it, else float32) or bfloat16
-            (operands rounded to bfloat16, accumulated in float32).
-        negative_slope: of leaky_relu, below 0.
+            tensorfloat32 (float32 on hardware that lacks it or gains nothing from it) or bfloat16
+            (operands are rounded to bfloat16, sums are float32).
+        negative_slope: the slope of leaky_relu below 0.
 
     Raises:
         TypeError, ValueError: naming the field, what was given and what is allowed.
@@ -106,7 +106,7 @@ class Rule:
 
 
 def activation(rule: Rule, name: str) -> Callable[[Array], Array]:
-    """The function of ``ACTIVATIONS`` with that name, with what the rule says of it."""
+    """The function of ``ACTIVATIONS`` with that name and the rule's parameters."""
     if name == "leaky_relu":
         return partial(jax.nn.leaky_relu, negative_slope=rule.negative_slope)
     return ACTIVATIONS[name]

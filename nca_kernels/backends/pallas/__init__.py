@@ -1,20 +1,20 @@
 """The forward of the ops as Pallas kernels, for a GPU where Triton is not installed.
 
 JAX brings Pallas, and lowers these kernels through the Triton that is built into it: nothing else
-needs to be installed. A program works on whole blocks of cells, each of which it perceives, runs
-through the MLP and updates, whether it fires and lives or not. Which cells live is plain JAX
-afterwards. Where Triton is installed, the backend ``triton`` is the one to use.
+needs to be installed. A program works on a block of cells. It computes the perception, the MLP and
+the update of every one of them, whether it fires and lives or not. Which cells live is computed in
+plain JAX afterwards. Where Triton is installed, the backend ``triton`` is the one to use.
 
 The gradients are those of the backend ``xla``: the kernels save what its backward asks for (the
-alive mask; of attention the log-sum-exp), and ``nca_kernels.backends`` puts the two together.
+alive mask, and the log-sum-exp for attention), and ``nca_kernels.backends`` joins the two.
 
-It refuses float64, arrays whose positions are beyond int32, and cells whose numbers do not fit a
-program's registers and shared memory (their ``too_wide``). The widths of hidden layers have
-no limit, but a hidden layer before another one is computed anew for every 64 units, or fewer, of
-that one.
+It refuses float64, arrays with positions that int32 cannot hold, and cells with more numbers than
+fit a program's registers and shared memory (``too_wide``). The widths of hidden layers have no
+limit, but a hidden layer that another one follows is computed again for every 64 units (or fewer)
+of that layer.
 
-JAX 0.10 and 0.11 lower these kernels; as 0.10 would take Mosaic by default, they ask for Triton
-explicitly. 0.11 says that Pallas' way through Triton is deprecated.
+JAX 0.10 and 0.11 lower these kernels. They ask for Triton explicitly, since JAX 0.10 would use
+Mosaic by default; JAX 0.11 warns that Pallas' lowering through Triton is deprecated.
 """
 
 from __future__ import annotations

@@ -44,9 +44,10 @@ def attention_kernel(
     queries: Any, keys: Any, values: Any, out: Any, lse: Any, *,
     around: cells.Neighbourhoods, heads: int, rows: int,
 ) -> None:  # fmt: skip
-    """The output and the log-sum-exp of the logits, for R rows, each a head of a cell.
+    """The output and the log-sum-exp of the logits, for R rows; a row is a head of a cell.
 
-    The first five are references to memory, ``[cells * heads, d]``, ``lse`` ``[.., 1]``.
+    The positional arguments are references to memory: ``[cells * heads, d]``, and
+    ``[cells * heads, 1]`` for ``lse``.
     """
     row = pallas.program_id(0) * rows + indices(rows)
     exists = row < queries.shape[0]
@@ -57,17 +58,17 @@ def attention_kernel(
     def logits_of(row: Array, exists: Array) -> Array:
         return jnp.sum(query * load_block(keys, (), row, exists, column), axis=1)  # [R]
 
-    def attend(place: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def attend(position: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         highest, total, mixed = carry
-        neighbour, inside = around.neighbour(cell, place)
+        neighbour, inside = around.neighbour(cell, position)
         other, inside = neighbour * heads + head, exists & inside
         logits = logits_of(other, inside)
         new = jnp.where(inside, jnp.maximum(highest, logits), highest)
-        kept, weight = jnp.exp(highest - new), jnp.where(inside, jnp.exp(logits - new), 0.0)
+        scale, weight = jnp.exp(highest - new), jnp.where(inside, jnp.exp(logits - new), 0.0)
         value = load_block(values, (), other, inside, column)
-        return new, kept * total + weight, kept[:, None] * mixed + weight[:, None] * value
+        return new, scale * total + weight, scale[:, None] * mixed + weight[:, None] * value
 
-    # A cell is its own neighbour: its logit is a finite start for the maximum.
+    # The cell itself is in its neighbourhood, so that its logit is a finite start for the maximum.
     start = logits_of(row, exists)
     carry = (start, jnp.zeros_like(start), jnp.zeros_like(query))
     highest, total, mixed = cells.loop(math.prod(around.window), attend, carry)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-# Positions, and those of cells that a last program has beyond the end, are int32.
+# Positions are int32, also those beyond the end that the last program computes.
 MOST_ELEMENTS = 2**31 - 2**10
 
 
@@ -40,7 +40,7 @@ def loop(count: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
 
 
 def load(ref: Any, index: tuple[Any, ...], exists: Array) -> Array:
-    """The elements at an index of arrays, 0 where none exists."""
+    """The elements at an index made of arrays; 0 where ``exists`` is false."""
     from jax.experimental.pallas import triton
 
     return triton.load(ref.at[index], mask=exists, other=jnp.zeros((), ref.dtype))
@@ -54,7 +54,7 @@ def load_block(ref: Any, index: tuple[Any, ...], row: Array, exists: Array, colu
 
 
 def store_block(ref: Any, index: tuple[Any, ...], row: Array, exists: Array, value: Array) -> None:
-    """Writes [R, N] to rows [R] of the matrix ``ref[index]``, but for columns that it lacks."""
+    """Writes [R, N] to rows [R] of the matrix ``ref[index]``, except columns beyond its end."""
     from jax.experimental.pallas import triton
 
     column = indices(value.shape[1])[None, :]
@@ -78,11 +78,11 @@ class Neighbourhoods(NamedTuple):
     window: tuple[int, ...]
     padding: str  # as in Rule
 
-    def neighbour(self, cell: Array, place: Array) -> tuple[Array, Array]:
-        """The cells [T] at a place of the window around cells [T], and whether any is there."""
+    def neighbour(self, cell: Array, index: Array) -> tuple[Array, Array]:
+        """The cells [T] at an index of the window around cells [T], and whether any is there."""
         number, position = unravel(cell, self.grid)
         inside = jnp.full(cell.shape, True)
-        _, offset = unravel(place, self.window)
+        _, offset = unravel(index, self.window)
         for i, size, by, window in zip(position, self.grid, offset, self.window, strict=True):
             on_axis, inside_axis = border(i + (by - (window - 1) // 2), size, self.padding)
             number, inside = number * size + on_axis, inside & inside_axis
@@ -90,7 +90,7 @@ class Neighbourhoods(NamedTuple):
 
 
 def border(i: Array, size: int, padding: str) -> tuple[Array, Array]:
-    """Positions on an axis, maybe outside, to (the cells seen there, whether any is)."""
+    """For positions on an axis, maybe outside of it: the cells seen there, and whether any is."""
     inside = (i >= 0) & (i < size)
     if padding == "zeros":
         return jnp.where(inside, i, 0), inside
@@ -109,9 +109,9 @@ def border(i: Array, size: int, padding: str) -> tuple[Array, Array]:
 def call_kernel(
     kernel: Any, operands: Any, outputs: Any, programs: int, name: str, interpret: bool
 ) -> list[Array]:
-    """Runs ``kernel(*operands, *outputs)``, as references, in so many programs.
+    """Runs ``kernel(*operands, *outputs)``, which gets references, in ``programs`` programs.
 
-    ``interpret``: as XLA's operations on any device, for tests.
+    ``interpret``: run it as XLA's operations on any device, for tests.
     """
     from jax.experimental import pallas
     from jax.experimental.pallas import triton
@@ -137,7 +137,7 @@ def missing() -> str | None:
         from jax.experimental.pallas.triton import CompilerParams, load, store  # noqa: F401
     except ImportError:
         return f"jax {jax.__version__} has no Pallas for Triton: pip install triton"
-    # Newer JAX wants to know the GPU that it lowers for: one that is here, or an abstract one.
+    # Newer JAX must know which GPU it lowers for: one of this machine, or an abstract one.
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     try:
         if device.platform == "gpu" if device is not None else jax.devices("gpu"):

@@ -19,9 +19,9 @@ from nca_kernels.call import Operands, StepCall, Weights
 from nca_kernels.fire_mask import threefry_bits, threshold
 from nca_kernels.rule import Rule, activation
 
-MOST_COLUMNS = 512  # of all that a cell keeps: its perception, inputs and update
-MOST_WEIGHTS = 2**13  # of one product: 32 KB, three times that where it is precise
-HELD = 2**13  # floats that a program's cells keep, if they can: 64 registers of each thread
+MOST_COLUMNS = 512  # numbers of a cell: its perception, its inputs and its update
+MOST_WEIGHTS = 2**13  # of one product: 32 KB, and three times that where products are precise
+NUMBERS_OF_A_PROGRAM = 2**13  # of all its cells: 64 registers of each of its 128 threads
 TF32 = lax.DotAlgorithmPreset.TF32_TF32_F32
 TF32_X3 = lax.DotAlgorithmPreset.TF32_TF32_F32_X3
 # Rule.precision on CUDA; elsewhere products are exact.
@@ -40,18 +40,18 @@ class Plan(NamedTuple):
 
 def plan_of(rule: Rule, platform: str, operands: Operands) -> Plan:
     around = cells.Neighbourhoods(operands.grid, operands.kernel, rule.padding)
-    # Operands of bfloat16 are rounded, and need no more.
+    # Operands that are rounded to bfloat16 need no precise products.
     exact = lax.Precision.DEFAULT if rule.precision == "bfloat16" else lax.Precision.HIGHEST
     precision = PRECISIONS.get(rule.precision, exact) if platform == "cuda" else exact
     widths = block_widths(operands)
     hidden = max(map(block, operands.hidden_widths), default=16)
     units = max(16, min(64, hidden, MOST_WEIGHTS // max(widths)))
-    rows = 1 << (HELD // (sum(widths) + units)).bit_length() - 1
+    rows = 1 << (NUMBERS_OF_A_PROGRAM // (sum(widths) + units)).bit_length() - 1
     return Plan(rule, around, precision, max(16, min(64, rows)), units)
 
 
 def block_widths(operands: Operands) -> list[int]:
-    """Columns of what a cell keeps: its update, each part of the perception, its inputs."""
+    """Columns of a cell's update, of each part of its perception, and of its inputs."""
     channels, parts = block(operands.channels), [block(operands.perception_size)]
     if operands.filters and not operands.dense:
         parts = [channels] * operands.filters
@@ -60,7 +60,7 @@ def block_widths(operands: Operands) -> list[int]:
 
 
 def too_wide(operands: Operands) -> str | None:
-    """Why a cell's numbers do not fit a program, or None. All are rounded up to powers of two."""
+    """Why a cell's numbers, rounded up to powers of two, do not fit a program, or None."""
     channels, *parts = widths = block_widths(operands)
     if sum(widths) > MOST_COLUMNS:
         return (
@@ -95,9 +95,9 @@ def forward(
 
 
 def flatten(operands: Operands, rounded: bool) -> Operands:
-    """Axes of the grid, and of the taps' kernel, as one; weights in float32.
+    """Joins the axes of the grid, and those of the taps' kernel, into one; weights as float32.
 
-    ``rounded``: those of products to the nearest TF32, as these would cut off what is more.
+    ``rounded``: round the weights of products to the nearest TF32, since products truncate.
     """
     state, fire, perception, inputs, weights = operands
 
@@ -120,11 +120,11 @@ def flatten(operands: Operands, rounded: bool) -> Operands:
 
 
 def is_alive(rule: Rule, state: Array) -> Array:
-    """Where a cell or one around it is above the threshold: ``[G, B, *S]``."""
+    """Where the pool of the alive channel exceeds the threshold: ``[G, B, *S]``."""
     assert rule.alive is not None
     plane = state[..., rule.alive.channel].astype(jnp.float32)
     window = (1, 1, *(3,) * (plane.ndim - 2))
-    padding = "SAME"  # other borders than circular show a pool no cell that it does not see anyway
+    padding = "SAME"  # but for circular, a border shows the pool only cells that it sees anyway
     if rule.padding == "circular":
         plane = jnp.pad(plane, [(side // 2, side // 2) for side in window], mode="wrap")
         padding = "VALID"
@@ -137,16 +137,16 @@ def is_alive(rule: Rule, state: Array) -> Array:
 
 
 class Program(NamedTuple):
-    """What one program works on and with."""
+    """The operands and the cells of one program."""
 
     operands: Operands  # references to memory, flattened
     plan: Plan
     group: Array
     cell: Array  # numbers of its cells, in C order over samples and grid, [T]
-    exists: Array  # a group's last program has more than there are, [T]
+    exists: Array  # false for those beyond the end that a group's last program has, [T]
 
     def member(self, ref: Any) -> Any:
-        """The index of its group in an operand that groups may share."""
+        """The index of the program's group in an operand, which all groups may share."""
         return self.group if ref.shape[0] > 1 else 0
 
     def rows(self, ref: Any, row: Array, width: int) -> Array:
@@ -154,7 +154,7 @@ class Program(NamedTuple):
         return load_block(ref, (self.member(ref),), row, self.exists, indices(width))
 
     def start(self, bias: Any, column: Array, exists: Array) -> Array:
-        """What a sum starts from: columns [N] of a bias, zeros where there is none: [T, N]."""
+        """The start of a sum: columns [N] of a bias, or zeros where there is none: [T, N]."""
         zeros = jnp.zeros((self.plan.rows, column.size), jnp.float32)
         if bias is None:
             return zeros
@@ -167,20 +167,20 @@ class Program(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Numbers of the perception and the inputs that a block holds."""
+    """Which numbers of the perception and the inputs a block holds."""
 
     number: Array  # of the outputs of taps, and of rows of the first layer, [W]
     exists: Array  # [W]
 
 
-Part = tuple[Columns, Array]  # what the first layer takes of each cell, [T, W]
+Part = tuple[Columns, Array]  # a part of the first layer's input, [T, W]
 
 
 def step_kernel(operands: Operands, new_state: Any, *, plan: Plan) -> None:
     """``new_state = state + step_size * update`` where a cell fires, else ``state``."""
     number_of_cells, channels = operands.state.shape[1], operands.channels
-    group, nth = cells.divide(pallas.program_id(0), -(-number_of_cells // plan.rows))
-    cell = nth * plan.rows + indices(plan.rows)
+    group, block_number = cells.divide(pallas.program_id(0), -(-number_of_cells // plan.rows))
+    cell = block_number * plan.rows + indices(plan.rows)
     program = Program(operands, plan, group, cell, cell < number_of_cells)
     parts = [*perceive(program), *input_part(program)]
     update = layer_outputs(
@@ -205,7 +205,7 @@ def fires(program: Program) -> Array:
 
 
 def perceive(program: Program) -> list[Part]:
-    """The perception after its activation: depthwise a part for each filter, else one."""
+    """The perception after its activation: a part for each depthwise filter, or a single part."""
     operands, rule = program.operands, program.plan.rule
     size, channels, filters = operands.perception_size, operands.channels, operands.filters
     output, channel = indices(block(size)), indices(block(channels))
@@ -221,23 +221,23 @@ def perceive(program: Program) -> list[Part]:
 
 
 def add_taps(sums: list[Array], columns: Sequence[Columns], program: Program) -> list[Array]:
-    """Adds what the cells see through the taps at each place of the kernel to [T, W] each."""
+    """Adds to the sums [T, W] what the cells see through the taps of each neighbour."""
     (state, *_, weights), channels = program.operands, program.operands.channels
     taps, channel = weights.taps, indices(block(channels))
     index = program.member(taps)
 
-    def add_place(place: Array, sums: list[Array]) -> list[Array]:
-        neighbour, inside = program.plan.around.neighbour(program.cell, place)
+    def add_neighbour(position: Array, sums: list[Array]) -> list[Array]:
+        neighbour, inside = program.plan.around.neighbour(program.cell, position)
         seeing = program._replace(exists=program.exists & inside)
         value = seeing.rows(state, neighbour, channel.size)  # [T, C]
         if program.operands.dense:
             (output,) = columns
-            weight = load_block(taps, (index, place), channel, channel < channels, output.number)
+            weight = load_block(taps, (index, position), channel, channel < channels, output.number)
             return [sums[0] + program.dot(value, weight)]
-        rows = [load(taps, (index, place, 0, number), exists) for number, exists in columns]
+        rows = [load(taps, (index, position, 0, number), exists) for number, exists in columns]
         return [total + value * row[None, :] for total, row in zip(sums, rows, strict=True)]
 
-    return cells.loop(taps.shape[1], add_place, sums)
+    return cells.loop(taps.shape[1], add_neighbour, sums)
 
 
 def input_part(program: Program) -> list[Part]:
@@ -255,9 +255,9 @@ def input_part(program: Program) -> list[Part]:
 
 
 def layer_outputs(layer: int, column: Array, parts: Sequence[Part], program: Program) -> Array:
-    """Some outputs [N] of a layer before its activation: [T, N].
+    """The outputs ``column`` [N] of a layer, before its activation: [T, N].
 
-    Those of the layer before it are computed here, some units at a time, and kept nowhere.
+    The units of the layer before it are computed here, a few at a time, and stored nowhere.
     """
     (weight, bias), plan = program.operands.weights.layers[layer], program.plan
     activate = activation(plan.rule, plan.rule.activation)
