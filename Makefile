@@ -70,7 +70,7 @@ FUZZ := $(abspath out/fuzz-cpu.json)
 
 fuzz: $(VENV)/installed-models,test
 	@mkdir -p $(dir $(FUZZ))
-	$(QUICK) $(BIN)/python -m nca_kernels.testing.fuzz cpu --cases 10000 --json $(FUZZ)
+	$(QUICK) $(BIN)/python -m tests.tools.fuzz cpu --cases 10000 --json $(FUZZ)
 
 SANITIZED := $(abspath $(VENV))/sanitized
 $(SANITIZED)/libnca_cpu.so: $(VENV)/installed-models,test $(CPU_SOURCES)

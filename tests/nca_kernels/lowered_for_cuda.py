@@ -2,7 +2,7 @@
 
 Run as a program of its own: Triton compiles, which a process that interprets cannot. Prints JSON:
 targets and API versions of the module's custom calls, by kernel whether its code is that of
-``nca_kernels.testing.triton_aot`` and what an older ptxas has against it, how many kernels were
+``tests.tools.triton_aot`` and what an older ptxas has against it, how many kernels were
 compiled for each of two grid sizes, and the grids that a vmap of 70,000 members is launched on.
 """
 
@@ -25,7 +25,8 @@ from jaxlib import gpu_triton
 import nca_kernels as nk
 from nca_kernels.backends.triton import assembler, launch
 from nca_kernels.backends.triton.launch import compile_kernel
-from nca_kernels.testing import BENCHMARKS, triton_aot
+from nca_kernels.testing import BENCHMARKS
+from tests.tools import triton_aot
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 CUSTOM_CALL = re.compile(r'custom_call_target="(\w+)".*?api_version=(\w+)')

@@ -13,7 +13,6 @@ from nca_kernels.testing import (
     CONFORMANCE,
     TRANSFORMATION_CHECKS,
     Case,
-    pallas_host,
 )
 from nca_kernels.testing.conformance import (
     check_a_draw_equal_to_the_fire_rate,
@@ -22,6 +21,7 @@ from nca_kernels.testing.conformance import (
     check_nan_is_not_hidden,
     check_values_and_gradients,
 )
+from tests.tools import pallas_host
 
 INTERPRETED = pallas_host.NAME
 pytestmark = pytest.mark.usefixtures("quick_to_compile")

@@ -14,17 +14,14 @@ pytest.importorskip("triton", reason="Triton is not installed (it is for Linux o
 
 import nca_kernels as nk
 from nca_kernels import dispatch
-from nca_kernels.backends import COMMON
 from nca_kernels.backends.triton.engine import ENGINE
 from nca_kernels.backends.triton.launch import missing
-from nca_kernels.backends.triton.step_calls import backward, forward
 from nca_kernels.testing import (
     ATTENTION,
     ATTENTION_CHECKS,
     CONFORMANCE,
     TRANSFORMATION_CHECKS,
     covered_cases,
-    triton_host,
 )
 from nca_kernels.testing.compare import assert_close
 from nca_kernels.testing.conformance import (
@@ -34,8 +31,9 @@ from nca_kernels.testing.conformance import (
     check_nan_is_not_hidden,
     check_values_and_gradients,
 )
-from nca_kernels.testing.races import Accesses
 from nca_kernels.tuning import Launch
+from tests.tools import triton_host
+from tests.tools.races import Accesses
 
 triton_host.register()
 BACKEND = triton_host.NAME
@@ -81,15 +79,6 @@ def test_what_is_not_a_number_is_not_hidden(activation):
 
 def test_a_draw_equal_to_the_fire_rate():
     check_a_draw_equal_to_the_fire_rate(BACKEND, BY_NAME["line"])
-
-
-def _engine():
-    return dispatch._registry[BACKEND].load("step")[0].args[0]
-
-
-def _register(name, summary, engine):
-    both = (partial(forward, engine), partial(backward, engine))
-    dispatch.register(dispatch.Backend(name, summary, lambda op: both, covers=COMMON))
 
 
 @pytest.mark.parametrize("name", ["dense", "three_hidden", "inputs_per_cell", "plane_batch_1"])
@@ -162,7 +151,7 @@ def test_constant_taps_are_compiled_in(monkeypatch):
         seen.append(g["constant_taps"])
         return triton_host.launch(kernel, inputs, outputs, grid, g, how, aliases)
 
-    _register("triton_seen", "records constants", replace(_engine(), launch=launch))
+    triton_host.register("triton_seen", "records constants", launch=launch)
 
     def constant(run):
         seen.clear()
@@ -196,7 +185,7 @@ def test_constant_taps_are_compiled_in(monkeypatch):
 def test_gradients_of_many_programs():
     """Gradients of the weights are added up over more programs than fit one turn of the loop."""
     launch = Launch(tile=(1, 1, 16), rows=16, block_h=16, programs=40)
-    _register("triton_many", "some share the tiles", replace(_engine(), fixed=lambda call: launch))
+    triton_host.register("triton_many", "some share the tiles", fixed=lambda call: launch)
     check_values_and_gradients("triton_many", replace(BY_NAME["mostly_dead"], living=1.0), calls=1)
 
 
@@ -206,7 +195,7 @@ def test_indices_beyond_32_bits():
     def launch(kernel, inputs, outputs, grid, g, how, aliases=None):
         return triton_host.launch(kernel, inputs, outputs, grid, {**g, "wide": True}, how, aliases)
 
-    _register("triton_wide", "64-bit indices", replace(_engine(), launch=launch))
+    triton_host.register("triton_wide", "64-bit indices", launch=launch)
     check_values_and_gradients("triton_wide", BY_NAME["plane"], calls=1)
 
 

@@ -26,8 +26,8 @@ from nca_kernels.backends.triton import launch
 from nca_kernels.backends.triton.constants import Constants
 from nca_kernels.backends.triton.geometry import SIZES
 from nca_kernels.testing.cases import AttentionCase, Case
-from nca_kernels.testing.issue_slots import warp_instructions_a_cell
 from nca_kernels.tuning import Launch
+from tests.tools.issue_slots import warp_instructions_a_cell
 
 TARGETS: dict[str, tuple[str, Any, int]] = {
     "sm_80": ("cuda", 80, 32),

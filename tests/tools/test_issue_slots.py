@@ -2,8 +2,8 @@
 
 import pytest
 
-from nca_kernels.testing.issue_slots import warp_instructions_a_cell
 from nca_kernels.tuning import Launch
+from tests.tools.issue_slots import warp_instructions_a_cell
 
 CODE = """
         /*0000*/                   S2R R0, SR_TID.X ;

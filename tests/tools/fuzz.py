@@ -1,9 +1,9 @@
 """Random shapes, rules and arguments against the oracle, values and gradients: a seed a case.
 
-``python -m nca_kernels.testing.fuzz cpu --cases 10000 --json results.json`` shows progress, can be
+``python -m tests.tools.fuzz cpu --cases 10000 --json results.json`` shows progress, can be
 interrupted, and goes on where it stopped; a failure names its seed. A GPU's kernels without one:
-``TRITON_INTERPRET=1 python -m nca_kernels.testing.fuzz triton_interpreted``, and
-``python -m nca_kernels.testing.fuzz pallas_interpreted``.
+``TRITON_INTERPRET=1 python -m tests.tools.fuzz triton_interpreted``, and
+``python -m tests.tools.fuzz pallas_interpreted``.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from nca_kernels import dispatch
 from nca_kernels.dispatch import Covers
 from nca_kernels.files import write_json
 from nca_kernels.rule import Alive, Rule
-from nca_kernels.testing import pallas_host, triton_host
 from nca_kernels.testing.cases import Arguments, Case
 from nca_kernels.testing.compare import assert_close, tolerance
 from nca_kernels.testing.conformance import ORACLE, cotangent_of
+from tests.tools import pallas_host, triton_host
 
 DRAWS = 4  # of arguments for each shape and rule
 
@@ -149,7 +149,7 @@ def _far_from_threshold(case: Case, args: Arguments, free: Any) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs seeds one after another and writes what was found; exit code 1 if any fails."""
-    parser = argparse.ArgumentParser(prog="python -m nca_kernels.testing.fuzz", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.tools.fuzz", description=__doc__)
     parser.add_argument("backend")
     parser.add_argument("--cases", type=int, default=200, help="how many seeds (default 200)")
     parser.add_argument("--first", type=int, default=0, help="the first seed (default 0)")

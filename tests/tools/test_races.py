@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from nca_kernels.testing.races import Accesses, Extent, Race
+from tests.tools.races import Accesses, Extent, Race
 
 THREADS = 4
 FIRST = 1024

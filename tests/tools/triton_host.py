@@ -32,8 +32,8 @@ from nca_kernels.backends import COMMON
 from nca_kernels.backends.triton.configuration import product_precision, too_wide_for_tiles
 from nca_kernels.backends.triton.geometry import SIZES
 from nca_kernels.backends.triton.launch import size_names
-from nca_kernels.testing.races import Accesses, Extent, function_in
 from nca_kernels.tuning import Launch
+from tests.tools.races import Accesses, Extent, function_in
 
 INTERPRET = "TRITON_INTERPRET"
 NAME = "triton_interpreted"
@@ -41,13 +41,22 @@ KERNELS = "backends/triton"  # files that hold them
 CALLBACK = "xla_ffi_python_cpu_callback"  # what a lowered launch shows
 
 
-def register() -> None:
-    """Adds the backend ``triton_interpreted``, for tests; see ``nca_kernels.dispatch``."""
+def register(
+    name: str = NAME,
+    summary: str = "the Triton kernels in Triton's interpreter",
+    **changes: Any,
+) -> None:
+    """Adds the backend ``triton_interpreted`` to those of ``nca_kernels.dispatch``.
+
+    Args:
+        name, summary: of another backend that is added in its place.
+        changes: fields of that backend's ``configuration.Engine``.
+    """
     dispatch.register(
         dispatch.Backend(
-            name=NAME,
-            summary="the Triton kernels in Triton's interpreter",
-            load=_load,
+            name=name,
+            summary=summary,
+            load=partial(_load, changes),
             platforms=("cpu",),
             missing=missing,
             covers=replace(COMMON, width=too_wide_for_tiles),
@@ -62,11 +71,12 @@ def missing() -> str | None:
     return None
 
 
-def _load(op: str) -> Any:
+def _load(changes: dict[str, Any], op: str) -> Any:
     from nca_kernels.backends import triton
 
     # Each op is (partial(forward, engine), partial(backward, engine)).
-    engine = replace(triton.ENGINE, launch=launch, fixed=small_tiles, precision=nvidias)
+    interpreted: dict[str, Any] = {"launch": launch, "fixed": small_tiles, "precision": nvidias}
+    engine = replace(triton.ENGINE, **interpreted | changes)
     return tuple(partial(kernel.func, engine) for kernel in getattr(triton, op))
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from nca_kernels import dispatch
 from nca_kernels.backends.cpu import library
-from nca_kernels.testing import fuzz
+from tests.tools import fuzz
 
 ROOT = Path(__file__).parents[2]
 # A case is compiled once and run once: the compiler's time is all the time.
@@ -19,7 +19,7 @@ QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cp
 
 def run(*args):
     return subprocess.run(
-        [sys.executable, "-m", "nca_kernels.testing.fuzz", *args],
+        [sys.executable, "-m", "tests.tools.fuzz", *args],
         capture_output=True,
         text=True,
         env=os.environ | QUICK,

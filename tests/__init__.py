@@ -1,0 +1,1 @@
+"""Tests of the packages; see CONTRIBUTING.md."""
