@@ -1,1 +1,5 @@
-"""Tests of the packages; see CONTRIBUTING.md."""
+"""Tests; the folders are those of what is tested. See CONTRIBUTING.md."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]  # of the repository

@@ -1,13 +1,13 @@
-"""The shape of nca_models, read from its source: imports, names of systems, functions."""
+"""The layers of nca_models, read from its source: imports, and names of systems."""
 
 import ast
 import re
 from graphlib import CycleError, TopologicalSorter
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests import ROOT
+
 FILES = sorted((ROOT / "nca_models").rglob("*.py"))
 
 

@@ -4,15 +4,14 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from nca_kernels import dispatch
 from nca_kernels.backends.cpu import library
+from tests import ROOT
 from tests.tools import fuzz
 
-ROOT = Path(__file__).parents[2]
 # A case is compiled once and run once: the compiler's time is all the time.
 QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
 

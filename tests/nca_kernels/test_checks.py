@@ -269,38 +269,3 @@ def test_forward_mode_says_to_use_reverse_mode(op):
         with pytest.raises(TypeError, match=rf"{op} has .* use "):
             transform(x)
     jax.jvp(partial(call, backend="reference"), (x,), (x,))
-
-
-def test_environment_names_the_backend(monkeypatch):
-    monkeypatch.setenv("NCA_BACKEND", "nonsense")
-    with pytest.raises(
-        ValueError, match="variable NCA_BACKEND must be one of auto, triton, pallas"
-    ):
-        step()
-    monkeypatch.setenv("NCA_BACKEND", "reference")
-    assert [b.name for b in nk.backends() if b.auto] == ["reference"]
-    assert "stablehlo.convolution" in jax.jit(step).lower().as_text()
-
-
-def test_a_named_backend_never_falls_back(monkeypatch):
-    from nca_kernels import dispatch
-
-    wanting = {
-        "elsewhere": dispatch.Backend("elsewhere", "", None, platforms=("tpu",)),
-        "missing": dispatch.Backend("missing", "", None, missing=lambda: "no tool; install it"),
-        "unable": dispatch.Backend("unable", "", None, covers=dispatch.Covers({"alive": (None,)})),
-    }
-    for backend in wanting.values():
-        monkeypatch.setitem(dispatch._registry, backend.name, backend)
-    words = {
-        "elsewhere": "runs on tpu, and this is cpu",
-        "missing": "install it",
-        "unable": "does Rule.alive None only, got 'Alive'",
-    }
-    for name, reason in words.items():
-        with pytest.raises(nk.BackendUnavailable, match=reason):
-            step(backend=name)
-    rows = {b.name: b for b in nk.backends()}
-    assert not rows["missing"].available
-    assert "install it" in rows["missing"].reason
-    assert [r.auto for r in rows.values()].count(True) == 1

@@ -1,14 +1,14 @@
-"""The import rules of the design, read from the source."""
+"""The rules of docs/architecture.md, read from the source: imports."""
 
 import ast
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests import ROOT
+
 CORE = {f"nca_kernels.{name}" for name in ("rule", "perception", "fire_mask", "call")}
 TOOLS = {"nca_kernels.tuning", "nca_kernels.files"}  # which backends may use, too
 

@@ -1,7 +1,6 @@
 """The Triton kernels in Triton's interpreter, through the same cases as every backend."""
 
 from dataclasses import replace
-from functools import partial
 from importlib.metadata import version
 
 import jax
@@ -17,74 +16,52 @@ from nca_kernels import dispatch
 from nca_kernels.backends.triton.engine import ENGINE
 from nca_kernels.backends.triton.launch import missing
 from nca_kernels.testing import (
-    ATTENTION,
-    ATTENTION_CHECKS,
     CONFORMANCE,
     TRANSFORMATION_CHECKS,
-    covered_cases,
 )
 from nca_kernels.testing.compare import assert_close
-from nca_kernels.testing.conformance import (
-    check_a_draw_equal_to_the_fire_rate,
-    check_fate_hangs_on_dead_neighbours,
-    check_mask,
-    check_nan_is_not_hidden,
-    check_values_and_gradients,
-)
+from nca_kernels.testing.conformance import check_values_and_gradients
 from nca_kernels.tuning import Launch
+from tests.nca_kernels.backends.suite import CASES, AttentionSuite, StepSuite, pairs
 from tests.tools import triton_host
 from tests.tools.races import Accesses
 
 triton_host.register()
 BACKEND = triton_host.NAME
-BY_NAME = {case.name: case for case in CONFORMANCE}
-ATTENTION_BY_NAME = {case.name: case for case in ATTENTION}
 
 
-# All with the version of the machine with the H200; elsewhere a third, as the interpreter is slow.
-CASES = list(CONFORMANCE if version("triton").startswith("3.6.") else CONFORMANCE[::3])
-# Of many blocks, some: there are as many hidden units, and several tiles a program.
-CASES = [replace(c, grid=(24, 20)) if c.name == "many_blocks" else c for c in CASES]
+# The interpreter is slow: all cases with one of the versions that CI has, a third with others.
+CASES_RUN = CONFORMANCE if version("triton").startswith("3.6.") else CONFORMANCE[::3]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_values_and_gradients(case):
-    check_values_and_gradients(BACKEND, case, calls=1)
+def smaller(case):
+    """The case of many blocks on a smaller grid: as many hidden units, several tiles a program."""
+    return replace(case, grid=(24, 20)) if case.name == "many_blocks" else case
 
 
-@pytest.mark.parametrize("case", covered_cases(dispatch.covers(BACKEND)), ids=str)
-def test_each_value_that_is_covered(case):
-    check_values_and_gradients(BACKEND, case, calls=1)
+class TestStep(StepSuite):
+    backend = BACKEND
+    cases = tuple(smaller(case) for case in CASES_RUN)
+    calls = 1
+    masks = ("line", "plane_batch_2x3", "rarely_fires", "volume")
+    # The interpreter is called through the host, and such calls cannot be exported.
+    transformations = (
+        *pairs(TRANSFORMATION_CHECKS, ("line",), without=("export",)),
+        *pairs(("update", "gradients_under_vmap"), ("inputs_per_sample",)),
+    )
 
 
-def test_the_same_bits_twice():
-    check_values_and_gradients(BACKEND, BY_NAME["plane_replicate"], calls=2)
-
-
-@pytest.mark.parametrize("name", ["line", "plane_batch_2x3", "rarely_fires", "volume"])
-def test_mask(name):
-    check_mask(BACKEND, BY_NAME[name])
-
-
-def test_a_mask_drawn_by_jax():
-    """Another generator's bits are not the kernel's: it takes the mask as it is."""
-    run = partial(nk.step, *_arguments()[:3], jax.random.key(3, impl="rbg"))
-    assert_close(run(backend=BACKEND), run(backend="reference"), 1e-5, "state")
-
-
-@pytest.mark.parametrize("activation", dispatch.covers(BACKEND).rule["activation"])
-def test_what_is_not_a_number_is_not_hidden(activation):
-    check_nan_is_not_hidden(BACKEND, BY_NAME["line"], activation)
-
-
-def test_a_draw_equal_to_the_fire_rate():
-    check_a_draw_equal_to_the_fire_rate(BACKEND, BY_NAME["line"])
+class TestAttention(AttentionSuite):
+    backend = BACKEND
+    transformations = tuple(
+        (check, case) for check, case in AttentionSuite.transformations if check != "export"
+    )
 
 
 @pytest.mark.parametrize("name", ["dense", "three_hidden", "inputs_per_cell", "plane_batch_1"])
 def test_products_of_tensorfloat32(name):
     """They cut off bits of their operands: where those are not rounded before, errors add up."""
-    case = BY_NAME[name]
+    case = CASES[name]
     case = replace(case, rule=replace(case.rule, precision="tensorfloat32"))
     check_values_and_gradients(BACKEND, case, calls=1)
 
@@ -102,15 +79,15 @@ def test_products_of_tensorfloat32(name):
 )
 def test_what_shared_memory_does_not_hold_is_told(arch, precision, changes, told, monkeypatch):
     monkeypatch.setenv("NCA_CUDA_ARCH", str(arch))
-    rule = replace(BY_NAME["plane"].rule, precision=precision)
+    rule = replace(CASES["plane"].rule, precision=precision)
     changes = {**changes, "rule": rule}
     with pytest.raises(dispatch.BackendUnavailable, match=told):
-        check_values_and_gradients(BACKEND, replace(BY_NAME["plane"], **changes), calls=1)
+        check_values_and_gradients(BACKEND, replace(CASES["plane"], **changes), calls=1)
 
 
 def test_hidden_layers_of_several_blocks_of_rows():
     """Each block's go where those of the one before were, forward and backward."""
-    case = BY_NAME["two_hidden"]
+    case = CASES["two_hidden"]
     case = replace(case, grid=(40,), rule=replace(case.rule, fire_rate=1.0, alive=None))
     check_values_and_gradients(BACKEND, case, calls=1)
 
@@ -119,7 +96,7 @@ def test_races_are_found(monkeypatch):
     """As if the kernels had no barriers."""
     monkeypatch.setattr(Accesses, "barrier", lambda self: None)
     with pytest.raises(jax.errors.JaxRuntimeError, match="another thread"):
-        check_values_and_gradients(BACKEND, BY_NAME["line"], calls=1)
+        check_values_and_gradients(BACKEND, CASES["line"], calls=1)
 
 
 @pytest.mark.parametrize(("arch", "precision"), [("75", "ieee"), ("80", "tf32"), ("90", "tf32")])
@@ -132,7 +109,7 @@ def test_tensorfloat32_where_there_is_one(arch, precision, monkeypatch):
 @pytest.mark.parametrize(("precision", "error"), [("tensorfloat32", 1e-6), ("bfloat16", 1e-5)])
 def test_a_bias_is_not_rounded(precision, error):
     """Side by side with the filters, it goes through the products: in two numbers."""
-    case = BY_NAME["no_hidden"]
+    case = CASES["no_hidden"]
     rule = replace(case.rule, precision=precision, alive=None, fire_rate=1.0)
     params, state, key, _ = case.arguments()
     ((weight, bias),) = params.layers
@@ -143,7 +120,7 @@ def test_a_bias_is_not_rounded(precision, error):
 
 def test_constant_taps_are_compiled_in(monkeypatch):
     """Wherever they come from a NumPy array, and not where they may be trained."""
-    case = BY_NAME["constant_taps_line"]
+    case = CASES["constant_taps_line"]
     params, state, key, _ = case.arguments()
     seen = []
 
@@ -186,7 +163,7 @@ def test_gradients_of_many_programs():
     """Gradients of the weights are added up over more programs than fit one turn of the loop."""
     launch = Launch(tile=(1, 1, 16), rows=16, block_h=16, programs=40)
     triton_host.register("triton_many", "some share the tiles", fixed=lambda call: launch)
-    check_values_and_gradients("triton_many", replace(BY_NAME["mostly_dead"], living=1.0), calls=1)
+    check_values_and_gradients("triton_many", replace(CASES["mostly_dead"], living=1.0), calls=1)
 
 
 def test_indices_beyond_32_bits():
@@ -196,7 +173,7 @@ def test_indices_beyond_32_bits():
         return triton_host.launch(kernel, inputs, outputs, grid, {**g, "wide": True}, how, aliases)
 
     triton_host.register("triton_wide", "64-bit indices", launch=launch)
-    check_values_and_gradients("triton_wide", BY_NAME["plane"], calls=1)
+    check_values_and_gradients("triton_wide", CASES["plane"], calls=1)
 
 
 def test_says_what_is_missing(monkeypatch):
@@ -209,31 +186,6 @@ def test_says_what_is_missing(monkeypatch):
 
 
 def _arguments():
-    case = BY_NAME["line"]
+    case = CASES["line"]
     args = case.arguments()
     return case.rule, args.params, args.state, args.key
-
-
-def test_fate_hangs_on_dead_neighbours():
-    check_fate_hangs_on_dead_neighbours(BACKEND)
-
-
-# Callbacks to the host, which the interpreter is called through, cannot be exported.
-@pytest.mark.parametrize("check", sorted(set(TRANSFORMATION_CHECKS) - {"export"}))
-def test_transformations(check):
-    TRANSFORMATION_CHECKS[check](BACKEND, BY_NAME["line"])
-
-
-@pytest.mark.parametrize("check", ["update", "gradients_under_vmap"])
-def test_transformations_with_inputs(check):
-    TRANSFORMATION_CHECKS[check](BACKEND, BY_NAME["inputs_per_sample"])
-
-
-@pytest.mark.parametrize("case", ATTENTION, ids=str)
-def test_attention(case):
-    ATTENTION_CHECKS["values_and_gradients"](BACKEND, case)
-
-
-@pytest.mark.parametrize("check", sorted(set(ATTENTION_CHECKS) - {"export"}))
-def test_attention_transformations(check):
-    ATTENTION_CHECKS[check](BACKEND, ATTENTION_BY_NAME["plane"])

@@ -23,7 +23,7 @@ import nca_kernels as nk
 from nca_kernels.testing import assert_close, error_ratio
 from nca_models.compat import cax_calls
 from nca_models.compat.cax import MooreAttentionPerceive, accelerate, explain
-from tests.nca_models.cax_systems import (
+from tests.nca_models.compat.cax_systems import (
     EXAMPLES,
     OLD_API,
     Attention,

@@ -12,11 +12,11 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from test_systems import TINY, make, needs
 
 from nca_models import cli, systems
 from nca_models.run_folder import RunError
 from nca_models.training import logging, split, trainer
+from tests.nca_models.systems.test_systems import TINY, make, needs
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 MESHES = {

@@ -14,8 +14,8 @@ from benchmarks.gpu import runner
 from benchmarks.gpu.items import Asked, Refused
 from benchmarks.gpu.results import LOG, Results
 from benchmarks.gpu.runner import Course, Machinery, Stage
+from tests import ROOT
 
-ROOT = Path(__file__).parents[2]
 CHILD = """
 import os, sys, time
 from benchmarks.gpu.child import serve

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import ROOT
+
 pytest.importorskip("triton", reason="Triton is not installed (it is for Linux only)")
 
 from jaxlib import gpu_triton
@@ -22,7 +24,6 @@ from nca_kernels.backends.triton.device import ARCHITECTURE
 if not hasattr(gpu_triton, "TritonKernelCall"):
     pytest.skip("JAX has no GPU plugin to lower for", allow_module_level=True)
 
-ROOT = Path(__file__).parents[2]
 ITEM = "step triton"  # forward and backward, of five kernels
 LOWERED = f"""
 import json, sys

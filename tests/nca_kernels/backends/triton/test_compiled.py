@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from tests import ROOT
+
 pytest.importorskip("triton", reason="Triton is not installed (it is for Linux only)")
 
 from nca_kernels.tuning import VARIANTS
 
-ROOT = Path(__file__).parents[2]
 SHARED = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KB
 TENSOR = {"sm_80": "HMMA", "sm_89": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
 TENSOR["gfx942"] = "v_mfma"

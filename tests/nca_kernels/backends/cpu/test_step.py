@@ -16,32 +16,26 @@ import jaxlib
 import numpy as np
 import pytest
 
-import nca_kernels as nk
-from nca_kernels import dispatch
 from nca_kernels.backends.cpu import library
-from nca_kernels.testing import CONFORMANCE, TRANSFORMATION_CHECKS, conformance, covered_cases
-from nca_kernels.testing.compare import assert_close, assert_same_bits, error_ratio
+from nca_kernels.testing import CONFORMANCE, conformance
+from nca_kernels.testing.compare import assert_same_bits, error_ratio
+from tests import ROOT
+from tests.nca_kernels.backends.suite import CASES, StepSuite, pairs
 
-ROOT = Path(__file__).parents[2]
-BY_NAME = {case.name: case for case in CONFORMANCE}
 SETS = () if library.missing() else library.instruction_sets()
 pytestmark = pytest.mark.skipif(not SETS, reason=f"no native kernels: {library.missing()}")
 
 
-@pytest.fixture(params=SETS)
-def instruction_set(request):
-    with library.using(request.param):
-        yield request.param
+class TestStep(StepSuite):
+    backend = "cpu"
+    transformations = StepSuite.transformations + pairs(
+        ["wanted_gradients_only"], ("inputs_per_cell", "dense_replicate", "perception_bias")
+    )
 
-
-@pytest.mark.parametrize("case", CONFORMANCE, ids=str)
-def test_values_and_gradients(case):
-    conformance.check_values_and_gradients("cpu", case)
-
-
-@pytest.mark.parametrize("case", covered_cases(dispatch.covers("cpu")), ids=str)
-def test_each_value_that_is_covered(case):
-    conformance.check_values_and_gradients("cpu", case)
+    @pytest.fixture(params=SETS)
+    def kernels(self, request):
+        with library.using(request.param):
+            yield
 
 
 def test_unknown_names_are_refused(monkeypatch):
@@ -53,7 +47,7 @@ def test_unknown_names_are_refused(monkeypatch):
     )
     jax.clear_caches()
     with pytest.raises(jax.errors.JaxRuntimeError, match="know no Activation named softplus"):
-        conformance.check_values_and_gradients("cpu", BY_NAME["line"])
+        conformance.check_values_and_gradients("cpu", CASES["line"])
 
 
 # By themselves, cases as small as these hardly run in tile registers: here all of them do.
@@ -70,53 +64,8 @@ def test_values_and_gradients_of_instruction_sets(name, case):
         conformance.check_values_and_gradients("cpu", case)
 
 
-@pytest.mark.parametrize("case", ["line", "one_cell", "plane_batch_2x3", "rarely_fires", "volume"])
-def test_mask(instruction_set, case):
-    conformance.check_mask("cpu", BY_NAME[case])
-
-
-def test_fate_hangs_on_dead_neighbours(instruction_set):
-    conformance.check_fate_hangs_on_dead_neighbours("cpu")
-
-
-@pytest.mark.parametrize("case", ["plane", "inputs_per_sample"])
-@pytest.mark.parametrize("check", TRANSFORMATION_CHECKS)
-def test_transformations(check, case):
-    TRANSFORMATION_CHECKS[check]("cpu", BY_NAME[case])
-
-
-@pytest.mark.parametrize("case", ["inputs_per_cell", "dense_replicate", "perception_bias"])
-def test_only_the_wanted_gradients(case):
-    """Each gradient alone is the same as all together."""
-    case = BY_NAME[case]
-    params, state, key, inputs = case.arguments()
-
-    def loss(backend, operands):
-        params, state, inputs = operands
-        out = nk.step(case.rule, params, state, key, inputs, backend=backend)
-        return jnp.sum(conformance.cotangent_of(out) * out)
-
-    leaves, tree = jax.tree.flatten((params, state, inputs))
-    expected = jax.tree.leaves(jax.grad(partial(loss, "reference"))((params, state, inputs)))
-    for i, leaf in enumerate(leaves):
-
-        def alone(leaf, i=i):
-            return loss("cpu", jax.tree.unflatten(tree, [*leaves[:i], leaf, *leaves[i + 1 :]]))
-
-        assert_close(jax.jit(jax.grad(alone))(leaf), expected[i], 1e-5, f"gradient {i} alone ")
-
-
-def test_a_mask_that_is_given():
-    """Bits of another generator than threefry are drawn by JAX and handed over."""
-    case = BY_NAME["plane"]
-    params, state, _, _ = case.arguments()
-    key = jax.random.key(3, impl="rbg")
-    run = partial(nk.step, case.rule, params, state, key)
-    assert_close(run(backend="cpu"), run(backend="reference"), 1e-5, "state")
-
-
 def test_several_python_threads_at_once():
-    cases = [BY_NAME[name] for name in ("plane", "volume", "growing", "many_blocks")] * 3
+    cases = [CASES[name] for name in ("plane", "volume", "growing", "many_blocks")] * 3
     run = partial(conformance.value_and_gradients, "cpu")
     with ThreadPoolExecutor(len(cases)) as pool:
         together = list(pool.map(lambda case: run(case, case.arguments(), calls=4), cases))
@@ -152,9 +101,10 @@ def test_the_same_bits_for_any_number_of_threads():
     assert runs[0].stdout == runs[1].stdout
 
 
-WIDE = replace(BY_NAME["plane"], name="wide", channels=24, hidden=(100, 40))
+WIDE = replace(CASES["plane"], name="wide", channels=24, hidden=(100, 40))
 
 
+@pytest.mark.parametrize("instruction_set", SETS)
 def test_float32_means_float32(instruction_set):
     """Errors against float64 are those of XLA's float32, not of a few bits less."""
     args = WIDE.arguments()
@@ -169,14 +119,16 @@ def test_float32_means_float32(instruction_set):
             for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
         ]
 
-    for own, xla in zip(errors("cpu"), errors("reference"), strict=True):
-        assert own <= 2 * xla + 1e-8, (own, xla)
+    with library.using(instruction_set):
+        native = errors("cpu")
+    for ours, plain in zip(native, errors("reference"), strict=True):
+        assert ours <= 2 * plain + 1e-8, (ours, plain)
 
 
 @pytest.mark.skipif("amx" not in SETS, reason="this processor has no tile registers (AMX)")
 def test_tile_registers_by_themselves():
     """Where products are large enough, and there only; by their bits, which differ a little."""
-    for case, expected in ((BY_NAME["growing"], "amx"), (BY_NAME["plane"], SETS[1])):
+    for case, expected in ((CASES["growing"], "amx"), (CASES["plane"], SETS[1])):
         run = partial(conformance.value_and_gradients, "cpu", case, case.arguments(), 1)
         by_itself = jax.block_until_ready(run())
         with library.using(expected):
@@ -228,14 +180,6 @@ def test_tile_products_without_tile_registers(tmp_path):
     assert run.stdout.count("\n") == len(CONFORMANCE[::2]), run.stdout + run.stderr
 
 
-def test_float64_says_what_to_do():
-    case = BY_NAME["plane"]
-    with jax.enable_x64(True):
-        params, state, key, _ = case.arguments()
-        with pytest.raises(nk.BackendUnavailable, match="float32 or bfloat16"):
-            nk.step(case.rule, params, state.astype("float64"), key, backend="cpu")
-
-
 def test_an_unknown_instruction_set():
     expected = r"must be one of .*portable here, got 'sse9'"
     with pytest.raises(ValueError, match=expected), library.using("sse9"):
@@ -265,12 +209,3 @@ def test_without_the_library():
         [sys.executable, "-c", WITHOUT], capture_output=True, text=True, env=env, cwd=ROOT
     )
     assert run.stdout.count("install GCC or Clang") == 2, run.stdout + run.stderr
-
-
-@pytest.mark.parametrize("activation", dispatch.covers("cpu").rule["activation"])
-def test_what_is_not_a_number_is_not_hidden(activation, instruction_set):
-    conformance.check_nan_is_not_hidden("cpu", BY_NAME["always_fires_no_alive"], activation)
-
-
-def test_a_draw_equal_to_the_fire_rate(instruction_set):
-    conformance.check_a_draw_equal_to_the_fire_rate("cpu", BY_NAME["line"])

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import jax
 import pytest
@@ -19,8 +18,8 @@ from benchmarks.gpu.results import LOG, Results
 from nca_kernels.dispatch import BackendUnavailable
 from nca_kernels.testing.compare import assert_close
 from nca_kernels.tuning import FIELDS, Launch
+from tests import ROOT
 
-ROOT = Path(__file__).parents[2]
 PROFILE = """
 planes {
   name: "/device:GPU:0"

@@ -11,7 +11,14 @@ from jax.test_util import check_grads
 import nca_kernels as nk
 from nca_kernels import dispatch
 from nca_kernels.perception import border_index
-from nca_kernels.testing import CONFORMANCE, covered_cases, error_ratio
+from nca_kernels.testing import (
+    CONFORMANCE,
+    TRANSFORMATION_CHECKS,
+    conformance,
+    covered_cases,
+    error_ratio,
+)
+from tests.nca_kernels.backends.suite import CASES, StepSuite
 
 ACTIVATIONS = {
     "relu": lambda x: np.maximum(x, 0),
@@ -142,7 +149,7 @@ DIFFERENTIATED = ["plane", "dense_replicate", "perception_bias", "inputs_per_cel
 @pytest.mark.parametrize("name", DIFFERENTIATED)
 def test_gradients_against_finite_differences(backend, name):
     """In float64, away from the kinks: smooth activations, and no cell near the threshold."""
-    case = next(c for c in CONFORMANCE if c.name == name)
+    case = CASES[name]
     with jax.enable_x64(True):
         params, state, key, inputs = jax.tree.map(
             lambda a: a.astype("float64") if jnp.issubdtype(a.dtype, jnp.floating) else a,
@@ -161,3 +168,13 @@ def test_gradients_against_finite_differences(backend, name):
 
         assert run(params, state, inputs).dtype == jnp.float64
         check_grads(run, (params, state, inputs), order=1, modes=["rev"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", StepSuite.masks)
+def test_mask(name):
+    conformance.check_mask("reference", CASES[name])
+
+
+@pytest.mark.parametrize("check", ["rollout", "no_retrace", "kernel_ran", "export", "shard_map"])
+def test_transformations(check):
+    TRANSFORMATION_CHECKS[check]("reference", CASES["plane"])
