@@ -194,15 +194,26 @@ class _Operand:
 @cache
 def _correct_interpreter() -> None:
     """Once a process: see the head of this file."""
-    import triton.language as tl
-    from triton._C.libtriton import ir
     from triton.runtime import interpreter
 
-    from nca_kernels.backends.triton import mlp
+    _correct_products(interpreter)
+    _correct_casts(interpreter)
+    _add_inline_assembly(interpreter)
+    _let_tensors_be_lengths_of_loops(interpreter)
+    _note_accesses(interpreter)
+    _patch_language_once(interpreter)
+    # As kernels are compiled: without checks of integers for overflow.
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=False)
+
+
+def _correct_products(interpreter: Any) -> None:
+    """Of bfloat16, which the interpreter keeps as integers, and of TF32, which it takes in full."""
+    import triton.language as tl
+    from triton._C.libtriton import ir
 
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
-    create_dot, cast = builder.create_dot, builder.cast_impl
-    patch_tensor = interpreter._patch_lang_tensor
+    create_dot = builder.create_dot
 
     def widened(value: Any) -> Any:
         if value.dtype.scalar != tl.bfloat16:
@@ -221,12 +232,15 @@ def _correct_interpreter() -> None:
             a, b = cut_off(a), cut_off(b)
         return create_dot(self, a, b, acc, precision, *rest)
 
-    def add_half(self: Any, asm: str, _: str, values: Any, *rest: Any) -> Any:
-        assert asm == mlp._ADD_HALF.value, f"cannot run {asm}"
-        x = np.ascontiguousarray(values[0].data)
-        more = (x.view(np.uint32) + np.uint32(1 << 12)).view(np.float32)
-        result = handle(np.where(np.isfinite(x), more, x), tl.float32)
-        return SimpleNamespace(get_result=lambda _: result)
+    builder.create_dot = true_dot
+
+
+def _correct_casts(interpreter: Any) -> None:
+    """From float32 to bfloat16: rounded to the nearest, where the interpreter cuts off."""
+    import triton.language as tl
+
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    cast = builder.cast_impl
 
     def rounding_cast(self: Any, source: Any, target: Any) -> Any:
         if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16:
@@ -234,10 +248,40 @@ def _correct_interpreter() -> None:
             return handle(rounded.view(np.uint16), tl.bfloat16)
         return cast(self, source, target)
 
+    builder.cast_impl = rounding_cast
+    builder.create_fp_trunc = builder.create_fp_ext = rounding_cast
+
+
+def _add_inline_assembly(interpreter: Any) -> None:
+    """The one piece of it that the kernels have: it rounds operands of TF32 products."""
+    import triton.language as tl
+
+    from nca_kernels.backends.triton import mlp
+
+    def add_half(self: Any, asm: str, _: str, values: Any, *rest: Any) -> Any:
+        assert asm == mlp._ADD_HALF.value, f"cannot run {asm}"
+        x = np.ascontiguousarray(values[0].data)
+        more = (x.view(np.uint32) + np.uint32(1 << 12)).view(np.float32)
+        result = interpreter.TensorHandle(np.where(np.isfinite(x), more, x), tl.float32)
+        return SimpleNamespace(get_result=lambda _: result)
+
+    interpreter.InterpreterBuilder.create_inline_asm = add_half
+
+
+def _let_tensors_be_lengths_of_loops(interpreter: Any) -> None:
+    """The interpreter counts on NumPy to take an array of one element as an index: no longer so."""
+    patch_tensor = interpreter._patch_lang_tensor
+
     def patch_index(tensor: Any, scope: Any) -> None:
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
+    interpreter._patch_lang_tensor = patch_index
+
+
+def _note_accesses(interpreter: Any) -> None:
+    """Loads, stores and barriers of the running launch, in ``_accesses``, which finds races."""
+    builder = interpreter.InterpreterBuilder
     load, store = builder.create_masked_load, builder.create_masked_store
 
     def program(builder: Any) -> int:
@@ -254,24 +298,23 @@ def _correct_interpreter() -> None:
         _accesses.write(*where, mask.data.astype(bool), value.data)
         return store(self, pointers, value, mask, *rest)
 
+    builder.create_masked_load, builder.create_masked_store = noted_load, noted_store
+    builder.create_barrier = lambda self: _accesses.barrier()
+
+
+def _patch_language_once(interpreter: Any) -> None:
+    """Triton's language is patched once, and not anew for each call of a function of a kernel."""
+    import triton.language as tl
+
     patch_language = interpreter._patch_lang
-    names = {"tl": tl, "core": tl.core}
-    everything = FunctionType((lambda: None).__code__, names)
+    whole_language = FunctionType((lambda: None).__code__, {"tl": tl, "core": tl.core})
 
     @cache
     def patch_for_good() -> None:
-        patch_language(everything)
+        patch_language(whole_language)
 
     def patch_once(fn: Any) -> Any:
         patch_for_good()
         return interpreter._LangPatchScope()  # nothing to restore
 
-    fast = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
-    interpreter.interpreter_builder.options = fast
-    builder.create_dot, builder.cast_impl = true_dot, rounding_cast
-    builder.create_inline_asm = add_half
-    builder.create_fp_trunc = builder.create_fp_ext = rounding_cast
-    builder.create_masked_load, builder.create_masked_store = noted_load, noted_store
-    builder.create_barrier = lambda self: _accesses.barrier()
-    interpreter._patch_lang_tensor = patch_index
     interpreter._patch_lang = patch_once
