@@ -70,7 +70,7 @@ FUZZ := $(abspath out/fuzz-cpu.json)
 
 fuzz: $(VENV)/installed-models,test
 	@mkdir -p $(dir $(FUZZ))
-	$(QUICK) $(BIN)/python -m nca_kernels.testing.fuzz cpu --cases 10000 --json $(FUZZ)
+	$(QUICK) $(BIN)/python -m tests.tools.fuzz cpu --cases 10000 --json $(FUZZ)
 
 SANITIZED := $(abspath $(VENV))/sanitized
 $(SANITIZED)/libnca_cpu.so: $(VENV)/installed-models,test $(CPU_SOURCES)
@@ -83,8 +83,7 @@ $(SANITIZED)/libnca_cpu.so: $(VENV)/installed-models,test $(CPU_SOURCES)
 sanitize: $(SANITIZED)/libnca_cpu.so
 	LD_PRELOAD="$(foreach name,asan ubsan stdc++,$$($(CXX) -print-file-name=lib$(name).so))" \
 	  ASAN_OPTIONS=detect_leaks=0 NCA_CPU_LIBRARY=$< $(QUICK) \
-	  $(BIN)/python -m pytest tests/nca_kernels/test_cpu.py \
-	  "tests/nca_kernels/test_attention.py" \
+	  $(BIN)/python -m pytest tests/nca_kernels/backends/cpu \
 	  -k "not transformations and not threads and not without_tile" $(PYTEST_ARGS)
 
 # A machine with a GPU often has its own JAX and no network: nothing is installed there. What it

@@ -31,7 +31,7 @@ from nca_kernels import tuning
 from nca_kernels.files import write_json, write_text
 from nca_kernels.testing import ATTENTION, BENCHMARKS, CONFORMANCE
 from nca_kernels.testing.cases import AttentionCase, Case
-from nca_kernels.testing.triton_aot import TARGETS, compile_job, jobs
+from tests.tools.triton_aot import TARGETS, compile_job, jobs
 
 PRECISIONS = ("default", "float32", "bfloat16")
 CASES: dict[str, Case | AttentionCase] = {c.name: c for c in (*CONFORMANCE, *BENCHMARKS)}

@@ -15,7 +15,6 @@ import os
 import statistics
 import sys
 from dataclasses import replace
-from functools import partial
 
 os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
@@ -23,12 +22,10 @@ import jax
 from tqdm import tqdm
 
 from benchmarks.measure import ROOT, device_name, markdown_table, provenance
-from nca_kernels import dispatch
-from nca_kernels.backends import COMMON
-from nca_kernels.backends.triton.step_calls import backward, forward
 from nca_kernels.files import write_json
-from nca_kernels.testing import CONFORMANCE, Case, error_ratio, tolerance, triton_host
+from nca_kernels.testing import CONFORMANCE, Case, error_ratio, tolerance
 from nca_kernels.testing.conformance import ORACLE, value_and_gradients
+from tests.tools import triton_host
 
 CUT_OFF = "triton_cut_off"
 
@@ -57,11 +54,8 @@ def main() -> int:
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args()
     triton_host.register()
-    engine = dispatch._registry[triton_host.NAME].load("step")[0].args[0]
-    # A name that Triton's products know, and that the kernels do not: they round nothing.
-    engine = replace(engine, precision=lambda *_: "TF32")
-    ops = (partial(forward, engine), partial(backward, engine))
-    dispatch.register(dispatch.Backend(CUT_OFF, "rounds nothing", lambda op: ops, covers=COMMON))
+    # Triton's products know this name and the kernels do not, so that they round nothing.
+    triton_host.register(CUT_OFF, "rounds nothing", precision=lambda *_: "TF32")
     chosen = [c for c in CONFORMANCE if c.dtype == "float32" and c.rule.precision == "float32"]
     kinds = {"": chosen, "smooth": [case.smooth() for case in chosen]}
     rows = {

@@ -8,7 +8,8 @@ that does not list it, unless it is at its default.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any, NamedTuple
 
@@ -139,6 +140,19 @@ _registry: dict[str, Backend] = {}  # in the order of preference
 def register(backend: Backend) -> None:
     """Adds a backend, after those already there in the order of preference."""
     _registry[backend.name] = backend
+
+
+@contextmanager
+def registered(*backends: Backend) -> Iterator[None]:
+    """Within, ``backends`` are registered; afterwards the registry is what it was before."""
+    before = dict(_registry)
+    for backend in backends:
+        register(backend)
+    try:
+        yield
+    finally:
+        _registry.clear()
+        _registry.update(before)
 
 
 def why_not(

@@ -1,7 +1,6 @@
 """Set up before JAX and Triton are imported: eight host devices, Triton's interpreter."""
 
 import os
-from pathlib import Path
 
 import pytest
 
@@ -28,18 +27,36 @@ def quick_to_compile():
 # What tells whether an install can be trusted, in under six minutes on two cores: the native
 # kernels, the public operations, the drop-ins and the command line. The rest goes over every
 # backend in interpreters, all shardings, whole trainings.
-QUICK = {
-    "test_architecture", "test_assembler", "test_attention", "test_cli", "test_compat_cax",
-    "test_cost", "test_cpu", "test_data", "test_digits", "test_equivalence", "test_errors",
-    "test_export", "test_fire_mask", "test_issue_slots", "test_lowering", "test_modules",
-    "test_new_system", "test_perception", "test_pool_and_damage", "test_races", "test_readme",
-    "test_render", "test_rollout", "test_shape", "test_tiled_rollout", "test_training",
-    "test_tuning",
-}  # fmt: skip
+QUICK = (
+    "tests/test_*.py",
+    "nca_kernels/test_*.py",
+    "backends/cpu/test_*.py",
+    "backends/reference/test_plain_attention.py",
+    "backends/test_lowering.py",
+    "backends/triton/test_assembler.py",
+    "backends/xla/test_attention.py",
+    "nca_kernels/ops/test_rollout.py",
+    "nca_kernels/ops/test_tiled_rollout.py",
+    "nca_kernels/testing/test_*.py",
+    "nca_models/test_*.py",
+    "nca_models/cli/test_*.py",
+    "nca_models/compat/test_cax.py",
+    "nca_models/data/test_*.py",
+    "nca_models/systems/test_new_system.py",
+    "nca_models/training/test_export_for_cuda.py",
+    "nca_models/training/test_pool_and_damage.py",
+    "nca_models/training/test_training.py",
+    "tools/test_issue_slots.py",
+    "tools/test_races.py",
+)
+
+
+def is_quick(path):
+    return any(path.match(pattern) for pattern in QUICK)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--quick", action="store_true", help="the files that QUICK names")
+    parser.addoption("--quick", action="store_true", help="the files of QUICK in tests/conftest.py")
     parser.addoption("--rest", action="store_true", help="all the others")
 
 
@@ -47,6 +64,6 @@ def pytest_collection_modifyitems(config, items):
     quick, rest = config.getoption("--quick"), config.getoption("--rest")
     if quick == rest:
         return
-    left_out = [item for item in items if (Path(item.path).stem in QUICK) == rest]
+    left_out = [item for item in items if is_quick(item.path) == rest]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in set(left_out)]

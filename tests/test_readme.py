@@ -2,11 +2,11 @@
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests import ROOT
+
 README = (ROOT / "README.md").read_text()
 
 
@@ -15,7 +15,9 @@ def blocks(language, text=README):
 
 
 def test_python_runs():
-    cax_systems = pytest.importorskip("tests.nca_models.cax_systems", reason="CAX is missing")
+    pytest.importorskip("cax", reason="CAX is not installed")
+    from tests.nca_models.compat import cax_systems
+
     names = {"cs": cax_systems.Growing(rngs=cax_systems.nnx.Rngs(0))}
     for block in blocks("python"):
         exec(block, names)

@@ -28,12 +28,12 @@ from nca_kernels.testing import (
     attention_conformance,
     covered_cases,
 )
-from nca_kernels.testing.compare import assert_close, judged_by, tolerance
+from nca_kernels.testing.compare import judged_by
 from nca_kernels.testing.conformance import (
-    ORACLE,
     check_fate_hangs_on_dead_neighbours,
     check_gradients_under_vmap,
     check_mask,
+    check_mask_drawn_by_jax,
     check_update,
     check_values_and_gradients,
     value_and_gradients,
@@ -197,7 +197,7 @@ def paths(asked: Asked) -> list[Item]:
                 check_values_and_gradients, backend, CASES["products_tensorfloat32"].smooth()
             ),
             "mask": partial(check_mask, backend, CASES["plane"]),
-            "mask that is given": partial(check_given_mask, backend, CASES["plane"]),
+            "mask drawn by JAX": partial(check_mask_drawn_by_jax, backend, CASES["plane"]),
             "perception that is given": partial(check_update, backend, CASES["inputs_per_cell"]),
             "weights of their own": partial(check_gradients_under_vmap, backend, CASES["plane"]),
         }
@@ -206,14 +206,6 @@ def paths(asked: Asked) -> list[Item]:
             checks[f"attention {name}"] = partial(check, backend, ATTENTION_CASES[name])
         items += [_item(name, backend, check) for name, check in checks.items()]
     return items[2::12] if asked.tiny else items
-
-
-def check_given_mask(backend: str, case: Case) -> None:
-    """Another generator's bits are not the kernel's, which takes the mask as JAX draws it."""
-    args = case.arguments()._replace(key=jax.random.key(3, impl="rbg"))
-    expected = value_and_gradients(ORACLE, case, args, calls=1)
-    out = value_and_gradients(backend, case, args, calls=2)
-    assert_close(out, expected, tolerance(case.dtype, case.rule.precision), "state, gradients ")
 
 
 # ---- conformance: everything ----

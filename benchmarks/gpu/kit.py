@@ -128,7 +128,8 @@ def make(options: argparse.Namespace) -> int:
 def sources(options: argparse.Namespace) -> str:
     """What kernels are compiled from, and for: a name that changes with it."""
     root = Path(__file__).parents[2]
-    paths = [*(root / "nca_kernels").rglob("*.py"), *(root / "benchmarks").rglob("*.py")]
+    folders = ("nca_kernels", "benchmarks", "tests/tools")
+    paths = [path for folder in folders for path in (root / folder).rglob("*.py")]
     target = (options.arch, options.device, options.tiny, versions())
     digest = hashlib.sha256(repr(target).encode())
     for path in sorted(paths):

@@ -16,7 +16,7 @@ from benchmarks.gpu import checks, timings, variants
 from benchmarks.gpu.items import Asked, Facts, Item, Refused, Skipped
 from benchmarks.measure import provenance
 from nca_kernels.dispatch import BackendUnavailable
-from nca_kernels.testing import triton_host
+from tests.tools import triton_host
 
 ITEMS: dict[str, Callable[[Asked], list[Item]]] = {
     "smoke": checks.smoke,

@@ -76,6 +76,42 @@ def check_wanted_gradients_only(backend: str, case: AttentionCase) -> None:
         assert_close(grad, expected[name], tolerance(case.dtype), f"gradient of {name} alone ")
 
 
+def check_logits_far_from_zero(
+    backend: str, case: AttentionCase, shift: float, limit: float = 1e-2
+) -> None:
+    """Neither exp(logit) nor, at the edge, exp(0 - lse) may overflow, not even times 0.
+
+    Args:
+        shift: added to all keys; logits get large, and of its sign.
+        limit: the largest error ratio. A logit near 900 is rounded by 3e-5, and gradients add up
+            what almost cancels.
+    """
+    q, k, v = case.arguments()
+
+    def both(backend: str) -> Any:
+        out, pull = jax.vjp(attention(backend, case), q + 20, k + shift, v)
+        return out, pull(v)
+
+    assert_close(both(backend), both(ORACLE), limit, "output and gradients ")
+
+
+def check_nan_spreads(backend: str, case: AttentionCase, position: int) -> None:
+    """As in plain JAX: to what attends to it, and to the gradients of all that is attended to.
+
+    Args:
+        position: of the array that has a NaN in its first sample: 0 for q, 1 for k, 2 for v.
+    """
+    arrays = list(case.arguments())
+    last_cell = tuple(size - 1 for size in case.grid)
+    arrays[position] = arrays[position].at[(0, *last_cell, 0, 0)].set(jnp.nan)
+
+    def nans(backend: str) -> list[Array]:
+        out, pull = jax.vjp(attention(backend, case), *arrays)
+        return [jnp.isnan(a) for a in (out, *pull(jnp.ones_like(out)))]
+
+    np.testing.assert_array_equal(nans(backend), nans(ORACLE))
+
+
 def _samples(case: AttentionCase, count: int = 3) -> tuple[Array, Array, Array]:
     """(q, k, v) of several samples, each with a leading axis of ``count``."""
     many = zip(*(case.arguments(seed) for seed in range(count)), strict=True)

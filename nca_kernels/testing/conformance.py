@@ -143,6 +143,14 @@ def check_a_draw_equal_to_the_fire_rate(backend: str, case: Case) -> None:
         check_mask(backend, replace(case, rule=replace(case.rule, fire_rate=rate)))
 
 
+def check_mask_drawn_by_jax(backend: str, case: Case) -> None:
+    """A kernel cannot draw the bits of another generator: it takes the mask that JAX draws."""
+    args = case.arguments()._replace(key=jax.random.key(3, impl="rbg"))
+    expected = value_and_gradients(ORACLE, case, args, calls=1)
+    out = value_and_gradients(backend, case, args, calls=2)
+    assert_close(out, expected, _limit(case), "state, gradients ")
+
+
 def check_nan_is_not_hidden(backend: str, case: Case, activation: str) -> None:
     """Weights that have diverged show in the state of every cell that fires."""
     params, state, key, inputs = case.arguments()
@@ -184,6 +192,27 @@ def _loss(backend: str, case: Case, inputs: Any = None) -> Callable:
         return jnp.sum(cotangent_of(out) * out.astype(jnp.float32))
 
     return loss
+
+
+def check_wanted_gradients_only(backend: str, case: Case) -> None:
+    """The gradient of each argument alone is the same as together with the others."""
+    args = case.arguments()
+    operands = (args.params, args.state, args.inputs)
+    leaves, tree = jax.tree.flatten(operands)
+
+    def loss(backend: str, operands: Any) -> Any:
+        params, state, inputs = operands
+        return _loss(backend, case, inputs)(params, state, args.key)
+
+    def alone(i: int) -> Any:
+        def loss_of_leaf(leaf: Any) -> Any:
+            return loss(backend, jax.tree.unflatten(tree, [*leaves[:i], leaf, *leaves[i + 1 :]]))
+
+        return jax.grad(loss_of_leaf)(leaves[i])
+
+    expected = jax.jit(jax.grad(partial(loss, ORACLE)))(operands)
+    out = jax.jit(lambda: [alone(i) for i in range(len(leaves))])()
+    assert_close(jax.tree.unflatten(tree, out), expected, _limit(case), "gradient alone of ")
 
 
 def check_vmap(backend: str, case: Case) -> None:
@@ -378,6 +407,7 @@ def check_export(backend: str, case: Case) -> None:
 
 TRANSFORMATION_CHECKS: dict[str, Callable[[str, Case], None]] = {
     "update": check_update,
+    "wanted_gradients_only": check_wanted_gradients_only,
     "vmap": check_vmap,
     "gradients_under_vmap": check_gradients_under_vmap,
     "mask_in_place_of_key": check_mask_in_place_of_key,

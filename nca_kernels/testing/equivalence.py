@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -15,6 +15,8 @@ from jax import Array
 import nca_kernels as nk
 from nca_kernels.rule import ACTIVATIONS, PADDINGS, Alive, Rule, RuleParams
 from nca_kernels.testing.compare import error_ratio
+
+_Probe = tuple[Any, ...]  # the arguments of a step: state, key and, if it takes them, inputs
 
 
 def check_equivalent(
@@ -54,49 +56,49 @@ def check_equivalent(
         >>> nk.testing.check_equivalent(lambda s, k: my_step(my_params, s, k), rule, params)
     """
     key = jax.random.key(0) if key is None else key
-    given = () if inputs is None else (inputs,)
-    model = _Model(rule, params, has_inputs=inputs is not None)
-    probes = _probes(rule, params, state, key)
-    ours = [nk.step(rule, params, *probe, inputs, "reference") for probe in probes]
-    theirs = [their_step(*probe, *given) for probe in probes]
-    for (before, _), out in zip(probes, theirs, strict=True):
-        if np.shape(out) != before.shape or out.dtype != before.dtype:
-            raise AssertionError(
-                f"their step makes {out.dtype}{list(np.shape(out))} of a state that is "
-                f"{before.dtype}{list(before.shape)}; it must keep shape and dtype"
-            )
+    optional_inputs = () if inputs is None else (inputs,)
 
-    def errors(model: _Model) -> Iterator[float]:
-        for probe, out in zip(probes, theirs, strict=True):
-            try:
-                yield error_ratio(model.step(*probe, *given), out)
-            except (ValueError, TypeError):  # the change makes no step: shapes that do not fit
-                yield float("inf")
+    def our_step(state: Array, key: Any, inputs: Any = None) -> Array:
+        return nk.step(rule, params, state, key, inputs, backend="reference")
 
+    probes = [(state, key, *optional_inputs) for state, key in _probes(rule, params, state, key)]
+    ours = [our_step(*probe) for probe in probes]
+    theirs = [their_step(*probe) for probe in probes]
+    _check_shapes(probes, theirs)
     ratios = [error_ratio(a, b) for a, b in zip(theirs, ours, strict=True)]
     worst = int(np.argmax(ratios))
-    ratio = ratios[worst]
-    if ratio > limit:
-        head = f"their step is not nk.step with this rule and these params (error {ratio:.2g})"
-        found = _explanations(model, errors, limit)
+    if ratios[worst] > limit:
+        model = _Model(rule, params, has_inputs=inputs is not None)
+        reason = _explanations(model, probes, theirs, limit) or _where(
+            model, ours[worst], theirs[worst], probes[worst][0]
+        )
         raise AssertionError(
-            f"{head}. {found or _where(model, ours[worst], theirs[worst], probes[worst][0])}"
+            "their step is not nk.step with this rule and these params "
+            f"(error {ratios[worst]:.2g}). {reason}"
         )
     if gradients:
-        _check_gradients(their_step, rule, params, *probes[0], given, 10 * limit)
+        _check_gradients(their_step, our_step, probes[0], 10 * limit)
+
+
+def _check_shapes(probes: Sequence[_Probe], theirs: Sequence[Array]) -> None:
+    for (state, *_), out in zip(probes, theirs, strict=True):
+        if np.shape(out) != state.shape or out.dtype != state.dtype:
+            raise AssertionError(
+                f"their step makes {out.dtype}{list(np.shape(out))} of a state that is "
+                f"{state.dtype}{list(state.shape)}; it must keep shape and dtype"
+            )
 
 
 def _check_gradients(
-    their_step: Any, rule: Any, params: Any, state: Any, key: Any, given: Any, limit: float
+    their_step: Callable[..., Any], our_step: Callable[..., Any], probe: _Probe, limit: float
 ) -> None:
+    state, *rest = probe
     weights = jnp.cos(jnp.arange(state.size, dtype=state.dtype)).reshape(state.shape)
 
     def gradient(step: Callable[..., Any]) -> Array:
-        return jax.grad(lambda s: jnp.sum(weights * step(s, key, *given)))(state)
+        return jax.grad(lambda state: jnp.sum(weights * step(state, *rest)))(state)
 
-    inputs = given[0] if given else None
-    ours = gradient(lambda s, k, *_: nk.step(rule, params, s, k, inputs, "reference"))
-    ratio = error_ratio(gradient(their_step), ours)
+    ratio = error_ratio(gradient(their_step), gradient(our_step))
     if ratio > limit:
         raise AssertionError(
             f"their step has the values of nk.step, but another gradient to the state (error "
@@ -187,18 +189,27 @@ class _Model:
 # ---- what may differ ----
 
 
-def _explanations(model: _Model, errors: Callable[[_Model], Iterator[float]], limit: float) -> str:
+def _explanations(
+    model: _Model, probes: Sequence[_Probe], theirs: Sequence[Array], limit: float
+) -> str:
     """The changes of one part, else of two, that make the model theirs; empty if none does."""
+
+    def errors(model: _Model) -> Iterator[float]:
+        for probe, out in zip(probes, theirs, strict=True):
+            try:
+                yield error_ratio(model.step(*probe), out)
+            except (ValueError, TypeError):  # the change makes no step: shapes that do not fit
+                yield float("inf")
 
     def same(model: _Model) -> bool:
         return all(ratio <= limit for ratio in errors(model))
 
     suspects = list(_suspects(model))
-    found = [suspect for suspect in suspects if same(suspect)]
-    if not found:  # of two parts that differ, one alone should bring the steps closest
+    culprits = [suspect for suspect in suspects if same(suspect)]
+    if not culprits:  # of two parts that differ, one alone should bring the steps closest
         near = sorted(suspects, key=lambda s: sum(errors(s)))[:6]
-        found = list(islice((s for first in near for s in _suspects(first) if same(s)), 1))
-    lines = [" and ".join(s.changes) for s in found[:3]]
+        culprits = list(islice((s for first in near for s in _suspects(first) if same(s)), 1))
+    lines = [" and ".join(s.changes) for s in culprits[:3]]
     return f"It is, if {'; or if '.join(lines)}." if lines else ""
 
 

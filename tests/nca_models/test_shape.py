@@ -1,13 +1,13 @@
-"""The shape of nca_models, read from its source: imports, names of systems, functions."""
+"""The layers of nca_models, read from its source: imports, and names of systems."""
 
 import ast
 import re
 from graphlib import CycleError, TopologicalSorter
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests import ROOT
+
 FILES = sorted((ROOT / "nca_models").rglob("*.py"))
 
 
@@ -80,12 +80,3 @@ def test_nothing_but_its_file_names_a_system():
     for path in FILES:
         words = {word for text in strings(path) for word in re.findall("[a-z_]+", text)}
         assert not (names - {path.stem}) & words, path
-
-
-def test_functions_are_short_and_take_few_positional_arguments():
-    """Except where compat has the signatures of another library."""
-    for name, path in MODULES.items():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef) and ".compat." not in name:
-                assert node.end_lineno - node.lineno < 60, (name, node.name)
-                assert len(node.args.posonlyargs + node.args.args) <= 6, (name, node.name)

@@ -1,0 +1,1 @@
+"""What only this project's tests and benchmarks need: interpreters, compilers, fuzzing."""
