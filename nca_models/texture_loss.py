@@ -9,11 +9,11 @@ transport is sorting (Heitz et al., "A Sliced Wasserstein Loss for Neural Textur
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import lax
 
 from nca_models.data.vgg16 import BLOCKS, VGG16
@@ -40,7 +40,7 @@ def features(images: jax.Array) -> list[jax.Array]:
     for _ in range(SCALES):
         both = jnp.concatenate([images, jax.nn.relu(_convolved(images, filters))], axis=-1)
         out.append(both.reshape(images.shape[0], -1, both.shape[-1]))
-        images = _pooled(images, lax.add) / 4
+        images = nnx.avg_pool(images, (2, 2), (2, 2))
     return out
 
 
@@ -62,7 +62,7 @@ def vgg16_features(network: VGG16, images: jax.Array) -> list[jax.Array]:
             x = jax.nn.relu(_convolved(x, jnp.asarray(kernel, jnp.float32)) + bias)
             if i == 0:
                 out.append(x.reshape(x.shape[0], -1, x.shape[-1]))
-        x = _pooled(x, lax.max)
+        x = nnx.max_pool(x, (2, 2), (2, 2))
     return out
 
 
@@ -74,12 +74,6 @@ def _convolved(images: jax.Array, kernel: jax.Array) -> jax.Array:
     return lax.conv_general_dilated(
         wrapped, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
-
-
-def _pooled(images: jax.Array, operation: Any) -> jax.Array:
-    """Sum or maximum of each 2 x 2 pixels."""
-    first = 0.0 if operation is lax.add else -jnp.inf
-    return lax.reduce_window(images, first, operation, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
 
 
 def sliced_transport(

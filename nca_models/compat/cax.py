@@ -161,12 +161,8 @@ def _trace(cs: Any, state: Any, input: Any) -> list[str]:
 
 
 def _require_system(cs: Any) -> None:
-    try:
+    with facts.cax_is_needed():
         from cax.core import ComplexSystem
-    except ImportError as error:
-        raise ImportError(
-            'CAX is not installed: run `pip install "nca-kernels[cax]"`, or pip install cax'
-        ) from error
     if not isinstance(cs, ComplexSystem):
         raise TypeError(f"cs must be a cax.core.ComplexSystem, got {type(cs).__name__}")
 

@@ -9,13 +9,11 @@ from flax import nnx
 from jax import Array
 
 import nca_kernels as nk
+from nca_models.compat.cax_facts import cax_is_needed
+from nca_models.modules import position_embeddings
 
-try:
+with cax_is_needed():
     from cax.core.perceive import Perceive
-except ImportError as error:
-    raise ImportError(
-        'CAX is not installed: run `pip install "nca-kernels[cax]"`, or pip install cax'
-    ) from error
 
 
 class MooreAttentionPerceive(Perceive):
@@ -96,7 +94,8 @@ class MooreAttentionPerceive(Perceive):
                 f"the grid {spatial} is longer than max_position_size, "
                 f"{self.position_embed.num_embeddings}"
             )
-        tokens = jnp.concatenate([self.linear(state), *self._positions(state)], axis=-1)
+        positions = position_embeddings(self.position_embed, state, self.num_spatial_dims)
+        tokens = jnp.concatenate([self.linear(state), *positions], axis=-1)
         query, key, value = (
             project(tokens)  # [*batch, *spatial, heads, d]
             for project in (self.attention.query, self.attention.key, self.attention.value)
@@ -106,15 +105,3 @@ class MooreAttentionPerceive(Perceive):
         )
         out: Array = self.attention.out(attended)
         return out
-
-    def _positions(self, state: Any) -> list[Array]:
-        """The embedding of each axis, `[*batch, *spatial, features]`."""
-        n = self.num_spatial_dims
-        shape = (*state.shape[:-1], self.position_embed_features)
-        embeddings = []
-        for axis in range(n):
-            size = state.shape[axis - n - 1]
-            along = [size if a == axis else 1 for a in range(n)]
-            embedding = self.position_embed(jnp.arange(size))  # [size, features]
-            embeddings.append(jnp.broadcast_to(embedding.reshape(*along, -1), shape))
-        return embeddings

@@ -235,10 +235,9 @@ def _note(line: str) -> None:
 
 @contextmanager
 def noting() -> Iterator[list[str]]:
-    token = _notes.set([])
+    notes: list[str] = []
+    token = _notes.set(notes)
     try:
-        notes = _notes.get()
-        assert notes is not None
         yield notes
     finally:
         _notes.reset(token)

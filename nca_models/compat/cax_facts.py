@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+
+
+@contextmanager
+def cax_is_needed() -> Iterator[None]:
+    """Say how to install CAX if an import of it in the block fails."""
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(
+            'CAX is not installed: run `pip install "nca-kernels[cax]"`, or pip install cax'
+        ) from error
 
 
 class CannotFuse(Exception):

@@ -97,14 +97,10 @@ def load(path: Path) -> Digits:
     Raises:
         DataError: no such file, or it is broken.
     """
-    try:
-        with np.load(path) as file:
-            arrays = {name: file[name] for name in (*_FILES, "source")}
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path}: cannot be read as digits ({error})") from error
+    arrays = _from_npz(path, {name: name for name in (*_FILES, "source")}, "digits")
     for name in ("train_images", "test_images"):
         arrays[name] = arrays[name].astype(np.float32) / 255
-    return Digits(**{**arrays, "source": str(arrays["source"])})
+    return Digits(source=str(arrays.pop("source")), **arrays)
 
 
 def _scikit_learn() -> tuple[dict[str, np.ndarray], str]:
@@ -132,12 +128,7 @@ def _mnist(folder: Path) -> tuple[dict[str, np.ndarray], str]:
         raise DataError(f"{folder}: no such folder; --data-dir wants one with MNIST's files")
     npz = folder / "mnist.npz"
     if npz.is_file():
-        try:
-            with np.load(npz) as file:
-                arrays = {name: file[key] for name, key in _NPZ.items()}
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"{npz}: cannot be read as MNIST ({error})") from error
-        return arrays, str(npz)
+        return _from_npz(npz, _NPZ, "MNIST"), str(npz)
     arrays = {}
     for name, file_name in _FILES.items():
         files = [p for p in (folder / file_name, folder / f"{file_name}.gz") if p.is_file()]
@@ -148,6 +139,15 @@ def _mnist(folder: Path) -> tuple[dict[str, np.ndarray], str]:
             )
         arrays[name] = _idx(files[0])
     return arrays, str(folder)
+
+
+def _from_npz(path: Path, keys: dict[str, str], kind: str) -> dict[str, np.ndarray]:
+    """Read arrays by other names: `keys` are those in the file."""
+    try:
+        with np.load(path) as file:
+            return {name: file[key] for name, key in keys.items()}
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path}: cannot be read as {kind} ({error})") from error
 
 
 def _idx(path: Path) -> np.ndarray:

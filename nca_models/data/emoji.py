@@ -5,7 +5,6 @@ import re
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -13,15 +12,6 @@ from PIL import Image, ImageDraw, ImageFont
 from nca_models._files import whole_file
 from nca_models.data.images import ImageError, open_rgba
 
-_FONT_FOLDERS = (
-    "/usr/share/fonts",
-    "/usr/local/share/fonts",
-    "~/.local/share/fonts",
-    "~/.fonts",
-    "/System/Library/Fonts",
-    "/Library/Fonts",
-    "C:/Windows/Fonts",
-)
 _FONT_NAMES = re.compile(r"(.*color.*emoji.*|seguiemj)\.tt[fc]", re.IGNORECASE)
 _FONT_SIZES = (109, 128, 136, 160, 96)  # bitmap fonts (Noto 109, Apple 160) have only their own
 _URL = "https://raw.githubusercontent.com/googlefonts/noto-emoji/main/png/128/{name}"
@@ -56,10 +46,11 @@ def _from_fonts(text: str) -> Image.Image | None:
     return None
 
 
-def _fonts() -> Iterator[Path]:
-    for folder in _FONT_FOLDERS:
-        files = sorted(Path(folder).expanduser().rglob("*.tt[fc]"))
-        yield from (path for path in files if _FONT_NAMES.fullmatch(path.name))
+def _fonts() -> list[Path]:
+    from matplotlib.font_manager import findSystemFonts
+
+    files = sorted(map(Path, findSystemFonts()))
+    return [path for path in files if _FONT_NAMES.fullmatch(path.name)]
 
 
 def _draw(font_path: Path, size: int, text: str) -> Image.Image | None:

@@ -92,11 +92,8 @@ def _npz(path: Path) -> dict[str, np.ndarray]:
 def _keras(path: Path) -> dict[str, np.ndarray]:
     import h5py
 
-    arrays: dict[str, np.ndarray] = {}
+    names: list[str] = []
     with h5py.File(path) as file:
-        file.visititems(
-            lambda name, item: (
-                arrays.update({name: item[()]}) if isinstance(item, h5py.Dataset) else None
-            )
-        )
-    return {name: array for name, array in arrays.items() if "conv" in name}
+        file.visit(names.append)
+        convolutions = {name: file[name] for name in names if "conv" in name}
+        return {n: item[()] for n, item in convolutions.items() if isinstance(item, h5py.Dataset)}
