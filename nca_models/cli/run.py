@@ -1,6 +1,7 @@
 """`nca run`: run a trained system and film it."""
 
 import argparse
+import math
 from collections.abc import Iterable
 from contextlib import nullcontext
 from fractions import Fraction
@@ -148,14 +149,14 @@ def _write(args: argparse.Namespace, frames: Iterable[np.ndarray], *, progress: 
     """Write the frames to the files that were asked for, else to run.gif; return their paths."""
     from tqdm import tqdm
 
-    from nca_models import filming, render
+    from nca_models import render
 
     paths = {suffix: getattr(args, suffix) for suffix in _OUTPUTS if getattr(args, suffix)}
     paths = paths or {"gif": args.folder / "run.gif"}
     size = lambda frame: args.scale or render.scale_of(frame)
     smaller = lambda frame: render.scaled(frame, min(size(frame), Fraction(1)))
     larger = lambda frame: render.scaled(frame, max(size(frame), Fraction(1)))
-    count = filming.number_of_frames(args.steps, args.every)
+    count = 1 + math.ceil(args.steps / args.every)
     shown = tqdm(frames, total=count, desc="running", unit="frame") if progress else frames
     if list(paths) == ["png"]:  # a few of the frames
         kept = set(render.spread(count))

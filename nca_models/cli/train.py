@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from nca_models import data, run_folder, systems
+from nca_models import run_folder, systems
 from nca_models.cli.common import (
     Commands,
     InputError,
@@ -240,12 +240,6 @@ def _split(args: argparse.Namespace) -> "Split | None":
 def _open(folder: Path, request: run_folder.Request) -> systems.System:
     """Start or reopen the run in `folder`."""
     try:
-        if run_folder.exists(folder):
-            return run_folder.resume(folder, request)
-        return run_folder.create(folder, request)
-    except (data.DataError, run_folder.RunError, systems.InvalidSystem):
-        raise
-    except (ValueError, TypeError) as error:  # an impossible setting
-        raise InputError(str(error)) from error
+        return run_folder.open_run(folder, request)
     except OSError as error:
         raise InputError(f"--out {folder}: cannot be written to ({error.strerror})") from error

@@ -26,6 +26,8 @@ class TextureConfig(TrainConfig):
     target_help: ClassVar[str] = (
         "an image file, DTD/NAME with DTD that dataset's folder, brick (default), grass or gravel"
     )
+    target_name: ClassVar[str] = "texture"
+    default_target: ClassVar[str | None] = AT_HAND[0]
 
     target_size: int = target_side()
 
