@@ -9,7 +9,7 @@ from nca_models import systems
 from nca_models.cli.common import above_zero, whole
 from nca_models.training.config import option
 
-_PREFIX = "setting "  # of the options' names in the parsed arguments, apart from all others
+_PREFIX = "setting "  # tells settings from other options in the parsed arguments
 _Declarations = dict[str, Field[Any]]  # system -> how it declares a setting
 
 
@@ -46,8 +46,8 @@ def add_setting(parser: Any, name: str, flag: str, **options: Any) -> None:
     parser.add_argument(flag, dest=_PREFIX + name, **options)
 
 
-def given(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the settings among parsed arguments; None where there was no option."""
+def chosen(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings in parsed arguments; None where the option was left out."""
     options = vars(args).items()
     return {
         name.removeprefix(_PREFIX): value for name, value in options if name.startswith(_PREFIX)

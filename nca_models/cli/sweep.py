@@ -12,7 +12,7 @@ from nca_models.cli.common import (
     fail,
     whole,
 )
-from nca_models.cli.settings import add_swept_settings, given
+from nca_models.cli.settings import add_swept_settings, chosen
 
 
 def add(commands: Commands) -> None:
@@ -56,7 +56,7 @@ def _sweep(args: argparse.Namespace) -> int:
     for target in targets:
         check_target(args.system, target)
     check_not_a_file(args.out)
-    settings = {name: tuple(values) for name, values in given(args).items() if values}
+    settings = {name: tuple(values) for name, values in chosen(args).items() if values}
     for backend in settings.get("backend", ()):
         check_backend(backend)
 

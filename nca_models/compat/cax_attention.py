@@ -19,12 +19,13 @@ with cax_is_needed():
 class MooreAttentionPerceive(Perceive):
     """Multi-head attention of each cell to its Moore neighbourhood, linear in the cells.
 
-    The perceive of CAX's attention example (47; ViTCA, Tesfaldet et al., arXiv 2211.01233): a
-    linear projection of the state, learned position embeddings for each axis beside it, and
-    attention to the cells at most `radius` away, those outside of the grid not attended to. The
-    parameters have the names, shapes and initial values of that example, so its checkpoints load.
+    This is the perceive of CAX's attention example (47; ViTCA, Tesfaldet et al., arXiv 2211.01233):
+    a linear projection of the state is joined with learned position embeddings of each axis, and
+    each cell attends to the cells of the grid that are at most `radius` away. The parameters have
+    the names, shapes and initial values of that example, so its checkpoints load.
 
-    Equivalent to `nnx.MultiHeadAttention` over all cells, with a mask of `cells * cells` entries.
+    It is equivalent to `nnx.MultiHeadAttention` over all cells with a mask of `cells * cells`
+    entries.
     """
 
     fused_by_itself = True

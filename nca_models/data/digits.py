@@ -1,4 +1,4 @@
-"""Handwritten digits: MNIST from files at hand, else the 1,797 digits of scikit-learn.
+"""Handwritten digits: MNIST from local files, or else the 1,797 digits of scikit-learn.
 
 Nothing is downloaded.
 """
@@ -53,7 +53,7 @@ class Digits:
     Attributes:
         train_images, test_images: `[n, size, size]` float32, 0 (paper) to 1 (ink).
         train_labels, test_labels: `[n]` int32.
-        source: where they are from.
+        source: where they come from, in words.
     """
 
     train_images: np.ndarray
@@ -83,7 +83,7 @@ def digits(size: int, folder: Path | None = None) -> Digits:
 
 
 def save(data: Digits, path: Path) -> None:
-    """Write digits to an `.npz` file, whole or not at all; pixels as 8 bits."""
+    """Write digits to an `.npz` file, whole or not at all, with pixels of 8 bits."""
     arrays = {name: getattr(data, name) for name in _FILES}
     for name in ("train_images", "test_images"):
         arrays[name] = (arrays[name] * 255).round().astype(np.uint8)

@@ -13,7 +13,7 @@ from nca_models._files import whole_file
 from nca_models.data.images import ImageError, open_rgba
 
 _FONT_NAMES = re.compile(r"(.*color.*emoji.*|seguiemj)\.tt[fc]", re.IGNORECASE)
-_FONT_SIZES = (109, 128, 136, 160, 96)  # bitmap fonts (Noto 109, Apple 160) have only their own
+_FONT_SIZES = (109, 128, 136, 160, 96)  # bitmap fonts (Noto 109, Apple 160) have one size only
 _URL = "https://raw.githubusercontent.com/googlefonts/noto-emoji/main/png/128/{name}"
 _TIMEOUT = 10.0  # seconds
 
@@ -60,8 +60,8 @@ def _draw(font_path: Path, size: int, text: str) -> Image.Image | None:
     except OSError:
         return None
     image = Image.new("RGBA", (4 * size, 2 * size))
-    place = (size, size // 4)
-    ImageDraw.Draw(image).text(place, text, fill="black", font=font, embedded_color=True)
+    corner = (size, size // 4)
+    ImageDraw.Draw(image).text(corner, text, fill="black", font=font, embedded_color=True)
     red, green, blue, alpha = image.split()
     # A font without this emoji draws nothing, or its "missing" box in black.
     has_colour = any(band.getextrema()[1] for band in (red, green, blue))
