@@ -210,8 +210,9 @@ def dropin_line(found: Results) -> str:
     lines = []
     if row:
         lines.append(
-            f"A training step of CAX's Growing NCA: {rows.nanoseconds(row, 'cax'):,.0f} ns a cell "
-            f"and step as it is, {rows.nanoseconds(row, 'accelerated'):,.0f} ns with `accelerate`: "
+            "A training step of CAX's Growing NCA takes "
+            f"{rows.nanoseconds(row, 'cax'):,.0f} ns a cell and step as it is, and "
+            f"{rows.nanoseconds(row, 'accelerated'):,.0f} ns with `accelerate`: "
             f"{times(rows.times_slower(row, 'cax'))}."
         )
     if curve:
@@ -304,11 +305,11 @@ def repeat_line(repeat: dict[str, Any]) -> str:
     words = [v["verdict"] for v in repeat["verdicts"]]
     return (
         "Two runs of `nca bench --quick`, one after the other "
-        f"(`python -m benchmarks.repeat --save`): {len(ratios)} figures of our backends, each in "
-        f"terms of another contestant of its run, are {ratios[0]:.2f} to {ratios[-1]:.2f} of what "
-        f'they were, {ratios[len(ratios) // 2]:.2f} in the median. `nca bench --compare` says "no '
-        f'difference" of {words.count("no difference")}: a change of less than {TOLERANCE:.0%} is '
-        "none."
+        f"(`python -m benchmarks.repeat --save`): {len(ratios)} figures of our backends, each "
+        f"relative to another contestant of its run, are {ratios[0]:.2f} to {ratios[-1]:.2f} times "
+        f"those of the first run, {ratios[len(ratios) // 2]:.2f} times in the median. `nca bench "
+        f'--compare` calls {words.count("no difference")} of them "no difference", which is a '
+        f"change of less than {TOLERANCE:.0%}."
     )
 
 
@@ -362,7 +363,8 @@ def readme_dropin() -> str:
     return (
         f"A training step of CAX's Growing NCA is {rows.times_slower(cax, 'cax'):.0f} times faster "
         f"with it ({before:.0f} to {after:.2f} microseconds a cell and step), with the same loss "
-        f"curve; the gradient of jax-nca's NCA {rows.times_slower(jax_nca, 'jax_nca'):.0f} times."
+        "curve; the gradient of jax-nca's NCA is "
+        f"{rows.times_slower(jax_nca, 'jax_nca'):.0f} times faster."
     )
 
 
@@ -425,34 +427,35 @@ def markdown() -> str:
             "### A training step of each system\n\nThe `small` presets, as `nca train` takes them.",
             systems_table(found),
             "### Work follows life",
-            "Growing NCA; how a step's time changes with a tenth of the cells alive, and with half "
-            "of them firing.",
+            "How the time of a step of Growing NCA changes if only a tenth of the cells live, and "
+            "if only half of them fire.",
             life_table(found),
             "### `neighborhood_attention`",
             attention_table(found),
             "### Memory",
             kept_line(found),
-            "Peak of a gradient by XLA's plan, in states of the grid:",
+            "The peak memory of a gradient by XLA's plan, in units of a state of the grid:",
             memory_table(found),
             f"![memory](plots/memory-{found.device}.png)",
         ]
         if found.large:
             parts += [
-                "Peaks of whole processes, and time (`python -m benchmarks.large --save`):",
+                "Peak memory of whole processes, and time (`python -m benchmarks.large --save`):",
                 rollouts_table(found.large),
                 f"![cost of a cell](plots/cost_of_a_cell-{found.device}.png)",
             ]
         if found.paper:
             parts += [
-                "### The `paper` presets\n\nA few training steps of each, and what `nca train "
-                "--estimate` says before they start (`python -m benchmarks.paper --save`); the "
-                "H200's time is computed from its data sheet.",
+                "### The `paper` presets\n\nA few training steps of each were measured; the "
+                "estimates are those of `nca train --estimate` before a training starts (`python "
+                "-m benchmarks.paper --save`). The H200's time is computed from its data sheet.",
                 paper_table(found.paper),
             ]
         parts += [
             "### Time to quality",
-            "Growing NCA, `small`, until the mean loss of 50 steps is there. Peers take the same "
-            "steps; their time is computed from that of one.",
+            "How long Growing NCA, preset `small`, is trained until the mean loss of 50 steps "
+            "reaches a value. Peers take the same steps; their times are computed from the time of "
+            "one step.",
             quality_table(found),
         ]
         if found.repeat:
@@ -463,18 +466,19 @@ def markdown() -> str:
 _HEAD = """\
 # Benchmarks
 
-Written by `nca bench --report` from [benchmarks/results](../benchmarks/results/); nothing here is
-typed by hand. Nanoseconds are of a cell and step, medians of interleaved rounds: all contestants of
-a row are timed in turn, and a ratio is the median (and the quartiles) of the rounds' own ratios.
-Before it is timed, a backend passes its conformance check on a piece of the case, and a peer's step
-is compared with ours.
+This page is written by `nca bench --report` from [benchmarks/results](../benchmarks/results/);
+nothing here is typed by hand. Times are nanoseconds per cell and step, and medians of interleaved
+rounds: all contestants of a case are timed in turn, and a ratio is the median (and the quartiles)
+of the ratios in each round. Before it is timed, a backend has to pass its conformance check on a
+piece of the case, and a peer's step is compared with ours.
 
-*Of the limit* is the share of the roofline of this machine: the time that the least work takes at
-the rate of multiply-adds and of memory that were measured in the same run. On a CPU these are
+*Of the limit* is the share of this machine's roofline: the time that the least work takes at the
+rates of multiply-adds and of memory that were measured in the same run. On a CPU these are
 multiply-adds in vector registers; where there are tile registers (AMX), float32 products are faster
-there, and their own rate is given beside. The MLP is counted for the cells that fire; in *dense*,
-for all, as code that computes every cell would need. `slices` is plain JAX as a careful user writes
-it, with shifted slices and matrix products; `reference` is plain JAX with convolutions."""
+in them, and their rate is given too. The MLP is counted for the cells that fire; in the column
+*dense* it is counted for all cells, as code that computes every cell would need. `slices` is plain
+JAX as a careful user writes it, with shifted slices and matrix products; `reference` is plain JAX
+with convolutions."""
 
 
 def generated() -> dict[Path, dict[str, str]]:

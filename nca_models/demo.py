@@ -44,8 +44,8 @@ def measure(system: System, model: Any, folder: Path) -> dict[str, float]:
 def speedup(system: System, model: Any, folder: Path) -> dict[str, float]:
     """Measure how many times faster backend "auto" is than "reference", on a batch of the run.
 
-    Both run the same trained model on the same samples, in turns, so that what else the machine
-    does weighs on both; the ratio of each pair is taken, and the median of the ratios.
+    Both run the same trained model on the same samples, in turns, so that other load on the machine
+    weighs on both; the result is the median of the ratios of each pair.
 
     Returns:
         `{"forward": ratio, "training": ratio}`: the loss, and the loss with its gradient.

@@ -1,11 +1,10 @@
-"""Base classes of systems: what all have in common, and what those have that learn the same.
+"""Base classes of systems: of all systems, of those that learn a picture, and of those for digits.
 
-What is learned, a picture or digits, is kept in the folder of the run.
+What a run learns, a picture or digits, is stored in the folder of the run.
 """
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ from flax import nnx
 import nca_kernels as nk
 from nca_models import render
 from nca_models.data import digits, images, pictures
-from nca_models.filming import states_over_time
-from nca_models.modules import NCA, Automaton
+from nca_models.modules import NCA, Automaton, run
+from nca_models.systems import System
 from nca_models.training.damage import DAMAGES
 from nca_models.training.logging import log10
 
@@ -27,9 +26,10 @@ SQUARED_ERROR = "log10 of the mean squared error"
 
 
 def dropout_rule(config: Any) -> nk.Rule:
-    """The rule of CAX's updates: what fires is scaled up by the fire rate, the last channel lives.
+    """Return the rule of CAX's updates, which are scaled by the inverse of the fire rate.
 
-    `config` has `fire_rate` and, where cells can be dead, `alive_threshold`.
+    `config` has `fire_rate` and, where cells can be dead, `alive_threshold`: the last channel then
+    says which cells live.
     """
     threshold = getattr(config, "alive_threshold", None)
     return nk.Rule(
@@ -39,14 +39,27 @@ def dropout_rule(config: Any) -> nk.Rule:
     )
 
 
-class SystemBase:
-    """What systems have in common: films, and no damage in training.
+def log10_mean(errors: jax.Array) -> float:
+    """Return log10 of the mean of errors."""
+    return log10(float(jnp.mean(errors)))
+
+
+class SystemBase(System):
+    """What systems have in common: loss, films, what a sweep measures, no damage in training.
 
     A system has a config, `film_start` and `picture`, and samples `{"state": [n, *spatial, C]}`
     with what else belongs to a sample.
+
+    Attributes:
+        learned: all that distinguishes systems of the same settings, as a pytree of arrays; None if
+            that is not known.
+        measures, mapped: see `System`.
     """
 
     config: Any
+    learned: Any = None
+    measures: tuple[str, ...] = ("log10_error",)
+    mapped = ("log10_error", "after the steps of training")
     num_spatial_dims = 2
 
     def film_start(self, key: jax.Array, seed: int) -> jax.Array:
@@ -61,10 +74,34 @@ class SystemBase:
         """Return the samples as they are: nothing is damaged in training."""
         return samples
 
+    def loss(self, model: Any, samples: Samples, key: jax.Array) -> tuple[jax.Array, Samples]:
+        """Return the mean of the samples' errors after their steps, and the samples then.
+
+        That is after `num_steps`, or, where the settings have `min_steps`, after a random number.
+        """
+        if hasattr(self.config, "min_steps"):
+            new = self.after_random_steps(model, samples, jax.random.split(key))
+        else:
+            steps = self.config.num_steps
+            final = model.rollout(samples["state"], key, steps, checkpoint="all")
+            new = {**samples, "state": final}
+        return jnp.mean(self.errors(new)), new
+
+    def swept(self, model: Any) -> tuple[float, ...]:
+        """Return log10 of the mean error of 64 fresh samples after `num_steps`."""
+        samples = self.fresh(jax.random.key(self.config.seed + 1), 64)
+        key = jax.random.key(self.config.seed + 2)
+        state = run(model, samples["state"], key, self.config.num_steps)
+        return (log10_mean(self.errors({**samples, "state": state})),)
+
+    def log10_error(self, state: jax.Array) -> float:
+        """Return log10 of the mean error of states `[n, *spatial, C]`."""
+        return log10_mean(self.errors({"state": state}))
+
     def after_random_steps(self, model: Any, samples: Samples, keys: Any) -> Samples:
         """Return each sample after a random number of steps, from `min_steps` to `num_steps`.
 
-        `keys` are that of the rollout and that of the numbers.
+        `keys` are two keys: the rollout's, and that of the random numbers of steps.
         """
         key_rollout, key_steps = keys
         state, least, most = samples["state"], self.config.min_steps, self.config.num_steps
@@ -73,7 +110,7 @@ class SystemBase:
         return {**samples, "state": sampled}
 
     def film(self, model: Any, num_steps: int, **options: Any) -> np.ndarray:
-        """Return all of `frames`, `[frames, height, width, 3]` uint8."""
+        """Return all that `frames` yields as an array `[frames, height, width, 3]` uint8."""
         return np.stack(list(self.frames(model, num_steps, **options)))
 
     def frames(
@@ -96,17 +133,24 @@ class SystemBase:
     ) -> Iterator[np.ndarray]:
         """Run from the state `start`, `[1, *spatial, C]`, and yield pictures; see `System.frames`.
 
-        It is damaged after `damage_at` steps.
+        The damage is done after `damage_at` steps. A model that runs in tiles overwrites `start`.
         """
-        clear = partial(DAMAGES[damage], num_spatial_dims=self.num_spatial_dims)
-        for state in states_over_time(
-            model, start, num_steps, every=every, key=key, damage=clear, damage_at=damage_at
-        ):
-            yield self.picture(state[0])
+        key, key_damage = jax.random.split(key)
+        yield self.picture(start[0])
+        state, done = start, 0
+        while done < num_steps:
+            stops = (num_steps, (done // every + 1) * every, damage_at)
+            stop = min(stop for stop in stops if stop > done)
+            state = run(model, state, jax.random.fold_in(key, done), stop - done, donate=True)
+            done = stop
+            if done == damage_at:
+                state = DAMAGES[damage](key_damage, state, self.num_spatial_dims)
+            if done % every == 0 or done == num_steps:
+                yield self.picture(state[0])
 
 
 class LearnsPicture(SystemBase):
-    """A system whose last four channels are to become a picture: premultiplied RGBA.
+    """A system whose last four channels learn to show a picture, as premultiplied RGBA.
 
     Its config has `target_size` and `padding`; samples are `{"state": [n, size, size, C]}`.
     """
@@ -117,7 +161,13 @@ class LearnsPicture(SystemBase):
         """Read the target of the run in `folder`."""
         self.config = config
         picture = images.open_rgba(folder / "target.png")
-        self.target = jnp.asarray(images.premultiplied(picture, config.padding))
+        self.learned = jnp.asarray(images.premultiplied(picture, config.padding))
+
+    @property
+    def target(self) -> jax.Array:
+        """The picture, `[size, size, 4]` premultiplied RGBA."""
+        target: jax.Array = self.learned
+        return target
 
     @staticmethod
     def prepare(config: Any, target: str | None, folder: Path) -> None:
@@ -136,12 +186,11 @@ class LearnsPicture(SystemBase):
 
     def start(self, key: jax.Array, n: int) -> jax.Array:
         """Return `n` states for films to start from, `[n, size, size, C]`: fresh samples."""
-        state: jax.Array = self.fresh(key, n)["state"]  # type: ignore[attr-defined]
-        return state
+        return self.fresh(key, n)["state"]
 
     @staticmethod
     def resized(config: Any, size: int) -> Any:
-        """See `System.resized`: there is more room around the picture."""
+        """See `System.resized`: the picture keeps its size, and the padding changes."""
         if size < config.target_size:
             raise ValueError(f"{size} is below the picture's own size of {config.target_size}")
         return replace(config, padding=(size - config.target_size) // 2)
@@ -170,10 +219,6 @@ class LearnsPicture(SystemBase):
         """Return each sample's mean squared error `[n]` of RGBA."""
         return jnp.mean((samples["state"][..., -4:] - self.target) ** 2, axis=(1, 2, 3))
 
-    def log10_error(self, state: jax.Array) -> float:
-        """Return log10 of the mean of the errors of states `[n, size, size, C]`."""
-        return log10(float(jnp.mean(self.errors({"state": state}))))
-
     def picture(self, state: jax.Array) -> np.ndarray:
         """Return a state `[size, size, C]` as uint8 RGB over white."""
         return render.over_white(np.asarray(state[..., -4:]))
@@ -195,7 +240,7 @@ class LearnsDigits(SystemBase):
 
     @staticmethod
     def prepare(config: Any, target: str | None, folder: Path) -> None:
-        """Write `digits.npz`: of a folder with MNIST's files, or (None) of scikit-learn."""
+        """Write `digits.npz`: MNIST from the folder `target`, or scikit-learn's digits (None)."""
         data = digits.digits(config.target_size, None if target is None else Path(target))
         digits.save(data, folder / "digits.npz")
 
@@ -216,7 +261,7 @@ class LearnsDigits(SystemBase):
 
     @staticmethod
     def resized(config: Any, size: int) -> Any:
-        """See `System.resized`: digits have one size."""
+        """See `System.resized`: it is impossible, because digits have one size."""
         raise ValueError(
             f"digits are {config.target_size} x {config.target_size} here, and stay so"
         )

@@ -15,12 +15,12 @@ _DEFAULT_RULE = nk.Rule()
 
 
 class Automaton(nnx.Module):
-    """What every model here is: a step, and rollouts of it. The module holds no random state."""
+    """The base of all models: a step, and rollouts of it. It holds no random state."""
 
     tiles: tuple[int, Any, Any] | None = None  # see `NCA.in_tiles`
 
     def __call__(self, state: jax.Array, key: jax.Array) -> jax.Array:
-        """Take one step: `state` is `[*batch, *spatial, C]`, `key` that of its fire mask."""
+        """Take one step of a state `[*batch, *spatial, C]`; `key` is the key of the fire mask."""
         raise NotImplementedError
 
     def cost(self) -> nk.Cost:
@@ -34,16 +34,17 @@ class Automaton(nnx.Module):
         num_steps: int,
         *,
         sample_steps: jax.Array | None = None,
+        checkpoint: str = "all",
     ) -> Any:
         """Take `num_steps` steps; step t uses `jax.random.fold_in(key, t)`.
 
-        For the backward, what each step keeps is kept: of `nk.step` and `nk.update`, the state.
-
         Args:
             state: `[*batch, *spatial, C]`.
-            key: of the whole rollout.
-            num_steps: how many steps.
-            sample_steps: `[*batch]` int, or None.
+            key: PRNG key of the whole rollout.
+            num_steps: how many steps to take.
+            sample_steps: numbers of steps, `[*batch]` int, or None.
+            checkpoint: what is kept for the backward. Here it is always "all", which means what
+                each step keeps; `nk.step` and `nk.update` keep the state.
 
         Returns:
             The final state; with `sample_steps`, `(final, sampled)`: each sample's state after
@@ -73,9 +74,9 @@ def _run(split_model: Any, state: jax.Array, key: jax.Array, num_steps: int) -> 
 def run(
     model: Automaton, state: Any, key: jax.Array, num_steps: int, *, donate: bool = False
 ) -> Any:
-    """Return the state after `num_steps` steps; compiled, once for each number of steps.
+    """Return the state after `num_steps` steps; each number of steps is compiled once.
 
-    Of a model that runs in tiles, a NumPy array; with `donate`, in the memory of `state`.
+    A model that runs in tiles returns a NumPy array, with `donate` in the memory of `state`.
     """
     if model.tiles is None:
         return _run(nnx.split(model), state, key, num_steps)
@@ -84,7 +85,7 @@ def run(
 
 
 class Constant:
-    """An array that is part of a module's structure, so that JAX's transformations leave it be."""
+    """An array that is part of a module's structure, and so constant in JAX's transformations."""
 
     def __init__(self, array: np.ndarray):
         """Keep a copy of the array."""
@@ -130,7 +131,7 @@ class NCA(Automaton):
             filters: names of filter banks or arrays of taps, as `nca_kernels.taps` takes them.
             num_spatial_dims: 1, 2 or 3.
             rule: what a step computes; see `nca_kernels.Rule`.
-            inputs: I, the width of the external inputs; 0 for none.
+            inputs: I, the width of the external inputs; 0 if there are none.
             trainable_perception: whether the taps are an `nnx.Param` or a constant.
             zero_init: whether the last layer starts from zeros.
             last_bias: whether the last layer has a bias.
@@ -152,12 +153,13 @@ class NCA(Automaton):
         self.devices: tuple[Any, Any] | None = None
 
     def split_over(self, mesh: jax.sharding.Mesh, spec: Callable[[int], Any]) -> None:
-        """From now on split rollouts over a mesh: `spec(state.ndim)` is the `PartitionSpec`."""
+        """Split all later rollouts over a mesh; `spec(state.ndim)` is the `PartitionSpec`."""
         self.devices = mesh, spec
 
     def in_tiles(self, side: int, progress: Callable[[int], Any] | None = None) -> None:
-        """From now on keep lattices in the host's memory, and run them in tiles of this side.
+        """Keep lattices in the host's memory in all later rollouts, and run them tile by tile.
 
+        A tile has `side` cells along each axis.
         `progress` is called with the number of cell-steps done; see `nca_kernels.tiled_rollout`.
         """
         self.tiles = side, progress, jax.devices()[0]
@@ -205,25 +207,26 @@ class NCA(Automaton):
         `sample_steps`, `after_step`. The result is as there.
         """
         options.setdefault("backend", self.backend)
-        rule, params = self.rule, self.rule_params()
+        args = (self.rule, self.rule_params(), state, key, num_steps, inputs)
         if self.tiles is not None:
             side, progress, device = self.tiles
             with jax.default_device(device):
-                return nk.tiled_rollout(
-                    rule,
-                    params,
-                    state,
-                    key,
-                    num_steps,
-                    inputs,
-                    tile=side,
-                    progress=progress,
-                    **options,
-                )
+                return nk.tiled_rollout(*args, tile=side, progress=progress, **options)
         if self.devices is not None:
             mesh, spec = self.devices
-            split: Any = {"mesh": mesh, "partition_spec": spec(state.ndim)}
-            return nk.sharded_rollout(
-                rule, params, state, key, num_steps, inputs, **options, **split
-            )
-        return nk.rollout(rule, params, state, key, num_steps, inputs, **options)
+            return nk.sharded_rollout(*args, mesh=mesh, partition_spec=spec(state.ndim), **options)
+        return nk.rollout(*args, **options)
+
+
+def position_embeddings(embed: nnx.Embed, state: jax.Array, num_spatial_dims: int) -> list[Any]:
+    """Return the embedding of each axis of a state, `[*batch, *spatial, features]`.
+
+    Cell i of an axis has embedding i; the embeddings are stretched over axes with more cells.
+    """
+    known, shape = embed.num_embeddings, (*state.shape[:-1], embed.features)
+    embeddings = []
+    for axis, size in enumerate(state.shape[-1 - num_spatial_dims : -1]):
+        along = embed(jnp.arange(size) * known // max(size, known))  # [size, features]
+        ones = (1,) * (num_spatial_dims - 1 - axis)
+        embeddings.append(jnp.broadcast_to(along.reshape(size, *ones, -1), shape))
+    return embeddings

@@ -4,7 +4,8 @@ Pictures are `[height, width, 3]` uint8, films `[frames, height, width, 3]` uint
 """
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -42,14 +43,14 @@ def upscale(picture: np.ndarray, factor: int) -> np.ndarray:
 def scale_of(picture: np.ndarray) -> Fraction:
     """Return how many pixels a cell of a picture of cells may take: 8, fewer for large ones.
 
-    Of pictures of more than 2,048 cells a side several cells share a pixel.
+    In pictures of more than 2,048 cells a side, several cells share a pixel.
     """
     side = max(picture.shape[:2])
     return Fraction(max(1, min(8, 1024 // side))) / -(-side // 2048)
 
 
 def scaled(picture: np.ndarray, scale: Fraction) -> np.ndarray:
-    """Give each cell of a picture `scale` pixels a side: a whole number, or one over one."""
+    """Give each cell of a picture `scale` pixels a side; `scale` or its inverse is whole."""
     if scale >= 1:
         return upscale(picture, int(scale))
     cells = int(1 / scale)
@@ -57,7 +58,7 @@ def scaled(picture: np.ndarray, scale: Fraction) -> np.ndarray:
 
 
 def spread(length: int, count: int = 8) -> list[int]:
-    """Return up to `count` indices, evenly spread from the first to the last of so many."""
+    """Return up to `count` indices that are evenly spread from 0 to `length - 1`."""
     chosen = np.linspace(0, length - 1, min(count, length))
     return [int(i) for i in chosen.round()]
 
@@ -89,7 +90,7 @@ def save_png(path: Path, picture: np.ndarray) -> None:
 
 
 def save_gif(path: Path, film: Iterable[np.ndarray], fps: float = 20.0) -> None:
-    """Write a film, or frames as they come, that repeats for ever, `fps` frames a second.
+    """Write a film, or frames as they come, as a GIF that repeats for ever.
 
     GIF counts time in hundredths of a second. Frames equal to the one before make it stay longer.
     """
@@ -100,24 +101,13 @@ def save_gif(path: Path, film: Iterable[np.ndarray], fps: float = 20.0) -> None:
 
 
 def save_mp4(path: Path, film: Iterable[np.ndarray], fps: float = 20.0) -> None:
-    """Write a film, or frames as they come, as H.264; odd sides, which it lacks, gain a pixel."""
-    import imageio_ffmpeg
-
+    """Write a film, or frames as they come, as H.264; an odd side gains a pixel, to be even."""
+    even = lambda frame: [(0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)]
+    frames: Any = (np.pad(frame, even(frame), constant_values=255) for frame in film)
     with whole_file(path) as temporary, warnings.catch_warnings():
         # JAX warns of every fork; this one only starts ffmpeg.
         warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
-        writer = None
-        for frame in film:
-            height, width = frame.shape[:2]
-            even = ((0, height % 2), (0, width % 2), (0, 0))
-            padded = np.ascontiguousarray(np.pad(frame, even, constant_values=255))
-            if writer is None:
-                size = padded.shape[1::-1]
-                writer = imageio_ffmpeg.write_frames(temporary, size, fps=fps, macro_block_size=2)
-                writer.send(None)
-            writer.send(padded)
-        if writer is not None:
-            writer.close()
+        iio.imwrite(temporary, frames, plugin="FFMPEG", is_batch=True, fps=fps, macro_block_size=2)
 
 
 def save_film(path: Path, film: Iterable[np.ndarray], fps: float = 20.0) -> None:
@@ -153,24 +143,26 @@ def save_lattice_gif(path: Path, ink: np.ndarray, frames: int = 36, fps: float =
     save_gif(path, np.stack(film), fps)
 
 
-def save_flow_plot(path: Path, picture: np.ndarray, flow: np.ndarray) -> None:
-    """Draw flow `[height, width, 2]`, x first, in pixels, as arrows over a picture."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+@contextmanager
+def _plot(path: Path, size: tuple[float, float], dpi: int = 110) -> Iterator[Any]:
+    """Give the axes of a new figure of `size` inches; write it to `path` when the block ends."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.imshow(picture)
+    figure = Figure(figsize=size, layout="constrained")
+    yield figure.add_subplot()
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=dpi)
+
+
+def save_flow_plot(path: Path, picture: np.ndarray, flow: np.ndarray) -> None:
+    """Draw flow `[height, width, 2]`, x first, in pixels, as arrows over a picture."""
     every = max(1, picture.shape[0] // 20)
     y, x = np.mgrid[: picture.shape[0] : every, : picture.shape[1] : every]
-    arrows = flow[::every, ::every]
-    axes.quiver(
-        x, y, arrows[..., 0], arrows[..., 1], angles="xy", scale_units="xy", scale=1, color="red"
-    )
-    axes.set_axis_off()
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=110)
+    u, v = np.moveaxis(flow[::every, ::every], -1, 0)
+    with _plot(path, (4, 4)) as axes:
+        axes.imshow(picture)
+        axes.quiver(x, y, u, v, angles="xy", scale_units="xy", scale=1, color="red")
+        axes.set_axis_off()
 
 
 def save_heat_map(
@@ -181,38 +173,23 @@ def save_heat_map(
     title: str,
 ) -> None:
     """Draw a table `[rows, columns]` as colours and numbers; axes are (name, labels)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(2 + len(columns[1]), 1.5 + 0.8 * len(rows[1])), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    image = axes.imshow(values, origin="lower")
-    figure.colorbar(image)
-    axes.set_xticks(range(len(columns[1])), list(map(str, columns[1])))
-    axes.set_yticks(range(len(rows[1])), list(map(str, rows[1])))
-    axes.set(xlabel=columns[0], ylabel=rows[0], title=title)
-    for (y, x), value in np.ndenumerate(values):
-        axes.text(x, y, f"{value:.2f}", ha="center", va="center", color="white")
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=110)
+    with _plot(path, (2 + len(columns[1]), 1.5 + 0.8 * len(rows[1]))) as axes:
+        axes.figure.colorbar(axes.imshow(values, origin="lower"))
+        axes.set_xticks(range(len(columns[1])), list(map(str, columns[1])))
+        axes.set_yticks(range(len(rows[1])), list(map(str, rows[1])))
+        axes.set(xlabel=columns[0], ylabel=rows[0], title=title)
+        for (y, x), value in np.ndenumerate(values):
+            axes.text(x, y, f"{value:.2f}", ha="center", va="center", color="white")
 
 
 def save_loss_plot(path: Path, steps: Sequence[int], losses: Sequence[float]) -> None:
     """Plot log10 of the loss against the training step, with a running mean."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     values = np.log10(np.maximum(np.asarray(losses, float), np.finfo(float).tiny))
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)  # draws without a display
-    axes = figure.add_subplot()
-    axes.plot(steps, values, ".", markersize=2, alpha=0.4, label="each step")
     width = min(50, len(values))
     mean = np.convolve(values, np.ones(width) / width, mode="valid")
-    axes.plot(steps[width - 1 :], mean, label=f"mean of {width} steps")
-    axes.set(xlabel="training step", ylabel="log10 of the loss")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+    with _plot(path, (7, 4), dpi=120) as axes:
+        axes.plot(steps, values, ".", markersize=2, alpha=0.4, label="each step")
+        axes.plot(steps[width - 1 :], mean, label=f"mean of {width} steps")
+        axes.set(xlabel="training step", ylabel="log10 of the loss")
+        axes.legend()
+        axes.grid(alpha=0.3)

@@ -40,23 +40,39 @@ def exists(folder: Path) -> bool:
 
 
 def interrupted(folder: Path) -> bool:
-    """Tell whether a run in `folder` was killed before it was complete: `create` starts it anew."""
+    """Tell whether a run in `folder` was killed before `create` was done, which can be repeated."""
     return (folder / _STARTING).exists() and not exists(folder)
+
+
+def configured(request: Request) -> Any:
+    """Return the settings of a new run.
+
+    Raises:
+        RunError: the system has no such setting, or a value is impossible.
+    """
+    preset = systems.load(request.system).PRESETS[request.preset or "small"]
+    settings = _given(request.settings)
+    if unknown := sorted(settings.keys() - {field.name for field in fields(preset)}):
+        raise RunError(f"{request.system} has no setting {', '.join(unknown)}")
+    try:
+        return replace(preset, **settings)
+    except (ValueError, TypeError) as error:
+        raise RunError(str(error)) from error
+
+
+def open_run(folder: Path, request: Request) -> systems.System:
+    """Resume the run in `folder`, or start one there; the errors are those of the two."""
+    return (resume if exists(folder) else create)(folder, request)
 
 
 def create(folder: Path, request: Request) -> systems.System:
     """Start a run: write the system's data and then `config.json`.
 
     Raises:
-        ValueError: a setting is impossible, or the target cannot be had.
+        RunError: a setting is impossible.
+        DataError: the target cannot be had.
     """
-    module = systems.load(request.system)
-    preset = request.preset or "small"
-    settings = _given(request.settings)
-    known = {field.name for field in fields(module.PRESETS[preset])}
-    if unknown := sorted(settings.keys() - known):
-        raise ValueError(f"{request.system} has no setting {', '.join(unknown)}")
-    config = replace(module.PRESETS[preset], **settings)
+    module, config = systems.load(request.system), configured(request)
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _STARTING).touch()
@@ -67,14 +83,14 @@ def create(folder: Path, request: Request) -> systems.System:
         if made:
             folder.rmdir()
         raise
-    _write(folder, request.system, preset, request.target, config)
+    _write(folder, request.system, request.preset or "small", request.target, config)
     (folder / _STARTING).unlink()
     system: systems.System = module.SystemClass(config, folder)
     return system
 
 
 def resume(folder: Path, request: Request) -> systems.System:
-    """Reopen a run; more training steps may be asked for, nothing else may change.
+    """Reopen a run. The number of training steps may grow; no other setting may change.
 
     Raises:
         RunError: a setting differs from the run's.
@@ -98,16 +114,16 @@ def resume(folder: Path, request: Request) -> systems.System:
 
 
 def require(folder: Path, system: str | None = None) -> None:
-    """Refuse a folder that holds no run, or none of `system` (RunError), before anything heavy."""
+    """Raise RunError if `folder` holds no run, or none of `system`; nothing heavy is imported."""
     trained = _read(folder)["system"]
     if system not in (None, trained):
         raise RunError(f"{folder} is a run of {trained}, not of {system}")
 
 
 def load(folder: Path, backend: str | None = None, size: int | None = None) -> systems.System:
-    """Return the system of the run in `folder`, on its own backend or on `backend`.
+    """Return the system of the run in `folder`.
 
-    With `size`, its films are on a square grid of that side.
+    It runs on `backend`, if that is given, and films are on a square grid of side `size`.
 
     Raises:
         RunError: there is no run, `config.json` is not one, or the size is impossible.

@@ -1,8 +1,9 @@
-"""Motion against channels and hidden units: many small trainings, a row of a table for each.
+"""Sweeps: a training for every combination of some settings' values, and a table of what came out.
 
-`OUT/sweep.csv` has a row for each model that is done, `OUT/<texture>-c<C>-d<D>-s<seed>/` its run,
-and `OUT/motion.png` the heat map. Models of the same widths train together, as many as fit into
-memory. A sweep that was stopped goes on where it was, within a training too.
+`OUT/sweep.csv` has a row for each model that is done, `OUT/<target>-<settings>-s<seed>/` is its
+run, and a heat map shows the measure that the system names, where one or two settings are swept.
+Models that differ only in their seed or in what they learn train together, as many as fit into
+memory. A sweep that was stopped continues where it stopped, also within a training.
 """
 
 import csv
@@ -10,124 +11,155 @@ import io
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import dataclass, fields
+from functools import cached_property
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from nca_models import render, run_folder
+from nca_models import render, run_folder, systems
 from nca_models._files import write_text
 from nca_models.training import logging, trainer
+from nca_models.training.config import option
 from nca_models.training.estimate import available_memory, planned_memory, resident_memory
 
-FIELDS = (
-    "texture", "channels", "hidden", "seed", "log10_texture_loss", "motion", "motion_spread"
-)  # fmt: skip
 _SHARE = 0.8  # of the memory, for models that train together
+
+
+class Model(NamedTuple):
+    """One training of a sweep."""
+
+    cells: tuple[str, ...]  # the first of its row in the table: target, swept values, seed
+    name: str  # of its folder
+    request: run_folder.Request
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What a sweep trains: every combination.
+    """What a sweep trains: every combination of targets, values and seeds.
 
     Attributes:
-        system: name of a system with settings `channels` and `hidden`, whose class has
-            `swept(model)`: the last three of `FIELDS`.
-        textures: as `nca_models.data.textures` takes them.
-        channels, hidden: widths C and D.
-        seeds: trainings of each, with seeds from 0.
-        preset: whose other settings are taken.
-        steps: training steps of a model; None for the preset's.
-        vgg16: file of weights, or None for the features of random filters.
-        together: models that train together at most; None for as many as fit into memory.
+        system: name of the system.
+        targets: what is learned, as `nca train --target` takes it; None for the default.
+        settings: values by the setting's name, one or several.
+        seeds: trainings of each combination, with seeds from 0.
+        preset: what says all other settings.
+        together: how many models train together at most; None for as many as fit into memory.
     """
 
     system: str
-    textures: tuple[str, ...]
-    channels: tuple[int, ...]
-    hidden: tuple[int, ...]
+    targets: tuple[str | None, ...]
+    settings: dict[str, tuple[Any, ...]]
     seeds: int = 1
     preset: str = "small"
-    steps: int | None = None
-    vgg16: str | None = None
     together: int | None = None
 
-
-class Model(NamedTuple):
-    """One training of a sweep; the first fields of its row."""
-
-    texture: str
-    channels: int
-    hidden: int
-    seed: int
+    @cached_property
+    def swept(self) -> dict[str, tuple[Any, ...]]:
+        """The values of the swept settings: those with several values or with a short name."""
+        preset, swept = systems.load(self.system).PRESETS[self.preset], {}
+        for each in fields(preset):
+            values = self.settings.get(each.name, (getattr(preset, each.name),))
+            if len(values) > 1 or each.metadata.get("short"):
+                swept[each.name] = values
+        return swept
 
     @property
-    def name(self) -> str:
-        """The name of its folder."""
-        return f"{Path(self.texture).stem}-c{self.channels}-d{self.hidden}-s{self.seed}"
+    def shared(self) -> dict[str, Any]:
+        """The settings that all models share, beside those of the preset."""
+        return {name: v[0] for name, v in self.settings.items() if name not in self.swept}
+
+    @cached_property
+    def measures(self) -> tuple[str, ...]:
+        """The names of what is measured."""
+        measures: tuple[str, ...] = systems.load(self.system).SystemClass.measures
+        return measures
+
+    @property
+    def header(self) -> tuple[str, ...]:
+        """The names of the table's columns."""
+        return (systems.settings(self.system).target_name, *self.swept, "seed", *self.measures)
+
+    def models(self) -> Iterator[list[Model]]:
+        """Yield the models, in lists of those whose settings differ only in the seed."""
+        short = {f.name: f.metadata.get("short") for f in fields(systems.settings(self.system))}
+        for values in product(*self.swept.values()):
+            settings = dict(zip(self.swept, values, strict=True))
+            parts = [f"{short[name] or name}{value}" for name, value in settings.items()]
+            yield [
+                Model(
+                    (target or "", *map(str, values), str(seed)),
+                    "-".join([self.stem(target), *parts, f"s{seed}"]),
+                    run_folder.Request(
+                        self.system, self.preset, target, self.shared | settings | {"seed": seed}
+                    ),
+                )
+                for target, seed in product(self.targets, range(self.seeds))
+            ]
+
+    def stem(self, target: str | None) -> str:
+        """Return what a target is called in the names of files."""
+        return Path(target).stem if target else self.system
 
 
-def sweep(grid: Grid, out: Path) -> Path:
-    """Train what `out` has not, measure it, and write the table and the heat map.
+def sweep(grid: Grid, out: Path) -> tuple[Path, list[Path]]:
+    """Train the models that `out` lacks, measure them, and write the table and the heat maps.
 
     Returns:
-        The path of the table.
+        The path of the table, and those of the heat maps.
 
     Raises:
-        RunError: `out` is of another grid, or a model does not fit into memory.
+        RunError: `out` is the folder of another sweep, a setting is impossible, or a model does not
+            fit into memory.
         Interrupted: on SIGINT or SIGTERM, once the training step is done and a checkpoint saved.
     """
+    for first, *_ in grid.models():
+        run_folder.configured(first.request)
     out.mkdir(parents=True, exist_ok=True)
-    _require_same(grid, out / "grid.json")
     table = out / "sweep.csv"
-    rows = _read(table)
-    done = {tuple(row[field] for field in Model._fields) for row in rows}
-    widths = list(product(grid.channels, grid.hidden))
-    shown = tqdm(total=len(widths) * len(grid.textures) * grid.seeds, desc="models", unit="model")
-    with shown:
-        for channels, hidden in widths:
-            alike = [
-                Model(texture, channels, hidden, seed)
-                for texture in grid.textures
-                for seed in range(grid.seeds)
-            ]
-            left = [model for model in alike if tuple(map(str, model)) not in done]
+    _require_same(grid, out)
+    rows = _read(table, grid)
+    done = {row[: -len(grid.measures)] for row in rows}
+    total = math.prod(map(len, grid.swept.values())) * len(grid.targets) * grid.seeds
+    with tqdm(total=total, desc="models", unit="model") as shown:
+        for alike in grid.models():
+            left = [model for model in alike if model.cells not in done]
             shown.update(len(alike) - len(left))
             for models in _groups(grid, left, out):
                 for model, figures in zip(models, _train(grid, models, out), strict=True):
-                    row = (*model, *(f"{figure:.4f}" for figure in figures))
-                    rows.append(dict(zip(FIELDS, map(str, row), strict=True)))
-                    _write(table, rows)
+                    rows.append((*model.cells, *(f"{figure:.4f}" for figure in figures)))
+                    _write(table, grid, rows)
                     shown.update()
-    for texture in grid.textures:
-        name = "motion.png" if len(grid.textures) == 1 else f"motion-{Path(texture).stem}.png"
-        render.save_heat_map(
-            out / name,
-            _motion(grid, texture, rows),
-            ("hidden units", grid.hidden),
-            ("channels", grid.channels),
-            f"motion of {Path(texture).stem}, cells per 32 steps",
-        )
-    return table
+    return table, [] if len(grid.swept) > 2 else _draw_maps(grid, rows, out)
 
 
-def _motion(grid: Grid, texture: str, rows: Sequence[dict[str, str]]) -> np.ndarray:
-    """Motion `[channels, hidden]`, the mean over the trainings that did not diverge."""
-    measured = [
-        [float(row["motion"]) for row in rows
-         if (row["texture"], row["channels"], row["hidden"]) == (texture, str(c), str(d))]
-        for c, d in product(grid.channels, grid.hidden)
-    ]  # fmt: skip
-    kept = [[value for value in values if math.isfinite(value)] for values in measured]
-    means = [float(np.mean(values)) if values else math.nan for values in kept]
-    return np.array(means).reshape(len(grid.channels), len(grid.hidden))
+def _draw_maps(grid: Grid, rows: Sequence[tuple[str, ...]], out: Path) -> list[Path]:
+    """Draw the heat map of each target: the first setting down, the second along."""
+    measure, unit = systems.load(grid.system).SystemClass.mapped
+    column = grid.header.index(measure)
+    (down, downs), (along, alongs) = [*grid.swept.items(), ("", ("",)), ("", ("",))][:2]
+    paths = []
+    for target in grid.targets:
+        measured = [
+            [float(row[column]) for row in rows if row[: len(cells)] == cells]
+            for cells in ((target or "", *map(str, v)) for v in product(*grid.swept.values()))
+        ]
+        finite = [[value for value in values if math.isfinite(value)] for values in measured]
+        means = np.array([np.mean(values) if values else math.nan for values in finite])
+        stem = grid.stem(target)
+        path = out / (f"{measure}.png" if len(grid.targets) == 1 else f"{measure}-{stem}.png")
+        values = means.reshape(len(downs), len(alongs))
+        title = f"{measure} of {stem}, {unit}"
+        render.save_heat_map(path, values, (along, alongs), (down, downs), title)
+        paths.append(path)
+    return paths
 
 
 def _groups(grid: Grid, models: Sequence[Model], out: Path) -> list[list[Model]]:
-    """Models that train together, as many as fit; first those with which a stopped sweep began."""
+    """Group the models that train together; those with which a stopped sweep began come first."""
     groups = [[model] for model in models if (out / model.name / "checkpoints").exists()]
     left = [model for model in models if [model] not in groups]
     for folder in out.glob(f"{left[0].name}-and-*-more") if left else ():
@@ -135,76 +167,76 @@ def _groups(grid: Grid, models: Sequence[Model], out: Path) -> list[list[Model]]
         groups.append(left[:count])
         left = left[count:]
         break
+    if not left:
+        return groups
+    system = run_folder.open_run(out / left[0].name, left[0].request)
     size = grid.together
     if size is None and len(left) > 1:
-        first = trainer.Trainer(_open(grid, left[0], out))
+        first = trainer.Trainer(system)
         base, each = resident_memory(), planned_memory(first.compiled(), first.compiled_pool())
         room = available_memory()
         size = None if room is None else max(1, int((_SHARE * room - base) / each))
-    size = size or len(left) or 1
-    return groups + [list(left[i : i + size]) for i in range(0, len(left), size)]
+    size = size or len(left)
+    apart = getattr(system, "learned", None) is None  # targets cannot be trained together
+    by_target = groupby(left, lambda model: model.request.target if apart else None)
+    parts = [list(part) for _, part in by_target]
+    return groups + [part[i : i + size] for part in parts for i in range(0, len(part), size)]
 
 
-def _open(grid: Grid, model: Model, out: Path) -> Any:
-    """The system of a model, its folder made if absent."""
-    settings = {
-        "channels": model.channels,
-        "hidden": model.hidden,
-        "seed": model.seed,
-        "num_train_steps": grid.steps,
-        "vgg16": grid.vgg16,
-    }
-    request = run_folder.Request(grid.system, grid.preset, model.texture, settings)
-    folder = out / model.name
-    start = run_folder.resume if run_folder.exists(folder) else run_folder.create
-    return start(folder, request)
-
-
-def _train(grid: Grid, models: Sequence[Model], out: Path) -> Iterator[tuple[float, float, float]]:
-    """Of each model the last three of FIELDS; NaN if its training diverges."""
+def _train(grid: Grid, models: Sequence[Model], out: Path) -> Iterator[tuple[float, ...]]:
+    """Train models together and yield the measures of each; NaN where a training diverges."""
+    diverged = (math.nan,) * len(grid.measures)
     folders = [out / model.name for model in models]
-    opened = [_open(grid, model, out) for model in models]
+    opened = [run_folder.open_run(out / model.name, model.request) for model in models]
     try:
         if len(models) == 1:
             trained = [trainer.train(opened[0], folders[0])]
         else:
-            folder = out / f"{models[0].name}-and-{len(models) - 1}-more"
+            folder = out / f"{folders[0].name}-and-{len(models) - 1}-more"
             trained = trainer.train_together(opened, folder, folders)
     except trainer.Diverged as error:
         tqdm.write(f"{folders[0]}: {error}")
-        yield from [(math.nan, math.nan, math.nan)] * len(models)
+        yield from [diverged] * len(models)
         return
     for system, model, folder in zip(opened, trained, folders, strict=True):
         if not math.isfinite(logging.read(folder / "log.csv")[1][-1]):
             tqdm.write(f"{folder}: the loss is not finite")
-            yield math.nan, math.nan, math.nan
+            yield diverged
             continue
         system.pictures(model, folder)
         yield system.swept(model)
 
 
-def _require_same(grid: Grid, path: Path) -> None:
-    """A sweep may grow, but what a model is trained with must not change."""
-    fixed = {"preset": grid.preset, "steps": grid.steps, "vgg16": grid.vgg16}
+def _require_same(grid: Grid, out: Path) -> None:
+    """Refuse (RunError) what changes the settings that all models share; a sweep may grow."""
+    path, declared = out / "grid.json", fields(systems.settings(grid.system))
+    options = {each.name: option(each).removeprefix("--") for each in declared}
+    shared = {"preset": grid.preset} | {options[name]: v for name, v in grid.shared.items()}
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if before != fixed:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        before = {name: value for name, value in saved.items() if value is not None}
+        if before != shared:
             raise run_folder.RunError(
-                f"{path.parent} was started with {before}, not {fixed}: choose another --out"
+                f"{out} was started with {before}, not {shared}: choose another --out"
             )
-    write_text(path, json.dumps(fixed) + "\n")
+    write_text(path, json.dumps(shared) + "\n")
 
 
-def _read(table: Path) -> list[dict[str, str]]:
+def _read(table: Path, grid: Grid) -> list[tuple[str, ...]]:
+    """Read the rows of a table; refuse (RunError) a table of other columns."""
     if not table.exists():
         return []
     with table.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+        header, *rows = map(tuple, csv.reader(file))
+    if header != grid.header:
+        raise run_folder.RunError(
+            f"{table} has the columns {', '.join(header)}, not {', '.join(grid.header)}: choose "
+            "another --out"
+        )
+    return rows
 
 
-def _write(table: Path, rows: Sequence[dict[str, str]]) -> None:
+def _write(table: Path, grid: Grid, rows: Sequence[tuple[str, ...]]) -> None:
     text = io.StringIO()
-    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    csv.writer(text, lineterminator="\n").writerows([grid.header, *rows])
     write_text(table, text.getvalue())

@@ -1,4 +1,4 @@
-"""How unlike two textures are, whatever is where in them: sliced optimal transport of features.
+"""A distance of two textures that ignores where things are: sliced optimal transport of features.
 
 The features are those of a fixed network of random filters at several scales (Ustyuzhaninov et
 al., "What does it take to generate natural textures?", ICLR 2017), or of a VGG16 whose weights are
@@ -9,11 +9,11 @@ transport is sorting (Heitz et al., "A Sliced Wasserstein Loss for Neural Textur
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import lax
 
 from nca_models.data.vgg16 import BLOCKS, VGG16
@@ -23,7 +23,7 @@ _FAINTEST = 0.01  # of colours from 0 to 1
 
 
 def random_filters(seed: int = 0) -> jax.Array:
-    """Filters `[KERNEL, KERNEL, 3, FILTERS]` without mean, of norm 1; always the same ones."""
+    """Filters `[KERNEL, KERNEL, 3, FILTERS]` of mean 0 and norm 1, always the same for a seed."""
     filters = np.random.default_rng(seed).normal(size=(KERNEL, KERNEL, 3, FILTERS))
     filters -= filters.mean((0, 1), keepdims=True)
     filters /= np.sqrt(np.square(filters).sum((0, 1, 2)))
@@ -31,23 +31,23 @@ def random_filters(seed: int = 0) -> jax.Array:
 
 
 def features(images: jax.Array) -> list[jax.Array]:
-    """Features of images `[n, height, width, 3]`, for each scale `[n, places, 3 + FILTERS]`.
+    """Features of images `[n, height, width, 3]`, for each scale `[n, positions, 3 + FILTERS]`.
 
-    A scale is half as large as the one before; what a scale shows are the colours themselves and
-    the rectified answers of random filters. The images repeat beyond their borders.
+    Each scale is half as large as the one before, and has the colours themselves and the rectified
+    responses of random filters. The images repeat beyond their borders.
     """
     filters, out = random_filters(), []
     for _ in range(SCALES):
         both = jnp.concatenate([images, jax.nn.relu(_convolved(images, filters))], axis=-1)
         out.append(both.reshape(images.shape[0], -1, both.shape[-1]))
-        images = _pooled(images, lax.add) / 4
+        images = nnx.avg_pool(images, (2, 2), (2, 2))
     return out
 
 
 def vgg16_features(network: VGG16, images: jax.Array) -> list[jax.Array]:
-    """Features of images `[n, height, width, 3]`: of each block of VGG16 `[n, places, features]`.
+    """Features of images `[n, height, width, 3]`, for each block `[n, positions, features]`.
 
-    The colours themselves, and then what the first convolution of each block answers, rectified.
+    They are the colours themselves and the rectified responses of each block's first convolution.
     The images repeat beyond their borders; a block whose image is below 2 x 2 is left out.
     """
     out = [images.reshape(images.shape[0], -1, 3)]
@@ -62,7 +62,7 @@ def vgg16_features(network: VGG16, images: jax.Array) -> list[jax.Array]:
             x = jax.nn.relu(_convolved(x, jnp.asarray(kernel, jnp.float32)) + bias)
             if i == 0:
                 out.append(x.reshape(x.shape[0], -1, x.shape[-1]))
-        x = _pooled(x, lax.max)
+        x = nnx.max_pool(x, (2, 2), (2, 2))
     return out
 
 
@@ -76,30 +76,24 @@ def _convolved(images: jax.Array, kernel: jax.Array) -> jax.Array:
     )
 
 
-def _pooled(images: jax.Array, operation: Any) -> jax.Array:
-    """Sum or maximum of each 2 x 2 pixels."""
-    first = 0.0 if operation is lax.add else -jnp.inf
-    return lax.reduce_window(images, first, operation, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
-
-
 def sliced_transport(
-    given: Sequence[jax.Array], wanted: Sequence[jax.Array], key: jax.Array
+    generated: Sequence[jax.Array], wanted: Sequence[jax.Array], key: jax.Array
 ) -> jax.Array:
     """Return the mean squared distance `[n]` of sorted projections, over all scales.
 
-    Each feature counts in units of its standard deviation in the image that is wanted, so that
-    faint structure counts as much as strong one.
+    Each feature counts in units of its standard deviation in the wanted image, so that faint
+    structure counts as much as strong structure.
 
     Args:
-        given: features of `n` images, as `features` gives them.
-        wanted: those of one image, `[1, places, features]` for each scale.
-        key: of the directions, which are drawn anew for each key.
+        generated: features of `n` images, as `features` returns them.
+        wanted: the features of one image, `[1, positions, features]` for each scale.
+        key: PRNG key of the directions.
     """
-    total = jnp.zeros(given[0].shape[0])
-    for scale, (a, b) in enumerate(zip(given, wanted, strict=True)):
+    total = jnp.zeros(generated[0].shape[0])
+    for scale, (a, b) in enumerate(zip(generated, wanted, strict=True)):
         directions = jax.random.normal(jax.random.fold_in(key, scale), (a.shape[-1], DIRECTIONS))
         directions /= jnp.linalg.norm(directions, axis=0)
         directions /= jnp.maximum(jnp.std(b, axis=(0, 1)), _FAINTEST)[:, None]
         difference = jnp.sort(a @ directions, axis=1) - jnp.sort(b @ directions, axis=1)
         total += jnp.mean(jnp.square(difference), axis=(1, 2))
-    return total / len(given)
+    return total / len(generated)

@@ -1,7 +1,7 @@
 """The command `nca`: train, demo, run, eval, sweep, bench, doctor; a module here for each.
 
-Arguments are checked before JAX starts. Wrong input is one line on stderr and exit code 2; a
-training run that diverges is exit code 1; a signal is 128 plus its number.
+Arguments are checked before JAX starts. Wrong input prints one line on stderr and exits with code
+2, a training that diverges exits with 1, and one that a signal ends with 128 plus its number.
 """
 
 import argparse

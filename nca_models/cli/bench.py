@@ -1,4 +1,4 @@
-"""`nca bench`: start the suite, which is in the repository and not in the package."""
+"""`nca bench`: start the benchmark suite, which is in the repository but not in the package."""
 
 import argparse
 import os
@@ -11,7 +11,7 @@ from nca_models.cli.common import Commands, InputError
 
 
 def add(commands: Commands) -> None:
-    """Add the command; it has no options: all goes to the command in benchmarks/, `--help` too."""
+    """Add the command, which hands all of its arguments, `--help` too, to benchmarks/."""
     bench = commands.add_parser(
         "bench", help="time backends and peers on this machine", prefix_chars="\0", add_help=False
     )
@@ -34,5 +34,5 @@ def _bench(args: argparse.Namespace) -> int:
     while True:
         try:
             return suite.wait()
-        except KeyboardInterrupt:  # the suite has it too, and ends in order
+        except KeyboardInterrupt:  # the suite receives it too, and ends in an orderly way
             continue

@@ -1,4 +1,4 @@
-"""What the commands share: errors, types of arguments, and checks of what was given."""
+"""What the commands share: errors, types of arguments, and checks of arguments."""
 
 import argparse
 import sys
@@ -53,7 +53,7 @@ def above_zero(text: str) -> float:
 
 
 def scale(text: str) -> Fraction:
-    """Parse an argument that is N or 1/N."""
+    """Parse an argument that is N or 1/N, for a whole number N."""
     try:
         value = Fraction(text)
     except (ValueError, ZeroDivisionError):

@@ -1,6 +1,7 @@
 """`nca run`: run a trained system and film it."""
 
 import argparse
+import math
 from collections.abc import Iterable
 from contextlib import nullcontext
 from fractions import Fraction
@@ -22,7 +23,8 @@ examples:
   nca run bricks --size 16384 --steps 64 --every 64 --png wall.png   out of the host's memory
 """
 _OUTPUTS = {"gif": "film", "mp4": "film", "png": "strip of frames over time"}
-_TILE, _WHOLE = 1024, 4096  # side of a tile; of the largest grid that runs whole unless told to
+_TILE = 1024  # cells a side of a tile
+_WHOLE = 4096  # cells a side of the largest grid that runs without tiles by default
 
 
 def add(commands: Commands) -> None:
@@ -83,8 +85,8 @@ def _run(args: argparse.Namespace) -> int:
     from nca_models.training import trainer
 
     model = trainer.trained_model(system, args.folder)
-    bar, place = _in_tiles(args, model)
-    with place, bar or nullcontext():
+    bar, device = _in_tiles(args, model)
+    with device, bar or nullcontext():
         frames = system.frames(
             model,
             args.steps,
@@ -100,7 +102,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    """Refuse what cannot be, before anything heavy; return the step after which damage is done."""
+    """Refuse impossible options before JAX starts; return the step after which damage is done."""
     for suffix in _OUTPUTS:
         _check_output(suffix, getattr(args, suffix))
     damage_at: int = args.steps // 2 if args.damage_at is None else args.damage_at
@@ -127,7 +129,10 @@ def _check_output(suffix: str, path: Path | None) -> None:
 
 
 def _in_tiles(args: argparse.Namespace, model: Any) -> tuple[Any, Any]:
-    """Have a model run in tiles, if it is to: the bar of its progress, the place of its grids."""
+    """Let a model run in tiles if it should.
+
+    Return its progress bar, or None, and a context in which grids are on the right device.
+    """
     import jax
     from tqdm import tqdm
 
@@ -148,18 +153,18 @@ def _write(args: argparse.Namespace, frames: Iterable[np.ndarray], *, progress: 
     """Write the frames to the files that were asked for, else to run.gif; return their paths."""
     from tqdm import tqdm
 
-    from nca_models import filming, render
+    from nca_models import render
 
     paths = {suffix: getattr(args, suffix) for suffix in _OUTPUTS if getattr(args, suffix)}
     paths = paths or {"gif": args.folder / "run.gif"}
     size = lambda frame: args.scale or render.scale_of(frame)
     smaller = lambda frame: render.scaled(frame, min(size(frame), Fraction(1)))
     larger = lambda frame: render.scaled(frame, max(size(frame), Fraction(1)))
-    count = filming.number_of_frames(args.steps, args.every)
+    count = 1 + math.ceil(args.steps / args.every)
     shown = tqdm(frames, total=count, desc="running", unit="frame") if progress else frames
     if list(paths) == ["png"]:  # a few of the frames
-        kept = set(render.spread(count))
-        film: Any = [smaller(frame) for i, frame in enumerate(shown) if i in kept]
+        indices = set(render.spread(count))
+        film: Any = [smaller(frame) for i, frame in enumerate(shown) if i in indices]
     else:  # frames go to disk as they come, unless several files want them
         film = map(smaller, shown)
         film = film if len(paths) == 1 else list(film)

@@ -1,34 +1,44 @@
-"""Settings as options of `nca train`: each setting that names a flag, of all systems."""
+"""The systems' settings as options of `nca train` and `nca sweep`."""
 
 import argparse
+from contextlib import suppress
 from dataclasses import Field, fields
 from typing import Any
 
 from nca_models import systems
 from nca_models.cli.common import above_zero, whole
+from nca_models.training.config import option
 
-_PREFIX = "setting "  # of the options' names in the parsed arguments, apart from all others
+_PREFIX = "setting "  # tells settings from other options in the parsed arguments
+_Declarations = dict[str, Field[Any]]  # system -> how it declares a setting
 
 
 def add_settings(group: Any) -> None:
-    """Add the options to a group of a parser; a setting of several systems is a single option.
+    """Add the options of `nca train`: of each setting that names its flag.
 
     Raises:
         InvalidSystem: a system's flag clashes with another one.
     """
-    names = systems.names()
-    declared: dict[str, dict[str, Field[Any]]] = {}  # setting -> system -> its declaration
-    for system in names:
-        for setting in fields(systems.settings(system)):
-            if setting.metadata.get("flag"):
-                declared.setdefault(setting.name, {})[system] = setting
-    for name, declarations in declared.items():
-        users = ", ".join(declarations)
-        note = "" if len(declarations) == len(names) else f"; only for {users}"
+    for name, declarations in _declared().items():
+        flagged = {s: each for s, each in declarations.items() if each.metadata.get("flag")}
+        if not flagged:
+            continue
         try:
-            _add(group, name, list(declarations.values()), note)
+            _add(group, name, flagged)
         except (argparse.ArgumentError, ValueError) as error:
+            users = ", ".join(flagged)
             raise systems.InvalidSystem(f"setting {name} of {users}: {error}") from error
+
+
+def add_swept_settings(group: Any) -> None:
+    """Add the options of `nca sweep`, which take several values: of each setting but the seed.
+
+    A setting that cannot be an option, or that two systems declare in different ways, has none.
+    """
+    for name, declarations in _declared().items():
+        if name != "seed":
+            with suppress(argparse.ArgumentError, ValueError):
+                _add(group, name, declarations, nargs="+")
 
 
 def add_setting(parser: Any, name: str, flag: str, **options: Any) -> None:
@@ -36,35 +46,47 @@ def add_setting(parser: Any, name: str, flag: str, **options: Any) -> None:
     parser.add_argument(flag, dest=_PREFIX + name, **options)
 
 
-def given(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the settings among parsed arguments; None where there was no option."""
+def chosen(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings in parsed arguments; None where the option was left out."""
     options = vars(args).items()
     return {
         name.removeprefix(_PREFIX): value for name, value in options if name.startswith(_PREFIX)
     }
 
 
-def _add(group: Any, name: str, declarations: list[Field[Any]], note: str) -> None:
-    """Add the option of a setting, which one or more systems declare."""
-    first = declarations[0].metadata
-    lowest = min(each.metadata["lowest"] for each in declarations)
+def _declared() -> dict[str, _Declarations]:
+    """All settings by name; a setting of several systems is a single option."""
+    declared: dict[str, _Declarations] = {}
+    for system in systems.names():
+        for setting in fields(systems.settings(system)):
+            declared.setdefault(setting.name, {})[system] = setting
+    return declared
+
+
+def _add(group: Any, name: str, declarations: _Declarations, **options: Any) -> None:
+    """Add the option of a setting; a ValueError says why it cannot be one."""
+    each_metadata = [each.metadata for each in declarations.values()]
+    lowest = min(metadata.get("lowest", 1) for metadata in each_metadata)
     types = {"int": (whole(lowest), "N"), "float": (above_zero, "X"), "str": (str, None)}
-    kinds = {(_type_name(each), each.metadata["flag"]) for each in declarations}
+    kinds = {(_type_name(each), option(each)) for each in declarations.values()}
     if len(kinds) > 1:
         raise ValueError("the systems declare different types or flags")
     ((type_name, flag),) = kinds
     if type_name not in types:
         raise ValueError(f"{flag} cannot be of type {type_name}, only of {', '.join(types)}")
     parse, metavar = types[type_name]
-    texts = dict.fromkeys(each.metadata["help"] for each in declarations)
+    texts = dict.fromkeys(metadata.get("help", "") for metadata in each_metadata)
+    everywhere = len(declarations) == len(systems.names())
+    note = "" if everywhere else f"; only for {', '.join(declarations)}"
     add_setting(
         group,
         name,
         flag,
         type=parse,
-        metavar=first["metavar"] or metavar,
-        choices=first["choices"],
+        metavar=each_metadata[0].get("metavar") or metavar,
+        choices=each_metadata[0].get("choices"),
         help=("; ".join(texts) + note).replace("%", "%%"),
+        **options,
     )
 
 

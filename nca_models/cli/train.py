@@ -1,4 +1,4 @@
-"""`nca train` and `nca demo`: train a system, write pictures and say what came of it."""
+"""`nca train` and `nca demo`: train a system, write pictures and print measurements."""
 
 import argparse
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from nca_models import data, run_folder, systems
+from nca_models import run_folder, systems
 from nca_models.cli.common import (
     Commands,
     InputError,
@@ -18,7 +18,7 @@ from nca_models.cli.common import (
     print_metrics,
     whole,
 )
-from nca_models.cli.settings import add_setting, add_settings, given
+from nca_models.cli.settings import add_setting, add_settings, chosen
 
 if TYPE_CHECKING:
     from nca_models.training.split import Split
@@ -81,7 +81,7 @@ def add_demo(commands: Commands) -> None:
 
 
 def _targets(names: list[str]) -> str:
-    """What each system can learn, systems that learn the same together."""
+    """What each system can learn, in one phrase for all systems that learn the same."""
     learners: dict[str, list[str]] = {}
     for name in names:
         if text := systems.settings(name).target_help:
@@ -116,7 +116,7 @@ def _add_devices(train: argparse.ArgumentParser) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    request = run_folder.Request(args.system, args.preset, args.target, given(args))
+    request = run_folder.Request(args.system, args.preset, args.target, chosen(args))
     if args.estimate:
         return _estimate(request, _split(args))
     if args.out is None:
@@ -128,12 +128,12 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    request = run_folder.Request(demo_system(), None, None, given(args))
+    request = run_folder.Request(demo_system(), None, None, chosen(args))
     return _train_and_show(args, request, f"nca demo --out {args.out} --resume", compare=True)
 
 
 def _estimate(request: run_folder.Request, split: "Split | None") -> int:
-    """Say what a training will take; it is set up in a folder that is removed again."""
+    """Print what a training will take; it is set up in a temporary folder."""
     check_target(request.system, request.target)
     check_backend(request.settings.get("backend"))
     with TemporaryDirectory() as folder:
@@ -151,7 +151,7 @@ def _estimate(request: run_folder.Request, split: "Split | None") -> int:
 def _train_and_show(
     args: argparse.Namespace, request: run_folder.Request, resume: str, *, compare: bool
 ) -> int:
-    """Train, write pictures and print what came of it."""
+    """Train, write pictures and print measurements."""
     folder: Path = args.out
     _check(args, request)
     split = _split(args)
@@ -176,14 +176,14 @@ def _train_and_show(
         return fail(f"{error}, with --learning-rate X and another --out", 1)
     except trainer.ProcessLost as error:
         fail(f"another process is gone ({error}); once all have stopped, run: {resume}", 1)
-        os._exit(1)  # leaving JAX in order would wait for the lost one
+        os._exit(1)  # an orderly exit of JAX would wait for the lost process
     if first:
         _show(system, model, folder, compare=compare)
     return 0
 
 
 def _show(system: systems.System, model: Any, folder: Path, *, compare: bool) -> None:
-    """Write pictures and print metrics, with `compare` the speed of the backends, and all files."""
+    """Write pictures; print metrics, the backends' speed (with `compare`) and the files."""
     from nca_models import demo
 
     metrics, paths = demo.show(system, model, folder)
@@ -201,7 +201,7 @@ def _show(system: systems.System, model: Any, folder: Path, *, compare: bool) ->
 
 
 def _check(args: argparse.Namespace, request: run_folder.Request) -> None:
-    """Refuse what cannot be, before JAX starts."""
+    """Refuse impossible requests before JAX starts."""
     folder: Path = args.out
     check_not_a_file(folder)
     if run_folder.exists(folder) and not args.resume:
@@ -217,7 +217,7 @@ def _check(args: argparse.Namespace, request: run_folder.Request) -> None:
 
 
 def _split(args: argparse.Namespace) -> "Split | None":
-    """Connect with the other processes, and lay the mesh out; None without --mesh."""
+    """Connect with the other processes and make the mesh; return None without --mesh."""
     if args.coordinator is not None and args.mesh is None:
         raise InputError("--coordinator: several processes need --mesh, as in --mesh data=2,x=4")
     if args.mesh is None:
@@ -240,12 +240,6 @@ def _split(args: argparse.Namespace) -> "Split | None":
 def _open(folder: Path, request: run_folder.Request) -> systems.System:
     """Start or reopen the run in `folder`."""
     try:
-        if run_folder.exists(folder):
-            return run_folder.resume(folder, request)
-        return run_folder.create(folder, request)
-    except (data.DataError, run_folder.RunError, systems.InvalidSystem):
-        raise
-    except (ValueError, TypeError) as error:  # an impossible setting
-        raise InputError(str(error)) from error
+        return run_folder.open_run(folder, request)
     except OSError as error:
         raise InputError(f"--out {folder}: cannot be written to ({error.strerror})") from error

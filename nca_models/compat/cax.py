@@ -5,13 +5,13 @@
     cs = accelerate(cs)
 
 The modules stay what they are: `accelerate` swaps the class of each perceive and each update for a
-subclass with another `__call__`. Parameters, their paths, random streams and everything that looks
-at them (`nnx.state`, filters, optimizers, checkpoints, `nnx.vmap`) see no difference.
+subclass with another `__call__`. Parameters, their paths and random streams do not change, nor does
+what depends on them (`nnx.state`, filters, optimizers, checkpoints, `nnx.vmap`).
 
-A perceive still returns its perception, and remembers of which state and taps it is. An update that
-is handed this perception, unchanged, with that state, runs both as one `nk.step`; nobody then uses
-the convolution, and XLA removes it. In every other case the perception is there, computed as
-always, and the update alone is fused, as `nk.update`.
+A perceive still returns its perception, and remembers which state and taps it was computed from. An
+update that receives this perception, unchanged, with that state, runs both as one `nk.step`; the
+result of the convolution is then unused, and XLA removes it. In every other case the perception is
+computed as before, and the update alone is fused, as `nk.update`.
 
 CAX (Faldor and Cully, "CAX: Cellular Automata Accelerated in JAX", ICLR 2025) is needed when a
 function is called, not to import this module. Both of its interfaces work, 0.3.x and 0.4.x.
@@ -34,20 +34,20 @@ from nca_models.compat import cax_facts as facts
 
 
 def accelerate(cs: Any, backend: str = "auto", *, strict: bool = False) -> Any:
-    """Make the steps of a CAX system run fused; the same trajectory for the same keys.
+    """Make the steps of a CAX system run fused, with the same trajectory for the same keys.
 
     The system is changed in place, so that optimizers and references to it stay valid. Calling
     again with another backend is fine. What cannot be fused exactly is left as it is.
 
-    Fused are, wherever they are in the system: a `ConvPerceive` (stride 1, depthwise or dense,
-    padding SAME, CIRCULAR or REFLECT, with or without bias and activation) with the `MLPUpdate`,
-    `ResidualUpdate` or `NCAUpdate` that follows it, and such an update behind any other perceive.
-    The activations are those of `nk.Rule`. States, parameters and inputs are float32.
+    Two things are fused, wherever they are in the system: a `ConvPerceive` (stride 1, depthwise or
+    dense, padding SAME, CIRCULAR or REFLECT, with or without bias and activation) with the
+    `MLPUpdate`, `ResidualUpdate` or `NCAUpdate` that follows it, and such an update behind any
+    other perceive. The activations are those of `nk.Rule`. States, parameters and inputs are
+    float32.
 
     Two things differ, neither of which shows in a trajectory that stays finite: sums are rounded
     in another order, and dead cells are exactly 0 where CAX multiplies by 0 (which keeps NaN).
-    Called outside of `jit`, the unused convolution is computed all the same; `cs(...)` itself is
-    jitted.
+    Outside of `jit`, the unused convolution is still computed; `cs(...)` itself is jitted.
 
     Args:
         cs: a `cax.core.ComplexSystem`, with or without a `_step` of its own.
@@ -79,12 +79,12 @@ def accelerate(cs: Any, backend: str = "auto", *, strict: bool = False) -> Any:
 
 
 def explain(cs: Any, state: Any = None, input: Any = None) -> None:
-    """Print which parts of a system are fused and, if not, why; accelerated or not.
+    """Print which parts of a system, accelerated or not, are or can be fused, and why others not.
 
     Args:
         cs: a `cax.core.ComplexSystem`.
         state: `[*batch, *spatial, C]`, or its `jax.ShapeDtypeStruct`: then one step is traced
-            (nothing is computed, no random number is drawn) to see what its updates really run.
+            (nothing is computed, no random number is drawn) to show what its updates really run.
         input: the step's input, if it takes one.
     """
     _require_system(cs)
@@ -110,7 +110,7 @@ class _Part:
     module: Any
     verdict: str
     why_not: str = ""  # empty if all of it is fused
-    call: Callable[..., Any] | None = None  # what it is accelerated with; None: it stays
+    call: Callable[..., Any] | None = None  # what replaces its `__call__`; None if nothing does
 
     def __str__(self) -> str:
         name = f"{self.path} ({calls.original(self.module).__name__})"
@@ -143,14 +143,14 @@ def _parts(cs: Any) -> Iterator[_Part]:
 
 
 def _require_call_of(cls: type, *bases: type) -> None:
-    """Only the classes whose `__call__` is known; subclasses that keep it are fine."""
+    """Refuse classes whose `__call__` is not known; subclasses that inherit it are fine."""
     if cls.__call__ not in {base.__call__ for base in bases}:
         names = " or ".join(base.__name__ for base in bases)
         raise facts.CannotFuse(f"its __call__ is not that of {names}")
 
 
 def _trace(cs: Any, state: Any, input: Any) -> list[str]:
-    """What the updates of one step run, by tracing it on a copy."""
+    """What the updates of a step run, as tracing the step on a copy shows."""
     graph, content = nnx.split(cs)
     with calls.noting() as notes:
         jax.eval_shape(lambda c, s, i: nnx.merge(graph, c)._step(s, i), content, state, input)
@@ -161,12 +161,8 @@ def _trace(cs: Any, state: Any, input: Any) -> list[str]:
 
 
 def _require_system(cs: Any) -> None:
-    try:
+    with facts.cax_is_needed():
         from cax.core import ComplexSystem
-    except ImportError as error:
-        raise ImportError(
-            'CAX is not installed: run `pip install "nca-kernels[cax]"`, or pip install cax'
-        ) from error
     if not isinstance(cs, ComplexSystem):
         raise TypeError(f"cs must be a cax.core.ComplexSystem, got {type(cs).__name__}")
 

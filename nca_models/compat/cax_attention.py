@@ -9,24 +9,23 @@ from flax import nnx
 from jax import Array
 
 import nca_kernels as nk
+from nca_models.compat.cax_facts import cax_is_needed
+from nca_models.modules import position_embeddings
 
-try:
+with cax_is_needed():
     from cax.core.perceive import Perceive
-except ImportError as error:
-    raise ImportError(
-        'CAX is not installed: run `pip install "nca-kernels[cax]"`, or pip install cax'
-    ) from error
 
 
 class MooreAttentionPerceive(Perceive):
     """Multi-head attention of each cell to its Moore neighbourhood, linear in the cells.
 
-    The perceive of CAX's attention example (47; ViTCA, Tesfaldet et al., arXiv 2211.01233): a
-    linear projection of the state, learned position embeddings for each axis beside it, and
-    attention to the cells at most `radius` away, those outside of the grid not attended to. The
-    parameters have the names, shapes and initial values of that example, so its checkpoints load.
+    This is the perceive of CAX's attention example (47; ViTCA, Tesfaldet et al., arXiv 2211.01233):
+    a linear projection of the state is joined with learned position embeddings of each axis, and
+    each cell attends to the cells of the grid that are at most `radius` away. The parameters have
+    the names, shapes and initial values of that example, so its checkpoints load.
 
-    Equivalent to `nnx.MultiHeadAttention` over all cells, with a mask of `cells * cells` entries.
+    It is equivalent to `nnx.MultiHeadAttention` over all cells with a mask of `cells * cells`
+    entries.
     """
 
     fused_by_itself = True
@@ -96,7 +95,8 @@ class MooreAttentionPerceive(Perceive):
                 f"the grid {spatial} is longer than max_position_size, "
                 f"{self.position_embed.num_embeddings}"
             )
-        tokens = jnp.concatenate([self.linear(state), *self._positions(state)], axis=-1)
+        positions = position_embeddings(self.position_embed, state, self.num_spatial_dims)
+        tokens = jnp.concatenate([self.linear(state), *positions], axis=-1)
         query, key, value = (
             project(tokens)  # [*batch, *spatial, heads, d]
             for project in (self.attention.query, self.attention.key, self.attention.value)
@@ -106,15 +106,3 @@ class MooreAttentionPerceive(Perceive):
         )
         out: Array = self.attention.out(attended)
         return out
-
-    def _positions(self, state: Any) -> list[Array]:
-        """The embedding of each axis, `[*batch, *spatial, features]`."""
-        n = self.num_spatial_dims
-        shape = (*state.shape[:-1], self.position_embed_features)
-        embeddings = []
-        for axis in range(n):
-            size = state.shape[axis - n - 1]
-            along = [size if a == axis else 1 for a in range(n)]
-            embedding = self.position_embed(jnp.arange(size))  # [size, features]
-            embeddings.append(jnp.broadcast_to(embedding.reshape(*along, -1), shape))
-        return embeddings

@@ -26,12 +26,12 @@ from nca_models.compat.cax_facts import (
     why_no_alive_mask,
 )
 
-# ---- which perception is made of what ----
+# ---- what a perception was computed from ----
 
 
 @dataclass(frozen=True)
 class _Source:
-    """What a perception was computed from, kept for as long as the perception lives."""
+    """What a perception was computed from; it is stored for as long as the perception lives."""
 
     perception: weakref.ref
     state: weakref.ref
@@ -57,7 +57,7 @@ def _remember(perception: Any, state: Any, perceive: Any) -> None:
 
 
 def _source(perception: Any, state: Any) -> _Source | None:
-    """The source of this very perception, if it is one of this very state."""
+    """The source of a perception, if it was computed from this very state."""
     source = _sources.get(id(perception))
     same = source and source.perception() is perception and source.state() is state
     return source if same else None
@@ -70,7 +70,7 @@ _Layers = tuple[tuple[Array, Array | None], ...]
 
 @functools.cache
 def accelerated(original: type, call: Callable[..., Any], backend: str) -> type:
-    """The subclass of a user's class that an accelerated module gets: always the same one."""
+    """The subclass that accelerated modules of a class get; the same class each time."""
     content = {
         "__call__": call,
         "__doc__": original.__doc__,
@@ -92,15 +92,15 @@ def original(module: Any) -> type:
 
 
 def perceive(self: Any, state: Any) -> Any:
-    """A `ConvPerceive` that remembers what its perception is made of."""
+    """Call a `ConvPerceive`, and remember what its perception was computed from."""
     perception = original(self).__call__(self, state)
-    with suppress(CannotFuse):  # changed since: the update gets a perception that is given
+    with suppress(CannotFuse):  # the module has changed: the update will not find a source
         _remember(perception, state, self)
     return perception
 
 
 def update(self: Any, state: Any, perception: Any, input: Any = None) -> Any:
-    """An update that is fused, with the perception if it is the state's own."""
+    """Call an update fused, with its perception too if that was computed from this state."""
     from cax.core.update import NCAUpdate, ResidualUpdate
 
     try:
@@ -118,7 +118,7 @@ def update(self: Any, state: Any, perception: Any, input: Any = None) -> Any:
         activation=activation,
         precision=precision,
         fire_rate=fire_rate,
-        step_size=step_size / fire_rate,  # dropout scales up what it keeps
+        step_size=step_size / fire_rate,  # dropout scales what it keeps by the inverse
         alive=None,
     )
     key = self.dropout.rngs() if draws else jax.random.key(0)
@@ -186,10 +186,10 @@ def _without_residual(
     state: Any,
     perception: Any,
 ) -> Any:
-    """An `MLPUpdate`: the network's output itself, as what is added to channels of zeros.
+    """Run an `MLPUpdate`, whose result is the network's output, by adding it to channels of zeros.
 
-    With the perception, these channels follow the state's own: the taps see nothing in them, and
-    the network adds nothing to the state's.
+    Where the perception is fused, these channels follow those of the state: their taps see nothing,
+    and the network adds nothing to the channels of the state.
     """
     outputs = layers[-1][0].shape[-1]
     zeros = jnp.zeros((*state.shape[:-1], outputs), state.dtype)
@@ -222,7 +222,7 @@ def _append_zeros(array: Array, count: int, axis: int) -> Array:
     return jnp.pad(array, widths)
 
 
-# ---- what explain reports ----
+# ---- what `explain` prints ----
 
 _notes: ContextVar[list[str] | None] = ContextVar("notes", default=None)
 
@@ -235,10 +235,9 @@ def _note(line: str) -> None:
 
 @contextmanager
 def noting() -> Iterator[list[str]]:
-    token = _notes.set([])
+    notes: list[str] = []
+    token = _notes.set(notes)
     try:
-        notes = _notes.get()
-        assert notes is not None
         yield notes
     finally:
         _notes.reset(token)

@@ -1,9 +1,10 @@
-"""What a rule needs to know of CAX's modules, and why some cannot be fused exactly."""
+"""What a rule needs to know about CAX's modules, and why a module cannot be fused exactly."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +14,24 @@ from flax import nnx
 from jax import lax
 
 
+@contextmanager
+def cax_is_needed() -> Iterator[None]:
+    """Say how to install CAX if an import of it in the block fails."""
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(
+            'CAX is not installed: run `pip install "nca-kernels[cax]"`, or pip install cax'
+        ) from error
+
+
 class CannotFuse(Exception):
     """Why a part cannot be fused exactly."""
 
 
 @dataclass(frozen=True)
 class Stencil:
-    """The facts of a `ConvPerceive` that a rule holds."""
+    """What a rule holds of a `ConvPerceive`."""
 
     padding: str
     activation: str
@@ -57,7 +69,7 @@ def network(update: Any) -> tuple[str, str]:
 
 
 def _plain_conv(conv: Any, name: str) -> str:
-    """The precision of an `nnx.Conv` that is one of a stencil or a layer."""
+    """The precision of an `nnx.Conv`, which must be plain enough for a stencil or a layer."""
     if not isinstance(conv, nnx.Conv):
         raise CannotFuse(f"{name} is a {type(conv).__name__}, not an nnx.Conv")
     ones = (1, None, (1,) * len(conv.kernel_size))
@@ -109,7 +121,7 @@ def _activation(function: Any) -> str:
 
 
 def firing(update: Any) -> tuple[float, bool]:
-    """(fire rate, whether a key is drawn) of an update, as `nnx.Dropout` decides it."""
+    """(fire rate, whether a key is drawn) of an update, as `nnx.Dropout` decides them."""
     dropout = getattr(update, "dropout", None)
     if dropout is None:  # MLPUpdate
         return 1.0, False
@@ -154,8 +166,8 @@ def require_float32(update: Any, state: Any, perception: Any, input: Any) -> Non
         arrays |= {f"kernel of layer {i}": layer.kernel, f"bias of layer {i}": layer.bias}
     for name, array in arrays.items():
         if array is not None and getattr(array, "dtype", None) != jnp.float32:
-            given = getattr(array, "dtype", type(array).__name__)
-            raise CannotFuse(f"the {name} is {given}, not float32")
+            actual = getattr(array, "dtype", type(array).__name__)
+            raise CannotFuse(f"the {name} is {actual}, not float32")
     for name in ("perception", "input"):
         array = arrays[name]
         if array is not None and array.shape[:-1] != state.shape[:-1]:

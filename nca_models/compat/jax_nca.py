@@ -1,11 +1,12 @@
-"""The `NCA` and `EmojiTrainer` of jax-nca, with fused steps; and theirs, accelerated.
+"""The `NCA` and `EmojiTrainer` of jax-nca with fused steps, and `accelerate` for the original.
 
     from nca_models.compat.jax_nca import accelerate
 
-    nca = accelerate(nca)  # of jax_nca.nca.NCA; or use this module's NCA in its place
+    nca = accelerate(nca)  # a jax_nca.nca.NCA; or use this module's NCA in its place
 
-Same interface, same parameters (names, shapes, initial values, files), same trajectories. The
-package jax-nca (S. Sudhakaran, github.com/shyamsn97/jax-nca) is not needed. Where ours differs:
+The interface, the parameters (names, shapes, initial values, files) and the trajectories are those
+of the original. The package jax-nca (S. Sudhakaran, github.com/shyamsn97/jax-nca) is not needed.
+Two things differ:
 
 - `cell_fire_rate` below 1 makes cells fire at that rate, by `rng`. The original updates every cell
   at any rate below 1, and at 1 draws a mask that is all ones.
@@ -67,10 +68,10 @@ class NCA(nn.Module):
 
     Attributes:
         num_hidden_channels: channels beside red, green, blue and alpha.
-        num_target_channels: kept for the interface; nothing depends on it.
+        num_target_channels: part of the interface; nothing depends on it.
         alpha_living_threshold: a cell lives if the largest alpha around it is above this.
-        cell_fire_rate: probability that a cell updates in a step; 1 and more: always.
-        trainable_perception: three trained filters a channel instead of the Sobel filters.
+        cell_fire_rate: probability that a cell updates in a step; from 1 on, every cell does.
+        trainable_perception: whether each channel has three trained filters, not Sobel filters.
         alpha: multiplies the update.
         backend: name of the `nca_kernels` backend, or "auto".
     """

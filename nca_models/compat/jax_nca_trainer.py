@@ -1,8 +1,14 @@
-"""The trainer of jax-nca: a pool, a seed in each batch, a loss over the last eight states."""
+"""The trainer of jax-nca, with fused steps.
+
+It keeps a pool of samples, puts a seed into each batch, and averages the loss over the last eight
+states of a rollout.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -24,7 +30,7 @@ from nca_models.training.checkpoints import Checkpoints
 from nca_models.training.damage import circle
 from nca_models.training.trainer import Diverged, TrainState, stop_signals
 
-_LAST_STATES = 8  # in the loss
+_LAST_STATES = 8  # which the loss is the mean of
 _EMOJI_SIZE = 40
 
 
@@ -104,21 +110,22 @@ class EmojiTrainer:
         checkpoint_every: int = 1000,
         progress: bool = True,
     ) -> Any:
-        """Train, and return the `TrainState`; also when stopped by Ctrl-C, after the step in hand.
+        """Train, and return the `TrainState`; Ctrl-C ends the training after the current step.
 
-        The loss is that of jax-nca: the mean squared error of the last eight states' RGBA, the
-        gradient scaled to norm 1, Adam. All randomness of step t comes from
-        `fold_in(key(seed), t)`, so a training that goes on from a checkpoint gives the same bits.
+        The positional parameters are those of jax-nca, and so are the loss, the mean squared error
+        of the last eight states' RGBA, and the optimizer: gradients scaled to norm 1, then Adam.
+        All randomness of step t comes from `fold_in(key(seed), t)`, so a training that goes on
+        from a checkpoint gives the same bits.
 
         Args:
             num_epochs: training steps in all, those before a checkpoint included.
-            batch_size: samples of a step; the first one is a seed.
-            seed: of everything random.
+            batch_size: samples of a training step; the first is a seed.
+            seed: seed of all random numbers.
             lr: Adam's learning rate.
-            min_steps, max_steps: steps of the NCA, drawn anew for each training step; `max_steps`
-                itself is not drawn.
-            log_dir: where TensorBoard's files go, in a folder of their own; None for none.
-            checkpoint_dir: saves there, and goes on from what is there; None to keep nothing.
+            min_steps, max_steps: each training step draws its number of the NCA's steps from
+                `min_steps` to `max_steps - 1`.
+            log_dir: TensorBoard's files go to a new folder in it; None to write none.
+            checkpoint_dir: where checkpoints are saved, and read if there are any; None for none.
             checkpoint_every: training steps between checkpoints.
             progress: whether to show a progress bar on stderr.
 
@@ -128,26 +135,50 @@ class EmojiTrainer:
         """
         self._check(batch_size, min_steps, max_steps)
         key_init, key_steps = jax.random.split(jax.random.key(seed))
-        shape = self.img_shape[:-1]
-        seeds = self.nca.create_seed(self.nca.num_hidden_channels, shape=shape)
-        tx = optax.chain(_unit_norm(), optax.adam(lr))
+        training = _Training(
+            nca=self.nca,
+            optimizer=optax.chain(optax.normalize_by_update_norm(eps=1e-8), optax.adam(lr)),
+            key=key_steps,
+            seeds=self.nca.create_seed(self.nca.num_hidden_channels, shape=self.img_shape[:-1]),
+            targets=jnp.asarray(self.dataset.get_batch(batch_size)[0]),
+            pool_size=self.pool_size,
+            n_damage=self.n_damage,
+            num_steps=range(min_steps, max_steps),
+        )
+        self.state = self._take_steps(
+            training,
+            partial(training.start, key_init),
+            num_epochs,
+            log_dir=log_dir,
+            checkpoint_dir=checkpoint_dir,
+            checkpoint_every=checkpoint_every,
+            progress=progress,
+        )
+        return self.state
 
-        def begin() -> TrainState:
-            params = self.nca.init(key_init, seeds, key_init)["params"]
-            pool = jnp.broadcast_to(seeds, (self.pool_size, *seeds.shape[1:]))
-            return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), pool)
+    def _take_steps(
+        self,
+        training: _Training,
+        start: Callable[[], TrainState],
+        num_epochs: int,
+        *,
+        log_dir: str | Path | None,
+        checkpoint_dir: str | Path | None,
+        checkpoint_every: int,
+        progress: bool,
+    ) -> train_state.TrainState:
+        """Return the state after step `num_epochs`, or after the step in which a signal came.
 
-        numbers = (min_steps, max_steps, self.n_damage)
-        targets = jnp.asarray(self.dataset.get_batch(batch_size)[0])
-        fixed = (tx, self.nca, jnp.asarray(seeds[0]), targets, numbers, key_steps)
-        step = jax.jit(partial(_train_step, *fixed), donate_argnums=0)
+        It goes on from the newest checkpoint, or else from what `start` returns.
+        """
         with ExitStack() as stack:
-            keep = None
+            checkpoints = restored = None
             if checkpoint_dir is not None:
-                keep = stack.enter_context(Checkpoints(Path(checkpoint_dir)))
-            state = (keep and keep.restore(jax.eval_shape(begin))) or jax.jit(begin)()
+                checkpoints = stack.enter_context(Checkpoints(Path(checkpoint_dir)))
+                restored = checkpoints.restore(jax.eval_shape(start))
+            state: TrainState = restored or jax.jit(start)()
             writer = None if log_dir is None else stack.enter_context(closing(_writer(log_dir)))
-            first = int(state.step)
+            step, first = jax.jit(training.step, donate_argnums=0), int(state.step)
             bar = tqdm(total=num_epochs, initial=first, unit="step", disable=not progress)
             stack.enter_context(bar)
             received = stack.enter_context(stop_signals())
@@ -155,15 +186,14 @@ class EmojiTrainer:
                 state, metrics = step(state)
                 self._report(bar, writer, done, metrics)
                 last = bool(received) or done == num_epochs
-                if keep is not None and (last or done % checkpoint_every == 0):
-                    keep.save(done, state)
+                if checkpoints is not None and (last or done % checkpoint_every == 0):
+                    checkpoints.save(done, state)
                 if received:
                     bar.write(f"stopped after step {done}")
                     break
-        self.state = train_state.TrainState(
-            state.step, self.nca.apply, state.params, tx, state.opt_state
+        return train_state.TrainState(
+            state.step, self.nca.apply, state.params, training.optimizer, state.opt_state
         )
-        return self.state
 
     def emit_metrics(
         self,
@@ -175,7 +205,10 @@ class EmojiTrainer:
         loss: float,
         metrics: dict[str, float] | None = None,
     ) -> None:
-        """Write one step to TensorBoard: the loss, pictures `[batch, height, width, 3]`, sums."""
+        """Write a training step to TensorBoard; the signature is that of jax-nca.
+
+        Written are the loss, pictures `[batch, height, width, 3]` and, as scalars, `metrics`.
+        """
         train_writer.add_scalar("loss", loss, i)
         pictures = {"batch": self.nca.to_rgb(batch), "outputs": outputs, "targets": targets}
         for name, images in pictures.items():
@@ -214,66 +247,79 @@ class EmojiTrainer:
             )
 
 
-def _train_step(
-    tx: optax.GradientTransformation,
-    nca: Any,
-    seed: Array,
-    targets: Array,
-    numbers: tuple[int, int, int],
-    root_key: Array,
-    state: TrainState,
-) -> tuple[TrainState, dict[str, Any]]:
-    min_steps, max_steps, n_damage = numbers
-    key = jax.random.fold_in(root_key, state.step)
-    key_pool, key_damage, key_count, key_fire = jax.random.split(key, 4)
-    num_steps = jax.random.randint(key_count, (), min_steps, max_steps)
-    indices, batch = pools.sample(state.pool, key_pool, len(targets))
-    batch = batch.at[0].set(seed)
-    if n_damage:
-        batch = batch.at[-n_damage:].set(circle(key_damage, batch[-n_damage:]))
+@dataclass(frozen=True)
+class _Training:
+    """What a training of jax-nca computes, without what it reports.
 
-    def loss_fn(params: Any) -> tuple[Array, Array]:
-        return _loss(nca, params, batch, targets, key_fire, num_steps, max_steps - 1)
+    Attributes:
+        key: of the training steps' random numbers.
+        seeds: `[1, height, width, C]`, the state that the pool is filled with.
+        targets: `[batch_size, height, width, 4]`.
+        pool_size: samples in the pool.
+        n_damage: how many samples of a batch are damaged.
+        num_steps: from which the NCA's number of steps is drawn.
+    """
 
-    (loss, outputs), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    pool = pools.update(state.pool, indices, outputs)
-    metrics = {"loss": loss, "gradients": grads, "batch": batch, "outputs": outputs}
-    return TrainState(state.step + 1, params, opt_state, pool), metrics
+    nca: Any
+    optimizer: optax.GradientTransformation
+    key: Array
+    seeds: Any
+    targets: Array
+    pool_size: int
+    n_damage: int
+    num_steps: range
 
+    def start(self, key: Array) -> TrainState:
+        """Return the state before the first step; `key` is that of the parameters."""
+        params = self.nca.init(key, self.seeds, key)["params"]
+        pool = jnp.broadcast_to(self.seeds, (self.pool_size, *self.seeds.shape[1:]))
+        step = jnp.zeros((), jnp.int32)
+        return TrainState(step, params, self.optimizer.init(params), pool)
 
-def _loss(
-    nca: Any, params: Any, batch: Array, targets: Array, key: Array, num_steps: Array, most: int
-) -> tuple[Array, Array]:
-    """(loss, state after `num_steps`): one compiled loop of `most` steps for every `num_steps`."""
-    rule, rule_params = nca.rule, nca.rule_params(params)
+    def step(self, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """Take a training step; return the new state and what is reported of the step."""
+        key = jax.random.fold_in(self.key, state.step)
+        key_pool, key_damage, key_count, key_fire = jax.random.split(key, 4)
+        num_steps = jax.random.randint(key_count, (), self.num_steps.start, self.num_steps.stop)
+        indices, batch = pools.sample(state.pool, key_pool, len(self.targets))
+        batch = batch.at[0].set(self.seeds[0])
+        if self.n_damage:
+            damaged = batch[-self.n_damage :]
+            batch = batch.at[-self.n_damage :].set(circle(key_damage, damaged))
 
-    def one_step(carry: tuple[Array, Array], t: Array) -> tuple[tuple[Array, Array], None]:
-        state, total = carry
+        def loss_fn(params: Any) -> tuple[Array, Array]:
+            return self.loss(params, batch, key_fire, num_steps)
 
-        def go(state: Array) -> tuple[Array, Array]:
-            step_key = jax.random.fold_in(key, t)
-            state = nk.step(rule, rule_params, state, step_key, backend=nca.backend)
-            error = jnp.mean(jnp.square(state[..., :4] - targets))
-            return state, jnp.where(t >= num_steps - _LAST_STATES, error, 0.0)
+        (loss, outputs), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        pool = pools.update(state.pool, indices, outputs)
+        metrics = {"loss": loss, "gradients": grads, "batch": batch, "outputs": outputs}
+        return TrainState(state.step + 1, params, opt_state, pool), metrics
 
-        stay = lambda state: (state, jnp.zeros(()))
-        state, error = jax.lax.cond(t < num_steps, go, stay, state)
-        return (state, total + error), None
+    def loss(self, params: Any, batch: Array, key: Array, num_steps: Array) -> tuple[Array, Array]:
+        """Return the loss, and the states `[batch_size, height, width, C]` after `num_steps`.
 
-    (state, total), _ = jax.lax.scan(one_step, (batch, jnp.zeros(())), jnp.arange(most))
-    return total / jnp.minimum(num_steps, _LAST_STATES), state
+        Every number of steps runs the same compiled loop, which is as long as the largest number.
+        """
+        nca, rule_params = self.nca, self.nca.rule_params(params)
 
+        def one_step(carry: tuple[Array, Array], t: Array) -> tuple[tuple[Array, Array], None]:
+            state, total = carry
 
-def _unit_norm() -> optax.GradientTransformation:
-    """Scales the gradient to a global norm of 1."""
+            def advance(state: Array) -> tuple[Array, Array]:
+                step_key = jax.random.fold_in(key, t)
+                state = nk.step(nca.rule, rule_params, state, step_key, backend=nca.backend)
+                error = jnp.mean(jnp.square(state[..., :4] - self.targets))
+                return state, jnp.where(t >= num_steps - _LAST_STATES, error, 0.0)
 
-    def scale(grads: Any, params: Any = None) -> Any:
-        norm = optax.tree.norm(grads) + 1e-8
-        return jax.tree.map(lambda g: g / norm, grads)
+            stay = lambda state: (state, jnp.zeros(()))
+            state, error = jax.lax.cond(t < num_steps, advance, stay, state)
+            return (state, total + error), None
 
-    return optax.stateless(scale)
+        steps = jnp.arange(self.num_steps[-1])
+        (state, total), _ = jax.lax.scan(one_step, (batch, jnp.zeros(())), steps)
+        return total / jnp.minimum(num_steps, _LAST_STATES), state
 
 
 def _writer(log_dir: str | Path) -> Any:

@@ -1,4 +1,4 @@
-"""Handwritten digits: MNIST from files at hand, else the 1,797 digits of scikit-learn.
+"""Handwritten digits: MNIST from local files, or else the 1,797 digits of scikit-learn.
 
 Nothing is downloaded.
 """
@@ -53,7 +53,7 @@ class Digits:
     Attributes:
         train_images, test_images: `[n, size, size]` float32, 0 (paper) to 1 (ink).
         train_labels, test_labels: `[n]` int32.
-        source: where they are from.
+        source: where they come from, in words.
     """
 
     train_images: np.ndarray
@@ -83,7 +83,7 @@ def digits(size: int, folder: Path | None = None) -> Digits:
 
 
 def save(data: Digits, path: Path) -> None:
-    """Write digits to an `.npz` file, whole or not at all; pixels as 8 bits."""
+    """Write digits to an `.npz` file, whole or not at all, with pixels of 8 bits."""
     arrays = {name: getattr(data, name) for name in _FILES}
     for name in ("train_images", "test_images"):
         arrays[name] = (arrays[name] * 255).round().astype(np.uint8)
@@ -97,14 +97,10 @@ def load(path: Path) -> Digits:
     Raises:
         DataError: no such file, or it is broken.
     """
-    try:
-        with np.load(path) as file:
-            arrays = {name: file[name] for name in (*_FILES, "source")}
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path}: cannot be read as digits ({error})") from error
+    arrays = _from_npz(path, {name: name for name in (*_FILES, "source")}, "digits")
     for name in ("train_images", "test_images"):
         arrays[name] = arrays[name].astype(np.float32) / 255
-    return Digits(**{**arrays, "source": str(arrays["source"])})
+    return Digits(source=str(arrays.pop("source")), **arrays)
 
 
 def _scikit_learn() -> tuple[dict[str, np.ndarray], str]:
@@ -132,12 +128,7 @@ def _mnist(folder: Path) -> tuple[dict[str, np.ndarray], str]:
         raise DataError(f"{folder}: no such folder; --data-dir wants one with MNIST's files")
     npz = folder / "mnist.npz"
     if npz.is_file():
-        try:
-            with np.load(npz) as file:
-                arrays = {name: file[key] for name, key in _NPZ.items()}
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"{npz}: cannot be read as MNIST ({error})") from error
-        return arrays, str(npz)
+        return _from_npz(npz, _NPZ, "MNIST"), str(npz)
     arrays = {}
     for name, file_name in _FILES.items():
         files = [p for p in (folder / file_name, folder / f"{file_name}.gz") if p.is_file()]
@@ -148,6 +139,15 @@ def _mnist(folder: Path) -> tuple[dict[str, np.ndarray], str]:
             )
         arrays[name] = _idx(files[0])
     return arrays, str(folder)
+
+
+def _from_npz(path: Path, keys: dict[str, str], kind: str) -> dict[str, np.ndarray]:
+    """Read arrays by other names: `keys` are those in the file."""
+    try:
+        with np.load(path) as file:
+            return {name: file[key] for name, key in keys.items()}
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path}: cannot be read as {kind} ({error})") from error
 
 
 def _idx(path: Path) -> np.ndarray:

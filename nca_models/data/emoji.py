@@ -5,7 +5,6 @@ import re
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -13,17 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 from nca_models._files import whole_file
 from nca_models.data.images import ImageError, open_rgba
 
-_FONT_FOLDERS = (
-    "/usr/share/fonts",
-    "/usr/local/share/fonts",
-    "~/.local/share/fonts",
-    "~/.fonts",
-    "/System/Library/Fonts",
-    "/Library/Fonts",
-    "C:/Windows/Fonts",
-)
 _FONT_NAMES = re.compile(r"(.*color.*emoji.*|seguiemj)\.tt[fc]", re.IGNORECASE)
-_FONT_SIZES = (109, 128, 136, 160, 96)  # bitmap fonts (Noto 109, Apple 160) have only their own
+_FONT_SIZES = (109, 128, 136, 160, 96)  # bitmap fonts (Noto 109, Apple 160) have one size only
 _URL = "https://raw.githubusercontent.com/googlefonts/noto-emoji/main/png/128/{name}"
 _TIMEOUT = 10.0  # seconds
 
@@ -56,10 +46,11 @@ def _from_fonts(text: str) -> Image.Image | None:
     return None
 
 
-def _fonts() -> Iterator[Path]:
-    for folder in _FONT_FOLDERS:
-        files = sorted(Path(folder).expanduser().rglob("*.tt[fc]"))
-        yield from (path for path in files if _FONT_NAMES.fullmatch(path.name))
+def _fonts() -> list[Path]:
+    from matplotlib.font_manager import findSystemFonts
+
+    files = sorted(map(Path, findSystemFonts()))
+    return [path for path in files if _FONT_NAMES.fullmatch(path.name)]
 
 
 def _draw(font_path: Path, size: int, text: str) -> Image.Image | None:
@@ -69,8 +60,8 @@ def _draw(font_path: Path, size: int, text: str) -> Image.Image | None:
     except OSError:
         return None
     image = Image.new("RGBA", (4 * size, 2 * size))
-    place = (size, size // 4)
-    ImageDraw.Draw(image).text(place, text, fill="black", font=font, embedded_color=True)
+    corner = (size, size // 4)
+    ImageDraw.Draw(image).text(corner, text, fill="black", font=font, embedded_color=True)
     red, green, blue, alpha = image.split()
     # A font without this emoji draws nothing, or its "missing" box in black.
     has_colour = any(band.getextrema()[1] for band in (red, green, blue))

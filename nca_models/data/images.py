@@ -11,7 +11,7 @@ PACKAGED_TARGET = Path(__file__).parent / "assets" / "butterfly.png"
 
 
 class ImageError(DataError):
-    """The file is not an image that can be grown; the message is one line."""
+    """The file is not an image that can be learned; the message is one line."""
 
 
 def open_rgba(path: Path) -> Image.Image:

@@ -4,8 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from PIL import Image
-
 from nca_models._files import whole_file
 from nca_models.data.emoji import emoji, is_emoji
 from nca_models.data.images import PACKAGED_TARGET, fit, open_rgba
@@ -35,21 +33,21 @@ class PictureConfig(TrainConfig):
             open_rgba(Path(target))
 
 
-def open_target(target: str | None) -> Image.Image:
-    """Return the picture that `target` names: a file, an emoji, or None for the packaged one.
+def save_target(target: str | None, size: int, path: Path) -> None:
+    """Write a picture, scaled to fit `size` pixels, whole or not at all.
+
+    Args:
+        target: a file, an emoji, or None for the packaged picture.
+        size: side of the square that the picture fits into.
+        path: where it is written to.
 
     Raises:
-        ImageError: it cannot be had.
+        ImageError: the picture cannot be had.
     """
-    if target is None:
-        return open_rgba(PACKAGED_TARGET)
-    return emoji(target) if _names_emoji(target) else open_rgba(Path(target))
-
-
-def save_target(target: str | None, size: int, path: Path) -> None:
-    """Write the picture that `target` names, scaled to fit `size` pixels, whole or not at all."""
+    named = target is not None and _names_emoji(target)
+    picture = emoji(str(target)) if named else open_rgba(Path(target or PACKAGED_TARGET))
     with whole_file(path) as temporary:
-        fit(open_target(target), size).save(temporary)
+        fit(picture, size).save(temporary)
 
 
 def _names_emoji(target: str) -> bool:

@@ -1,4 +1,4 @@
-"""Textures: any image file, one of the Describable Textures Dataset, or those at hand.
+"""Textures: an image file, one of the Describable Textures Dataset, or one of scikit-image.
 
 Nothing is downloaded: `brick`, `grass` and `gravel` come with scikit-image. Of the dataset (Cimpoi
 et al., "Describing Textures in the Wild", CVPR 2014), unpacked in a folder `dtd`,
@@ -26,6 +26,8 @@ class TextureConfig(TrainConfig):
     target_help: ClassVar[str] = (
         "an image file, DTD/NAME with DTD that dataset's folder, brick (default), grass or gravel"
     )
+    target_name: ClassVar[str] = "texture"
+    default_target: ClassVar[str | None] = AT_HAND[0]
 
     target_size: int = target_side()
 
@@ -42,7 +44,7 @@ class TextureConfig(TrainConfig):
 
 
 def texture(name: str | None, size: int) -> Image.Image:
-    """Return a texture as RGB, its middle square scaled to `size` pixels.
+    """Return the middle square of a texture as RGB, scaled to `size` pixels.
 
     Args:
         name: an image file, a texture of a dataset's folder (`dtd/bubbly_0101`), or one of
@@ -61,7 +63,7 @@ def texture(name: str | None, size: int) -> Image.Image:
 
 
 def find(name: str) -> Path | None:
-    """Return the file of a texture: `name` itself, or of a dataset's folder, or None."""
+    """Return the file of a texture: `name` itself, or the file in a dataset's folder, or None."""
     path = Path(name)
     if path.exists():
         return path

@@ -2,8 +2,8 @@
 
 Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition",
 2014. Nothing is downloaded: torchvision's `vgg16-397923af.pth` and Keras'
-`vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5` are what most people have, and any `.npz` with
-the same arrays does.
+`vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5` are the common files, and any `.npz` with the
+same arrays works.
 """
 
 import re
@@ -19,9 +19,9 @@ _LAYERS = sum(BLOCKS)
 
 
 class VGG16(NamedTuple):
-    """Kernels `[3, 3, in, out]` and biases `[out]` of 13 convolutions, and what they expect.
+    """Kernels `[3, 3, in, out]` and biases `[out]` of 13 convolutions, and what input they expect.
 
-    Colours from 0 to 1 are to become `(colours[..., order] - mean) / deviation`.
+    Colours from 0 to 1 become their input as `(colours[..., order] - mean) / deviation`.
     """
 
     layers: tuple[tuple[np.ndarray, np.ndarray], ...]
@@ -52,7 +52,7 @@ def vgg16(path: Path) -> VGG16:
         arrays = readers[path.suffix](path)
     except ImportError as error:
         raise DataError(f"{path}: to read it, run `pip install {error.name}`") from error
-    except Exception as error:  # each library has its own
+    except Exception as error:  # each library has its own errors
         raise DataError(f"{path}: cannot be read as weights ({error})") from error
     names = sorted(arrays, key=_natural)
     kernels = [arrays[name] for name in names if arrays[name].ndim == 4][:_LAYERS]
@@ -92,11 +92,8 @@ def _npz(path: Path) -> dict[str, np.ndarray]:
 def _keras(path: Path) -> dict[str, np.ndarray]:
     import h5py
 
-    arrays: dict[str, np.ndarray] = {}
+    names: list[str] = []
     with h5py.File(path) as file:
-        file.visititems(
-            lambda name, item: (
-                arrays.update({name: item[()]}) if isinstance(item, h5py.Dataset) else None
-            )
-        )
-    return {name: array for name, array in arrays.items() if "conv" in name}
+        file.visit(names.append)
+        convolutions = {name: file[name] for name in names if "conv" in name}
+        return {n: item[()] for n, item in convolutions.items() if isinstance(item, h5py.Dataset)}

@@ -4,8 +4,8 @@ A system's file holds three names: `Config`, its settings (a kind of `TrainConfi
 what the command line shows of the system), `PRESETS`, such settings by name ("paper" and "small"),
 and `SystemClass`, a class that offers what `System` lists. The trainer and the command `nca` use
 nothing else, and nothing outside the file names the system: adding a file adds a system. What
-several have in common is in `nca_models.data` (settings by what is learned),
-`nca_models.learning`, `nca_models.modules` and `nca_models.filming`.
+several systems have in common is in `nca_models.data` (the settings of what is learned),
+`nca_models.learning` and `nca_models.modules`.
 
 Imports nothing heavy, so that the command line can check names and settings before JAX starts.
 """
@@ -40,13 +40,15 @@ class InvalidSystem(ValueError):
 class System(Protocol):
     """What the trainer and the command `nca` ask of a system.
 
-    *Samples* are a pytree of arrays with a leading axis of the batch: what the pool keeps, such
-    as `{"state": [n, *spatial, C]}`. All functions of samples can be jitted. For `nca train
-    --estimate`, samples have a "state", settings `num_steps`, and the model a `cost`.
+    *Samples*, which the pool keeps, are a pytree of arrays with a leading axis of the batch, such
+    as `{"state": [n, *spatial, C]}`. All functions of samples can be jitted. `nca train --estimate`
+    needs a "state" in the samples, `num_steps` in the settings, and a model with a method `cost`.
     """
 
     config: TrainConfig
     measured: str  # what the values of `metrics` are
+    measures: tuple[str, ...]  # names of what `swept` returns: columns of a sweep's table
+    mapped: tuple[str, str]  # the measure that a sweep's heat map shows, and its unit
 
     def __init__(self, config: Any, folder: Path) -> None:
         """Read the data that `prepare` wrote to the run's folder."""
@@ -55,7 +57,7 @@ class System(Protocol):
     def prepare(config: Any, target: str | None, folder: Path) -> None:
         """Write the data of a new run to `folder`: a target picture, digits, ...
 
-        `target` is what to learn: a file, an emoji or a folder; None for what is at hand.
+        `target` names what to learn: a file, an emoji or a folder; None for the default.
         """
 
     def model(self, rngs: nnx.Rngs) -> nnx.Module:
@@ -74,14 +76,17 @@ class System(Protocol):
         """Run the model on the samples: the scalar loss, and the samples for the pool."""
 
     def metrics(self, model: Any) -> dict[str, float]:
-        """Measure a trained model: name (a phrase) to value; `measured` says of what."""
+        """Measure a trained model: values by name (a phrase); `measured` says what they are."""
+
+    def swept(self, model: Any) -> tuple[float, ...]:
+        """Return the `measures` of a model that a sweep trained."""
 
     def frames(
         self, model: Any, num_steps: int, *, every: int, damage: str, damage_at: int, seed: int
     ) -> Iterator[np.ndarray]:
         """Run from a fresh sample and yield frames, `[height, width, 3]` uint8.
 
-        One before the first step, then one after each `every` steps and after the last.
+        There is a frame before the first step, after each `every` steps and after the last step.
         """
 
     def film(self, model: Any, num_steps: int, **options: Any) -> np.ndarray:
@@ -89,14 +94,14 @@ class System(Protocol):
 
     @staticmethod
     def resized(config: Any, size: int) -> Any:
-        """Return the settings for films on a square grid of `size` (ValueError if impossible)."""
+        """Return the settings for films on a square grid; a ValueError says if there are none."""
 
     def pictures(self, model: Any, folder: Path) -> list[Path]:
         """Write pictures of a trained model to `folder` and return their paths."""
 
 
 def names(command: str | None = None) -> list[str]:
-    """Return the names of all systems, sorted; with `command`, of those that it takes."""
+    """Return the sorted names of all systems, or of those that `command` takes."""
     every = sorted(module.name for module in pkgutil.iter_modules(__path__))
     return [name for name in every if command is None or command in settings(name).commands]
 
@@ -119,7 +124,7 @@ def load(name: str) -> Any:
 def settings(name: str) -> type[TrainConfig]:
     """Return the class `Config` of system `name`, if possible without importing JAX.
 
-    Of the file are run only the class and the statements that define the names which it uses.
+    Of the file, only the class and the statements that define the names it uses are executed.
 
     Raises:
         InvalidSystem: there is no such file, or it has no such class.
@@ -133,7 +138,7 @@ def _config(name: str, path: Path) -> type[TrainConfig]:
     try:
         part = _part(ast.parse(path.read_text(encoding="utf-8")), "Config")
         exec(compile(part, path, "exec", dont_inherit=True), vars(module))
-    except NameError:  # the class needs what is not a plain statement of the module
+    except NameError:  # the class needs a name that no plain statement of the module defines
         module = load(name)
     except Exception as error:
         raise InvalidSystem(f"{path}: its class Config cannot be read ({error})") from error
@@ -151,14 +156,14 @@ def _path(name: str) -> Path:
 
 
 def _part(tree: ast.Module, name: str) -> ast.Module:
-    """The statements of a module that define `name`, and those that define what they use."""
+    """The statements of a module that define `name` and, in turn, the names that these use."""
     wanted, before = {name}, 0
     while len(wanted) > before:
         before = len(wanted)
-        kept = [statement for statement in tree.body if wanted & set(_defined(statement))]
-        used = (node for statement in kept for node in ast.walk(statement))
+        selected = [statement for statement in tree.body if wanted & set(_defined(statement))]
+        used = (node for statement in selected for node in ast.walk(statement))
         wanted |= {node.id for node in used if isinstance(node, ast.Name)}
-    return ast.Module(kept, type_ignores=[])
+    return ast.Module(selected, type_ignores=[])
 
 
 def _defined(statement: ast.stmt) -> Iterator[str]:

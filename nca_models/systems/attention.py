@@ -2,7 +2,8 @@
 
 After CAX (Faldor and Cully, ICLR 2025), example 47, and Tesfaldet et al., "Attention-based Neural
 Cellular Automata" (ViTCA), NeurIPS 2022, arXiv 2211.01233. Each cell attends to the cells around
-it; the original masks dense attention of all cells to all, this is linear in the cells.
+it, at a cost that is linear in the number of cells; the originals mask the attention of all cells
+to all cells.
 
 A state is `[*batch, size, size, C]` float32; its last channel is the picture.
 """
@@ -20,7 +21,7 @@ import nca_kernels as nk
 from nca_models import render
 from nca_models.data.digits import DigitsConfig
 from nca_models.learning import LearnsDigits, Samples, dropout_rule
-from nca_models.modules import Automaton, run
+from nca_models.modules import Automaton, position_embeddings, run
 from nca_models.training.config import dropout_rate, setting
 from nca_models.training.logging import log10
 
@@ -106,14 +107,8 @@ class AttentionNCA(Automaton):
 
     def perceive(self, state: jax.Array) -> jax.Array:
         """Attend: `[*batch, height, width, C]` to `[*batch, height, width, perception]`."""
-        height, width = state.shape[-3:-1]
-        lead = (*state.shape[:-1], self.position.features)
-        rows = self.position(_places(height, self.position.num_embeddings))[:, None]
-        columns = self.position(_places(width, self.position.num_embeddings))
-        tokens = jnp.concatenate(
-            [self.project(state), jnp.broadcast_to(rows, lead), jnp.broadcast_to(columns, lead)],
-            axis=-1,
-        )
+        positions = position_embeddings(self.position, state, 2)
+        tokens = jnp.concatenate([self.project(state), *positions], axis=-1)
         query, key, value = (
             layer(tokens).reshape(*state.shape[:-1], self.heads, -1)
             for layer in (self.query, self.key, self.value)
@@ -122,15 +117,15 @@ class AttentionNCA(Automaton):
         return self.out(attended.reshape(*state.shape[:-1], -1))
 
     def cost(self) -> nk.Cost:
-        """See `Automaton.cost`: the products of all layers, and those of the attention."""
+        """See `Automaton.cost`: it counts the products of all layers and of the attention."""
         layers = (self.project, self.query, self.key, self.value, self.out, self.hidden, self.last)
         neighbours = (2 * self.radius + 1) ** 2
         macs = sum(layer.in_features * layer.out_features for layer in layers)
         macs += 2 * neighbours * self.query.out_features
         state = 4 * self.project.in_features  # bytes
-        # Going back, all is recomputed but the last layer.
-        again = macs - self.last.in_features * self.last.out_features
-        return nk.Cost(2 * macs, 2 * again + 4 * macs, 2 * state, 3 * state)
+        # The backward recomputes everything but the last layer.
+        recomputed = macs - self.last.in_features * self.last.out_features
+        return nk.Cost(2 * macs, 2 * recomputed + 4 * macs, 2 * state, 3 * state)
 
     def __call__(self, state: jax.Array, key: jax.Array) -> jax.Array:
         """Take one step; see `Automaton`."""
@@ -140,11 +135,6 @@ class AttentionNCA(Automaton):
             for layer in (self.hidden, self.last)
         )
         return nk.update(self.rule, layers, state, perception, key, backend=self.backend)
-
-
-def _places(size: int, known: int) -> jax.Array:
-    """Which position embedding each place of an axis takes: its own, stretched on longer axes."""
-    return jnp.arange(size) * known // max(size, known)
 
 
 class SystemClass(LearnsDigits):
@@ -161,17 +151,9 @@ class SystemClass(LearnsDigits):
         return {"state": self.showing(key_mask, self.train_images[index]), "index": index}
 
     def errors(self, samples: Samples) -> jax.Array:
-        """Return each sample's mean squared error `[n]`, masked pixels and others alike."""
+        """Return each sample's mean squared error `[n]` over all pixels, masked or not."""
         images = self.train_images[samples["index"]]
         return jnp.mean((samples["state"][..., -1] - images) ** 2, axis=(1, 2))
-
-    def loss(
-        self, model: AttentionNCA, samples: Samples, key: jax.Array
-    ) -> tuple[jax.Array, Samples]:
-        """Return the mean squared error after the last step, and those states."""
-        final = model.rollout(samples["state"], key, self.config.num_steps)
-        new = {**samples, "state": final}
-        return jnp.mean(self.errors(new)), new
 
     def metrics(self, model: AttentionNCA) -> dict[str, float]:
         """Measure the masked pixels of digits that training never saw, as log10 of the error."""
@@ -193,7 +175,7 @@ class SystemClass(LearnsDigits):
         }
 
     def showing(self, key: jax.Array, images: jax.Array) -> jax.Array:
-        """Return states that show `images` `[n, size, size]`, but for masked pixels."""
+        """Return states that show the unmasked pixels of `images` `[n, size, size]`."""
         return self._masked(key, images)[0]
 
     def picture(self, state: jax.Array) -> np.ndarray:
@@ -201,7 +183,7 @@ class SystemClass(LearnsDigits):
         return render.grey(np.asarray(state[..., -1]))
 
     def pictures(self, model: AttentionNCA, folder: Path) -> list[Path]:
-        """Write unseen digits, masked, completed and as they are, and a completion over time."""
+        """Write unseen digits (masked, completed and whole), and a film of a completion."""
         key, scale = jax.random.key(self.config.seed + 1), max(1, 96 // self.config.target_size)
         images = jnp.asarray(self.data.test_images[:10])
         state = self.showing(key, images)
@@ -214,7 +196,7 @@ class SystemClass(LearnsDigits):
         return paths
 
     def _masked(self, key: jax.Array, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """States that show `images` `[n, size, size]` but for masked pixels; and which are."""
+        """States that show the unmasked pixels of `images` `[n, size, size]`, and the mask."""
         masked = jax.random.bernoulli(key, self.config.mask_ratio, images.shape)
         state = jnp.zeros((*images.shape, self.config.channels))
         return state.at[..., -1].set(jnp.where(masked, 0.0, images)), masked

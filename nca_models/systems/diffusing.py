@@ -1,6 +1,6 @@
 """Diffusing NCA: a picture appears out of noise, and comes back when it is damaged.
 
-After CAX (Faldor and Cully, ICLR 2025), example 43. Trained to remove noise, never to regrow.
+After CAX (Faldor and Cully, ICLR 2025), example 43. It is trained to remove noise, never to regrow.
 
 A state is `[*batch, size, size, C]` float32; its last four channels are premultiplied RGBA, and
 alpha, the last, says where cells live. It starts as a blend of the picture and noise.
@@ -69,20 +69,14 @@ class SystemClass(LearnsPicture):
     """Diffusing NCA, as `nca_models.systems.System` asks."""
 
     def fresh(self, key: jax.Array, n: int) -> Samples:
-        """Return `n` blends of the picture and noise, the share of noise uniform in 0 to 1."""
+        """Return `n` blends of picture and noise; the share of noise is uniform in 0 to 1."""
         key_share, key_noise = jax.random.split(key)
         return self._blend(key_noise, jax.random.uniform(key_share, (n, 1, 1, 1)))
-
-    def loss(self, model: NCA, samples: Samples, key: jax.Array) -> tuple[jax.Array, Samples]:
-        """Return the mean squared error after the last step, and those states."""
-        steps = self.config.num_steps
-        new = {"state": model.rollout(samples["state"], key, steps, checkpoint="all")}
-        return jnp.mean(self.errors(new)), new
 
     def metrics(self, model: NCA) -> dict[str, float]:
         """Measure denoising and regrowth as log10 of the mean squared error.
 
-        Of eight samples, with random numbers that training never used.
+        Eight samples are measured, with random numbers that training never used.
         """
         steps = self.config.num_steps
         key = jax.random.key(self.config.seed + 1)
@@ -100,7 +94,7 @@ class SystemClass(LearnsPicture):
         }
 
     def pictures(self, model: NCA, folder: Path) -> list[Path]:
-        """Write the denoising, the cut and the healing as GIF and strip, and target and result."""
+        """Write denoising, cut and healing as GIF and strip, and the target beside the result."""
         steps = 3 * self.config.num_steps
         film = self.film(
             model, steps, every=2, damage="circle", damage_at=2 * steps // 3, seed=self.config.seed

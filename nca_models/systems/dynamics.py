@@ -10,7 +10,6 @@ RGB. It starts from noise.
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -28,23 +27,20 @@ from nca_models.learning import Samples, SystemBase
 from nca_models.modules import NCA, run
 from nca_models.texture_loss import features, sliced_transport, vgg16_features
 from nca_models.training.config import SampledStepsConfig, setting, target_side
-from nca_models.training.logging import log10
 
 _SOBEL = np.outer([1.0, 2.0, 1.0], [-1.0, 0.0, 1.0])
 _LAPLACIAN = np.ones((3, 3)) - 9 * np.outer([0, 1, 0], [0, 1, 0])
-FILTERS = np.stack([_SOBEL, _SOBEL.T, _LAPLACIAN], axis=-1)  # beside the cell itself
-STRIDE, FRAMES = 32, 100  # motion is measured over so many frames, so many steps apart
+FILTERS = np.stack([_SOBEL, _SOBEL.T, _LAPLACIAN], axis=-1)  # in addition to the cell itself
+STRIDE, FRAMES = 32, 100  # motion is measured over FRAMES frames that are STRIDE steps apart
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TextureConfig, SampledStepsConfig):
     """Settings of emergent dynamics."""
 
-    commands: ClassVar[tuple[str, ...]] = ("sweep",)
-
     target_size: int = target_side(lowest=20)
-    channels: int = setting(12, lowest=3, help="C; the first three channels are RGB")
-    hidden: int = setting(96, help="D, the width of the hidden layer")
+    channels: int = setting(12, lowest=3, short="c", help="C; the first three channels are RGB")
+    hidden: int = setting(96, short="d", help="D, the width of the hidden layer")
     fire_rate: float = setting(0.5, help="probability that a cell updates in a step")
     overflow: float = setting(1.0, help="weight of the penalty on states beyond -1 to 1")
     vgg16: str | None = setting(
@@ -90,6 +86,8 @@ class SystemClass(SystemBase):
     """Emergent dynamics, as `nca_models.systems.System` asks."""
 
     measured = "log10 of the texture loss, and motion in cells per 32 steps"
+    measures = ("log10_texture_loss", "motion", "motion_spread")
+    mapped = ("motion", "cells per 32 steps")
 
     def __init__(self, config: Config, folder: Path):
         """Read the texture of the run in `folder`."""
@@ -103,9 +101,9 @@ class SystemClass(SystemBase):
 
     @staticmethod
     def prepare(config: Config, target: str | None, folder: Path) -> None:
-        """Write `target.png`: an image file, or a texture at hand by its name (None: brick)."""
+        """Write `target.png`: a file or a packaged texture, which its name says (None: brick)."""
         if config.vgg16 is not None:
-            vgg16(Path(config.vgg16))  # fails now, if ever
+            vgg16(Path(config.vgg16))  # a file that cannot be read fails before training starts
         picture: Image.Image = texture(target, config.target_size)
         with whole_file(folder / "target.png") as temporary:
             picture.save(temporary)
@@ -128,7 +126,7 @@ class SystemClass(SystemBase):
         return {"state": jax.random.uniform(key, shape, minval=-0.5, maxval=0.5)}
 
     def errors(self, samples: Samples) -> jax.Array:
-        """Return each sample's texture loss `[n]`, along directions that are always the same."""
+        """Return each sample's texture loss `[n]`, always along the same directions."""
         return self._errors(samples["state"], jax.random.key(0))
 
     def loss(self, model: NCA, samples: Samples, key: jax.Array) -> tuple[jax.Array, Samples]:
@@ -141,7 +139,7 @@ class SystemClass(SystemBase):
         return loss, new
 
     def metrics(self, model: NCA) -> dict[str, float]:
-        """Measure the texture, early and late, and its motion, with the spread over three seeds."""
+        """Measure the texture early and late, and its motion and its spread over three seeds."""
         steps = 2 * self.config.num_steps
         key = jax.random.key(self.config.seed + 1)
         noise = self.fresh(key, 4)["state"]
@@ -149,28 +147,28 @@ class SystemClass(SystemBase):
         late = run(model, early, jax.random.fold_in(key, 1), 1000)
         strengths = [self.motion_strength(model, seed) for seed in range(3)]
         return {
-            "noise": self._log10(noise),
-            f"out of noise, {steps} steps": self._log10(early),
-            f"kept, {steps + 1000} steps": self._log10(late),
+            "noise": self.log10_error(noise),
+            f"out of noise, {steps} steps": self.log10_error(early),
+            f"kept, {steps + 1000} steps": self.log10_error(late),
             "motion, mean over three seeds": float(np.mean(strengths)),
             "motion, standard deviation over them": float(np.std(strengths, ddof=1)),
         }
 
     def swept(self, model: NCA) -> tuple[float, float, float]:
-        """See `nca_models.sweep`: the late texture loss, the motion and its spread."""
+        """Return the late texture loss, the motion and its spread; see `System.swept`."""
         _, _, late, motion, spread = self.metrics(model).values()
         return late, motion, spread
 
     def motion_strength(self, model: NCA, seed: int) -> float:
         """Return the mean length of the optical flow, in cells per `STRIDE` steps.
 
-        Between each two of `FRAMES` frames, `STRIDE` steps apart, once the texture is there.
+        The flow is that between successive frames, `FRAMES` in all and `STRIDE` steps apart, after
+        the texture has formed.
         """
         key = jax.random.fold_in(jax.random.key(self.config.seed + 2), seed)
         state = run(model, self.fresh(key, 1)["state"], key, 4 * self.config.num_steps)
-        return motion.strength(
-            self._film(model, state, STRIDE * (FRAMES - 1), every=STRIDE, key=key)
-        )
+        frames = self.frames_from(model, state, STRIDE * (FRAMES - 1), every=STRIDE, key=key)
+        return motion.strength(np.stack(list(frames)))
 
     @staticmethod
     def resized(config: Config, size: int) -> Config:
@@ -182,11 +180,9 @@ class SystemClass(SystemBase):
         return self.fresh(key, 1)["state"]
 
     def pictures(self, model: NCA, folder: Path) -> list[Path]:
-        """Write exemplar beside result, the texture over time, and its flow drawn on a frame."""
+        """Write exemplar beside result, a film of the texture, and its flow drawn on a frame."""
         steps, scale = 2 * self.config.num_steps, max(1, 240 // self.config.target_size)
-        key = jax.random.key(self.config.seed)
-        start = self.film_start(key, self.config.seed)
-        film = self._film(model, start, steps + 60 * 4, every=4, key=key)
+        film = self.film(model, steps + 60 * 4, every=4, seed=self.config.seed)
         paths = [folder / name for name in ("exemplar_and_result.png", "texture.gif", "flow.png")]
         exemplar = (np.asarray(self.target) * 255).round().astype(np.uint8)
         render.save_png(paths[0], render.upscale(render.beside([exemplar, film[-1]]), scale))
@@ -200,11 +196,5 @@ class SystemClass(SystemBase):
         rgb = np.clip(np.nan_to_num(np.asarray(state[..., :3])) + 0.5, 0, 1)
         return (rgb * 255).round().astype(np.uint8)
 
-    def _film(self, *args: Any, **options: Any) -> np.ndarray:
-        return np.stack(list(self.frames_from(*args, **options)))
-
     def _errors(self, state: jax.Array, key: jax.Array) -> jax.Array:
         return sliced_transport(self.features(state[..., :3] + 0.5), self.learned, key)
-
-    def _log10(self, state: jax.Array) -> float:
-        return log10(float(jnp.mean(self.errors({"state": state}))))

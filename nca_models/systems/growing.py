@@ -97,15 +97,10 @@ class SystemClass(LearnsPicture):
         """Return the samples, each damaged in its own way."""
         return {"state": DAMAGES[self.config.damage](key, samples["state"])}
 
-    def loss(self, model: NCA, samples: Samples, key: jax.Array) -> tuple[jax.Array, Samples]:
-        """Return the mean squared error at a random step of each sample, and those states."""
-        new = self.after_random_steps(model, samples, jax.random.split(key))
-        return jnp.mean(self.errors(new)), new
-
     def metrics(self, model: NCA) -> dict[str, float]:
         """Measure growth, persistence and regrowth as log10 of the mean squared error.
 
-        Of eight samples, with random numbers that training never used.
+        Eight samples are measured, with random numbers that training never used.
         """
         steps = 2 * self.config.num_steps
         key = jax.random.key(self.config.seed + 1)
@@ -121,7 +116,7 @@ class SystemClass(LearnsPicture):
         }
 
     def pictures(self, model: NCA, folder: Path) -> list[Path]:
-        """Write the growth, the cut and the regrowth as GIF and strip, and target beside result."""
+        """Write growth, cut and regrowth as GIF and strip, and the target beside the result."""
         steps = 4 * self.config.num_steps
         film = self.film(
             model, steps, every=2, damage="right", damage_at=steps // 2, seed=self.config.seed

@@ -20,7 +20,7 @@ from flax import nnx
 
 from nca_models import render
 from nca_models.data.digits import DigitsConfig
-from nca_models.learning import LearnsDigits, Samples, dropout_rule
+from nca_models.learning import LearnsDigits, Samples, dropout_rule, log10_mean
 from nca_models.modules import NCA, run
 from nca_models.training.config import (
     SampledStepsConfig,
@@ -29,7 +29,6 @@ from nca_models.training.config import (
     setting,
     target_side,
 )
-from nca_models.training.logging import log10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +58,8 @@ PRESETS = {
         final_learning_rate=5e-4,
         decay_steps=2000,
     ),
-    # No pool: the worst sample of a batch starts anew, so that easy digits would fill a small one.
+    # There is no pool: it replaces the worst sample of each batch, so that a small pool would soon
+    # be full of easy digits.
     "small": Config(
         target_size=8,
         depth=7,
@@ -78,25 +78,25 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Wall:
-    """The middle plane, but for its hole, is empty; and the near face stays as it is.
+    """Clears the middle plane except for its hole, and restores the ink of the near face.
 
-    Called as `nca_kernels.rollout` calls its `after_step`, for lattices of size `grid`.
+    It is called as `nca_kernels.rollout` calls its `after_step`, on lattices of size `grid`.
     """
 
     grid: tuple[int, ...]
 
     def __call__(
-        self, before: jax.Array, after: jax.Array, places: Sequence[jax.Array]
+        self, before: jax.Array, after: jax.Array, coordinates: Sequence[jax.Array]
     ) -> jax.Array:
         """Return the state after a step, `[*batch, *grid, C]` or a part of the grid."""
-        y, x, z = (place == n // 2 for place, n in zip(places, self.grid, strict=True))
+        y, x, z = (i == n // 2 for i, n in zip(coordinates, self.grid, strict=True))
         after = jnp.where(z & ~(y & x), 0.0, after)
         ink = jnp.arange(after.shape[-1]) == after.shape[-1] - 1
-        return jnp.where((places[2] == 0) & ink, before, after)
+        return jnp.where((coordinates[2] == 0) & ink, before, after)
 
 
 class Lattice(NCA):
-    """An automaton whose steps end with the wall and the face: what they are is not up to it."""
+    """An automaton whose every step ends with `Wall`, so that it cannot change wall or face."""
 
     def __call__(
         self, state: jax.Array, key: jax.Array, inputs: jax.Array | None = None
@@ -104,8 +104,8 @@ class Lattice(NCA):
         """Take one step; see `NCA`."""
         after = super().__call__(state, key, inputs)
         grid = state.shape[-4:-1]
-        places = [jnp.arange(n).reshape(-1, *(1,) * (3 - dim)) for dim, n in enumerate(grid)]
-        return Wall(grid)(state, after, places)
+        coordinates = [jnp.arange(n).reshape(-1, *(1,) * (3 - dim)) for dim, n in enumerate(grid)]
+        return Wall(grid)(state, after, coordinates)
 
     def rollout(
         self,
@@ -115,7 +115,7 @@ class Lattice(NCA):
         inputs: jax.Array | None = None,
         **options: Any,
     ) -> Any:
-        """Take these steps; see `NCA.rollout`."""
+        """Take `num_steps` steps; see `NCA.rollout`."""
         wall = Wall(state.shape[-4:-1])
         return super().rollout(state, key, num_steps, inputs, after_step=wall, **options)
 
@@ -138,18 +138,14 @@ class SystemClass(LearnsDigits):
         )
 
     def fresh(self, key: jax.Array, n: int) -> Samples:
-        """Return `n` lattices, empty but for a digit on the near face."""
+        """Return `n` lattices that are empty except for a digit on the near face."""
         index = jax.random.randint(key, (n,), 0, len(self.train_images))
         return {"state": self.showing(key, self.train_images[index]), "index": index}
 
     def errors(self, samples: Samples) -> jax.Array:
-        """Return each sample's mean squared error `[n]`: the digit, on every plane."""
-        return self._errors(samples["state"], self.train_images[samples["index"]])
-
-    def loss(self, model: Lattice, samples: Samples, key: jax.Array) -> tuple[jax.Array, Samples]:
-        """Return the mean squared error at a random step of each sample, and those states."""
-        new = self.after_random_steps(model, samples, jax.random.split(key))
-        return jnp.mean(self.errors(new)), new
+        """Return each sample's mean squared error `[n]`: every plane is to show the digit."""
+        images = self.train_images[samples["index"]][..., None]
+        return jnp.mean((samples["state"][..., -1] - images) ** 2, axis=(1, 2, 3))
 
     def metrics(self, model: Lattice) -> dict[str, float]:
         """Measure the far face of digits that training never saw, as log10 of the squared error."""
@@ -160,13 +156,13 @@ class SystemClass(LearnsDigits):
         later = run(model, final, jax.random.key(self.config.seed + 2), steps)
         mean = jnp.mean(self.train_images, axis=0)
 
-        def error(images: jax.Array, guess: jax.Array) -> float:
-            return log10(float(jnp.mean((guess - images) ** 2)))
+        def error(guess: jax.Array) -> float:
+            return log10_mean((guess - images) ** 2)
 
         return {
-            "the mean digit for every digit": error(images, mean),
-            f"far face, unseen digits, {steps} steps": error(images, final[..., -1, -1]),
-            f"far face, unseen digits, {2 * steps} steps": error(images, later[..., -1, -1]),
+            "the mean digit for every digit": error(mean),
+            f"far face, unseen digits, {steps} steps": error(final[..., -1, -1]),
+            f"far face, unseen digits, {2 * steps} steps": error(later[..., -1, -1]),
         }
 
     def showing(self, key: jax.Array, images: jax.Array) -> jax.Array:
@@ -191,6 +187,3 @@ class SystemClass(LearnsDigits):
         """Return the ink of one lattice, plane beside plane, near to far, as uint8 RGB."""
         ink = np.asarray(state[..., -1])
         return render.beside([render.grey(ink[..., z]) for z in range(ink.shape[-1])], gap=1)
-
-    def _errors(self, state: jax.Array, images: jax.Array) -> jax.Array:
-        return jnp.mean((state[..., -1] - images[..., None]) ** 2, axis=(1, 2, 3))

@@ -1,12 +1,12 @@
-"""Checkpoints through Orbax: whole or absent, the last few kept.
+"""Checkpoints through Orbax. Each is whole or absent, and only the last few are kept.
 
 A checkpoint has two parts, `model` (the parameters) and `training` (optimizer, pool, step), so
 that running a trained model need not read the pool. Leaves are stored flat, by their path in the
 pytree, so that reading needs no class of the library that wrote them.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import jax
@@ -19,7 +19,7 @@ class Checkpoints:
     """The checkpoints of a folder, a context manager."""
 
     def __init__(self, folder: Path, keep: int = 2):
-        """Open `folder`, made if absent; remove what a killed process left half-written."""
+        """Open `folder`, made if absent, and remove what a killed process left unfinished."""
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             create=True,
@@ -32,12 +32,7 @@ class Checkpoints:
         """Return itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Close the folder; after an error, without waiting for processes that may be gone."""
         if kind is None or jax.process_count() == 1:
             self._manager.close()
@@ -61,33 +56,24 @@ class Checkpoints:
         Raises:
             ValueError: shapes or names in the checkpoint are not those of the template.
         """
-        if self.latest() is None:
-            return None
-        parts = self._read(_split(template))
-        leaves = {name: leaf for part in parts.values() for name, leaf in part.items()}
-        paths, structure = jax.tree.flatten_with_path(template)
-        return jax.tree.unflatten(structure, [leaves[_name(path)] for path, _ in paths])
+        return self._read(template, _PARTS)
 
     def restore_params(self, template: Any) -> Any:
-        """Return the parameters of the newest checkpoint, or None; `template` is as `restore`'s."""
+        """Return the parameters of the newest checkpoint, or None; see `restore`."""
+        state = self._read(template, ("model",))
+        return None if state is None else state.params
+
+    def _read(self, template: Any, names: Sequence[str]) -> Any:
+        """The newest `TrainState`, as in `template` where it is in none of the parts `names`."""
         if self.latest() is None:
             return None
-        leaves = self._read({"model": _split(template)["model"]})["model"]
-        paths, structure = jax.tree.flatten_with_path(template.params)
-        prefix = "params."
-        return jax.tree.unflatten(structure, [leaves[prefix + _name(path)] for path, _ in paths])
-
-    def _read(self, parts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        placed = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=leaf.sharding or device
-            ),
-            parts,
-        )
-        args = {name: ocp.args.StandardRestore(part) for name, part in placed.items()}
+        placed = jax.tree.map(lambda leaf: leaf.update(sharding=leaf.sharding or device), template)
+        parts = _split(placed)
+        args = {name: ocp.args.StandardRestore(parts[name]) for name in names}
         restored = self._manager.restore(self.latest(), args=ocp.args.Composite(**args))
-        return {name: restored[name] for name in parts}
+        leaves = {path: leaf for name in names for path, leaf in restored[name].items()}
+        return jax.tree.map_with_path(lambda path, leaf: leaves.get(_name(path), leaf), template)
 
 
 def _split(state: Any) -> dict[str, dict[str, Any]]:

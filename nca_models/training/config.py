@@ -1,11 +1,12 @@
 """The settings of a training, as dataclasses: what the systems' own settings are built on.
 
-A setting that says its `flag` is an option of `nca train`; its `help` is what the option shows.
+A setting that says its `flag` is an option of `nca train`, and every setting is one of `nca sweep`;
+its `help` is what the options show.
 Nothing heavy is imported here, so that the command line knows all settings before JAX starts.
 """
 
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, ClassVar
 
 
@@ -17,19 +18,26 @@ def setting(
     flag: str | None = None,
     metavar: str | None = None,
     choices: Sequence[str] | None = None,
+    short: str | None = None,
 ) -> Any:
     """Declare a setting.
 
     Args:
-        default: its value where a preset does not say one.
-        lowest: the least value of an integer.
+        default: its value in presets that do not give one.
+        lowest: its lowest value, if it is an integer.
         help: what it is, in a phrase.
         flag: the option of `nca train` that sets it, as in `--steps`; None for no option.
         metavar: what the help shows for the option's value (default: N for int, X for float).
-        choices: the values of the option.
+        choices: the values that the option takes; None for all.
+        short: its name in the names of a sweep's runs; the sweep's table then always shows it.
     """
     metadata = {"lowest": lowest, "help": help, "flag": flag, "metavar": metavar}
-    return field(default=default, metadata=metadata | {"choices": choices})
+    return field(default=default, metadata=metadata | {"choices": choices, "short": short})
+
+
+def option(setting: Field[Any]) -> str:
+    """Return the name of a setting's option: its flag, or else its name, as in `--fire-rate`."""
+    return setting.metadata.get("flag") or "--" + setting.name.replace("_", "-")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +46,15 @@ class TrainConfig:
 
     Attributes:
         target_help: what `nca train SYSTEM --target` may name; "" if the system takes no target.
+        target_name, default_target: how a sweep's table names the column of targets, and what
+            stands in it where no target is named.
         examples: lines for the help of `nca train`.
-        commands: which commands take the system beside train, run and eval.
+        commands: commands that take this system only.
     """
 
     target_help: ClassVar[str] = ""
+    target_name: ClassVar[str] = "target"
+    default_target: ClassVar[str | None] = None
     examples: ClassVar[tuple[str, ...]] = ()
     commands: ClassVar[tuple[str, ...]] = ()
 

@@ -1,7 +1,7 @@
-"""Damage: what a pattern must regrow. Every function clears cells to zero, all channels.
+"""Damage that a pattern has to regrow. Every function sets all channels of some cells to zero.
 
-All take `(key, state)` with state `[*batch, *spatial, C]`, draw each sample's damage on its own,
-and return the damaged state; they can be jitted, with `num_spatial_dims` static.
+All take `(key, state)` with a state `[*batch, *spatial, C]`, draw the damage of each sample
+independently, and return the damaged state; they can be jitted, with `num_spatial_dims` static.
 """
 
 from collections.abc import Callable
@@ -35,9 +35,10 @@ def _split(state: jax.Array, num_spatial_dims: int) -> tuple[tuple[int, ...], tu
 
 
 def circle(key: jax.Array, state: jax.Array, num_spatial_dims: int = 2) -> jax.Array:
-    """Clear a ball: centre within the middle half of each axis, radius 0.1 to 0.4 of an axis' half.
+    """Clear a ball whose radius is 0.1 to 0.4 of half an axis.
 
-    A line segment in 1-D, a disc in 2-D, a ball in 3-D (an ellipsoid on unequal axes).
+    Its centre is within the middle half of each axis. In 1-D it is a line segment, in 2-D a disc;
+    on axes of different sizes it is an ellipsoid.
     """
     batch, spatial = _split(state, num_spatial_dims)
     key_centre, key_radius = jax.random.split(key)
@@ -53,13 +54,18 @@ def circle(key: jax.Array, state: jax.Array, num_spatial_dims: int = 2) -> jax.A
 
 def half(key: jax.Array, state: jax.Array, num_spatial_dims: int = 2) -> jax.Array:
     """Clear one half of the grid, cut across a random axis, on a random side."""
-    batch, spatial = _split(state, num_spatial_dims)
+    batch, _ = _split(state, num_spatial_dims)
     ones = (1,) * num_spatial_dims
-    choice = jax.random.randint(key, (*batch, *ones), 0, 2 * num_spatial_dims)
-    axes = _coordinates(spatial)
-    sides = [side for x in axes for side in (x < 0, x > 0)]
-    gone = reduce(jnp.logical_or, ((choice == i) & side for i, side in enumerate(sides)))
-    return jnp.where(gone[..., None], 0, state)
+    side = jax.random.randint(key, (*batch, *ones), 0, 2 * num_spatial_dims)
+    return _without_side(state, num_spatial_dims, side)
+
+
+def _without_side(state: jax.Array, num_spatial_dims: int, side: jax.Array | int) -> jax.Array:
+    """Clear the half of the grid on a side: of axis i, 2 i is the low one, 2 i + 1 the high one."""
+    axes = _coordinates(_split(state, num_spatial_dims)[1])
+    sides = [half for x in axes for half in (x < 0, x > 0)]
+    cleared = reduce(jnp.logical_or, ((side == i) & half for i, half in enumerate(sides)))
+    return jnp.where(cleared[..., None], 0, state)
 
 
 def mixed(key: jax.Array, state: jax.Array, num_spatial_dims: int = 2) -> jax.Array:
@@ -71,15 +77,13 @@ def mixed(key: jax.Array, state: jax.Array, num_spatial_dims: int = 2) -> jax.Ar
     return jnp.where(pick, circles, half(key_damage, state, num_spatial_dims))
 
 
-def _side(axis: int, sign: int) -> Callable[..., jax.Array]:
-    """A damage that clears the half where `sign * coordinate` of `axis` (from the end) is > 0."""
+def _side(side: int) -> Callable[..., jax.Array]:
+    """A damage that always clears the same side, counted from the last one of the last axis, -1."""
 
     def clear(key: jax.Array, state: jax.Array, num_spatial_dims: int = 2) -> jax.Array:
-        _, spatial = _split(state, num_spatial_dims)
-        if len(spatial) < -axis:
+        if 2 * num_spatial_dims + side < 0:
             raise ValueError("a grid of one dimension has no top and no bottom")
-        gone = sign * _coordinates(spatial)[axis] > 0
-        return jnp.where(gone[..., None], 0, state)
+        return _without_side(state, num_spatial_dims, 2 * num_spatial_dims + side)
 
     return clear
 
@@ -92,7 +96,7 @@ def none(key: jax.Array, state: jax.Array, num_spatial_dims: int = 2) -> jax.Arr
 DAMAGES: dict[str, Callable[..., jax.Array]] = dict(
     zip(
         DAMAGE_NAMES,
-        (none, circle, half, mixed, _side(-1, -1), _side(-1, 1), _side(-2, -1), _side(-2, 1)),
+        (none, circle, half, mixed, _side(-2), _side(-1), _side(-4), _side(-3)),
         strict=True,
     )
 )

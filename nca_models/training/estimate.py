@@ -1,4 +1,4 @@
-"""What a training will take, before it starts: memory from XLA's plan, time from a few steps."""
+"""Estimates of a training's memory, by XLA's plan, and of its time, by a few steps."""
 
 import math
 import sys
@@ -24,16 +24,17 @@ class TooLarge(RunError):
 
 @dataclass(frozen=True)
 class Estimate:
-    """What `estimate` found.
+    """What a training will take.
 
     Attributes:
-        cells: of a batch.
-        cell_steps: of a training step, forward and backward being one.
-        flops: of a training step where every cell fires, with what the backward recomputes.
-        memory: bytes at the peak; `available`: bytes there are, None if unknown.
-        seconds: of a training step, measured here; None where it does not fit.
+        cells: the cells of a batch.
+        cell_steps: the cell-steps of a training step; a forward and its backward count once.
+        flops: operations of a training step in which every cell fires, recomputation included.
+        memory: bytes at the peak.
+        available: bytes that there are; None if unknown.
+        seconds: time of a training step, measured on this machine; None if it does not fit.
         limit: seconds of a training step on an H200 at its roofline.
-        num_train_steps: steps of the whole training.
+        num_train_steps: training steps of the whole training.
     """
 
     cells: int
@@ -46,7 +47,7 @@ class Estimate:
     num_train_steps: int
 
     def lines(self) -> list[str]:
-        """The estimate for people."""
+        """Return the estimate as lines of text."""
         steps = self.num_train_steps
         out = [
             f"a training step   {self.cells:,} cells, {self.cell_steps:,} cell-steps, "
@@ -67,11 +68,11 @@ class Estimate:
 
 
 def estimate(trainer: Any, steps: int = 3) -> Estimate:
-    """Compile a training step, and take a few if they fit; nothing is written.
+    """Compile a training step and, if it fits into memory, take a few; nothing is written.
 
     Args:
         trainer: an `nca_models.training.trainer.Trainer`.
-        steps: how many steps are timed, the first one apart; fewer if they are long.
+        steps: how many steps are timed, after a first one; fewer if they are long.
     """
     system: System = trainer.system
     config: Any = system.config
@@ -97,7 +98,7 @@ def estimate(trainer: Any, steps: int = 3) -> Estimate:
 
 
 def refuse_if_too_large(*compiled: Any) -> None:
-    """Raise TooLarge, with the numbers, if one of these compiled calls cannot fit."""
+    """Raise TooLarge, with the numbers, if one of these compiled calls does not fit into memory."""
     memory, available = peak_memory(*compiled), available_memory()
     if available is not None and memory > available:
         raise TooLarge(
@@ -107,12 +108,12 @@ def refuse_if_too_large(*compiled: Any) -> None:
 
 
 def peak_memory(*compiled: Any) -> int:
-    """Bytes that the largest of some compiled calls needs, arguments and this process included."""
+    """Bytes that the largest of compiled calls needs, with its arguments and this process."""
     return planned_memory(*compiled) + resident_memory()
 
 
 def planned_memory(*compiled: Any) -> int:
-    """Bytes that XLA plans for the largest of some compiled calls; None is no call."""
+    """Bytes that XLA plans for the largest of compiled calls, of which any may be None."""
     plans = [call.memory_analysis() for call in compiled if call is not None]
     needed: int = max(
         plan.temp_size_in_bytes
@@ -125,7 +126,7 @@ def planned_memory(*compiled: Any) -> int:
 
 
 def available_memory() -> int | None:
-    """Bytes that a process can have on this device, what it has already included."""
+    """Bytes that this process can have on its device, including those that it has already."""
     if jax.default_backend() != "cpu":
         stats = jax.local_devices()[0].memory_stats() or {}
         limit: int | None = stats.get("bytes_limit")
@@ -135,7 +136,7 @@ def available_memory() -> int | None:
 
 
 def _container_limit() -> int:
-    """What a control group leaves to its processes."""
+    """Bytes that the control group of this process still allows."""
     folder = Path("/sys/fs/cgroup")
     try:
         limit = int((folder / "memory.max").read_text())
@@ -145,7 +146,7 @@ def _container_limit() -> int:
 
 
 def resident_memory() -> int:
-    """Bytes that this process has now, where it shares its memory with the device."""
+    """Bytes that this process has now if it shares its memory with the device, else 0."""
     if jax.default_backend() != "cpu":
         return 0
     resident: int = psutil.Process().memory_info().rss
@@ -153,7 +154,7 @@ def resident_memory() -> int:
 
 
 def _timed(trainer: Any, compiled: Any, steps: int) -> float:
-    """Mean seconds of a step, the first one apart unless it was long."""
+    """Mean seconds of a step; the first one counts only if it was so long that no other ran."""
     state, taken = trainer.initial_state(), []
     for _ in range(steps + 1):
         start = time.perf_counter()
@@ -167,12 +168,12 @@ def _timed(trainer: Any, compiled: Any, steps: int) -> float:
 
 
 def gigabytes(count: int) -> str:
-    """`count` bytes, for people."""
+    """Write a number of bytes in gigabytes."""
     return f"{count / 1e9:.1f} GB"
 
 
 def duration(seconds: float) -> str:
-    """Seconds, for people."""
+    """Write a number of seconds in the largest unit that fits."""
     for size, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= size:
             return f"{seconds / size:.1f} {name}"

@@ -1,14 +1,13 @@
 """The training log: CSV always, TensorBoard on request.
 
-A row holds only what is the same in every run with the same seed; so the log of a run that was
-killed and resumed equals, byte for byte, that of one left alone.
+A row holds only what is the same in every run with the same seed, so that the log of a run that was
+killed and resumed equals that of an uninterrupted run, byte for byte.
 """
 
 import csv
 import math
 import os
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from nca_models._files import write_text
@@ -20,7 +19,7 @@ class Log:
     """The log of a run, a context manager."""
 
     def __init__(self, folder: Path, last_step: int, *, tensorboard: bool = False):
-        """Open the log, cut back to the rows up to `last_step`.
+        """Open the log, and drop the rows after `last_step`.
 
         Raises:
             ImportError: `tensorboard`, but tensorboardX is not installed.
@@ -28,19 +27,14 @@ class Log:
         """
         path = folder / "log.csv"
         _cut(path, last_step)
-        self._file = path.open("a", buffering=1, encoding="utf-8")  # by line, to be watched
+        self._file = path.open("a", buffering=1, encoding="utf-8")  # written line by line
         self._board = _board(folder / "tensorboard", last_step) if tensorboard else None
 
     def __enter__(self) -> Self:
         """Return itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close the files."""
         self._file.close()
         if self._board is not None:
@@ -76,10 +70,10 @@ def read(path: Path) -> tuple[list[int], list[float]]:
 def _cut(path: Path, last_step: int) -> None:
     """Rewrite the log at `path` with its header and its first `last_step` rows."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = lines[1 : last_step + 1]
-    if len(kept) < last_step:
-        raise ValueError(f"{path} has {len(kept)} rows, but the checkpoint is at step {last_step}")
-    write_text(path, "\n".join([_HEADER, *kept]) + "\n")
+    rows = lines[1 : last_step + 1]
+    if len(rows) < last_step:
+        raise ValueError(f"{path} has {len(rows)} rows, but the checkpoint is at step {last_step}")
+    write_text(path, "\n".join([_HEADER, *rows]) + "\n")
 
 
 def _board(folder: Path, last_step: int) -> Any:

@@ -1,4 +1,4 @@
-"""Training split over devices and processes: the mesh, and where the arrays of a training lie.
+"""Training split over devices and processes: the mesh, and which device holds which arrays.
 
 A mesh has up to four axes, by name: `data` splits the batch, `x`, `y` and `z` the first, second
 and third dim of the grid. Weights are on every device.
@@ -35,7 +35,7 @@ class Split:
         return jax.process_index() == 0
 
     def wait(self, what: str) -> None:
-        """Return when every process is here; `what` names the place."""
+        """Return when every process has called this; `what` names the point in the program."""
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
@@ -43,11 +43,11 @@ class Split:
 
     @property
     def whole(self) -> NamedSharding:
-        """Of arrays that are on every device."""
+        """The sharding of arrays that are on every device."""
         return NamedSharding(self.mesh, P())
 
     def everywhere(self, tree: Any) -> Any:
-        """Return arrays and keys of this process, the same in every one, on every device."""
+        """Return arrays and keys, which are the same in every process, on every device."""
 
         def put(leaf: Any) -> jax.Array:
             if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -57,7 +57,7 @@ class Split:
         return jax.tree.map(put, tree)
 
     def pool_shardings(self, samples: Any) -> Any:
-        """Of samples in the pool: any of them may be asked for, so only their grid is split."""
+        """Return the shardings of the pool: any sample may be drawn, so only grids are split."""
         return jax.tree.map(lambda leaf: self._states(leaf, without="data"), samples)
 
     def on_devices(self, samples: Any) -> Any:
@@ -71,7 +71,7 @@ class Split:
         return jax.lax.with_sharding_constraint(samples, self.pool_shardings(samples))
 
     def _states(self, leaf: Any, without: str = "") -> NamedSharding:
-        """Of a leaf of samples: a state is split where that can be done evenly, the rest not."""
+        """The sharding of a leaf: axes that the mesh divides evenly are split, others are not."""
         if leaf.ndim < 3:
             return self.whole
         names = [
@@ -103,7 +103,7 @@ def make(sizes: dict[str, int]) -> Split:
     """Return a split over the devices of all processes.
 
     Raises:
-        ValueError: there are too few devices, or some would be left of several processes'.
+        ValueError: there are too few devices, or, with several processes, too many.
     """
     needed, available = int(np.prod(list(sizes.values()))), jax.device_count()
     if needed > available or (needed < available and jax.process_count() > 1):
@@ -117,12 +117,12 @@ def make(sizes: dict[str, int]) -> Split:
 
 
 def join(coordinator: str, processes: int | None, process: int | None) -> None:
-    """Connect this process with the others; before anything else of JAX.
+    """Connect this process with the others; this comes before any other use of JAX.
 
     Args:
         coordinator: `HOST:PORT` of process 0, or "auto": as the cluster's environment says (see
             `jax.distributed.initialize`).
-        processes, process: how many there are, and which this one is; None with "auto".
+        processes, process: the number of processes, and that of this one; None with "auto".
 
     Raises:
         ValueError: the cluster's environment says nothing.
@@ -147,6 +147,6 @@ def local(tree: Any) -> Any:
 
 
 def means_a_lost_process(error: Exception) -> bool:
-    """Tell whether an error comes of another process's end: by what the transports say then."""
+    """Tell whether an error means that another process has ended, by the transports' words."""
     words = ("gloo", "nccl", "heartbeat", "unavailable", "coordination", "barrier", "connection")
     return jax.process_count() > 1 and any(word in str(error).lower() for word in words)

@@ -1,8 +1,8 @@
 """One training loop for every system.
 
 All randomness of training step t comes from `fold_in(key(seed), t)`, and everything else that a
-step needs is in the checkpoint, so a run that was killed and resumed reaches the same bits as one
-left alone.
+step needs is in the checkpoint, so a run that was killed and resumed reaches the same bits as an
+uninterrupted one.
 """
 
 import shutil
@@ -60,7 +60,7 @@ class Diverged(Exception):
 
 
 class ProcessLost(Exception):
-    """Another process of the training is gone, and it cannot go on."""
+    """Another process of the training has ended, so that it cannot go on."""
 
 
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
@@ -134,12 +134,12 @@ class Trainer:
         return self.step.lower(self.abstract_state(), self.root_key).compile()
 
     def call(self, compiled: Any, state: TrainState) -> tuple[TrainState, jax.Array]:
-        """Take a training step by what `compiled` returned."""
+        """Take a training step; `compiled` is what the method of that name returned."""
         new: tuple[TrainState, jax.Array] = compiled(state, self.root_key)
         return new
 
     def compiled_pool(self) -> Any:
-        """Return what makes the first pool, compiled; None where there is no pool."""
+        """Return the function that makes the first pool, compiled; None if there is no pool."""
         if not self.config.pool_size:
             return None
         return self._fresh_pool.lower(self._pool_key).compile()
@@ -170,7 +170,7 @@ class Trainer:
         return TrainState(state.step + 1, params, opt_state, new_pool), loss
 
     def _batch(self, pool: Any, key: jax.Array) -> tuple[jax.Array, Any]:
-        """Draw a batch, worst first; start the worst anew and damage the best."""
+        """Draw a batch, worst sample first; replace the worst and damage the best."""
         n, damaged = self.config.batch_size, self.config.damaged_per_batch
         key_pool, key_fresh, key_damage = jax.random.split(key, 3)
         if pool is None:
@@ -187,11 +187,11 @@ class Trainer:
 
 
 class Together:
-    """Trainers of systems of one shape as one: a training step takes all of them a step on.
+    """Several systems trained at once: a training step is a training step of each of them.
 
-    Has what `train` uses of a `Trainer`; arrays of its state have a leading axis of the models.
-    What the systems learn may differ (their attribute `learned`, arrays), of their settings only
-    the seed.
+    It has what `train` uses of a `Trainer`; the arrays of its state have a leading axis of the
+    models. The systems' settings differ in the seed only. What they learn may differ if it is all
+    in their attribute `learned`, arrays of the same shapes.
     """
 
     def __init__(self, systems: Sequence[Any]):
@@ -199,7 +199,8 @@ class Together:
         self.members = [Trainer(system) for system in systems]
         self.config = systems[0].config
         self.root_key = jnp.stack([member.root_key for member in self.members])
-        self._learned = jax.tree.map(lambda *x: jnp.stack(x), *(s.learned for s in systems))
+        learned = [getattr(system, "learned", None) for system in systems]
+        self._learned = jax.tree.map(lambda *x: jnp.stack(x), *learned)
         self._step = jax.jit(jax.vmap(self._member_step), donate_argnums=0)
 
     def _member_step(
@@ -250,7 +251,8 @@ def train(
         folder: receives `log.csv`, `checkpoints/` and, with `tensorboard`, event files.
         tensorboard: whether to log to TensorBoard too (needs tensorboardX).
         progress: whether to show a progress bar on stderr.
-        split: over which devices; each process of several calls this, with a folder that all see.
+        split: over which devices the training is split. If there are several processes, each calls
+            this, with a folder that all of them see.
 
     Returns:
         The trained model, on one device.
@@ -258,8 +260,8 @@ def train(
     Raises:
         Interrupted: on SIGINT or SIGTERM, once the step is done and a checkpoint saved.
         Diverged: the loss is not finite.
-        ProcessLost: of several processes, another one is gone.
-        TooLarge: it does not fit into memory; nothing has run yet.
+        ProcessLost: another one of several processes has ended.
+        TooLarge: the training does not fit into memory; nothing has run yet.
     """
     trainer = Trainer(system, split)
     state = _train(trainer, folder, [folder], tensorboard=tensorboard, progress=progress)
@@ -267,19 +269,19 @@ def train(
 
 
 def train_together(systems: Sequence[Any], folder: Path, folders: Sequence[Path]) -> list[Any]:
-    """Train systems of one shape at once, by `jax.vmap` over their weights.
+    """Train systems whose arrays have the same shapes at once, by `jax.vmap` over their weights.
 
     Args:
-        systems: alike but for their seeds and what they learn, in `learned`.
-        folder: receives the checkpoints of all while they train, and is removed afterwards.
-        folders: of each, as `train` would leave them.
+        systems: what to train; they differ only in their seeds and in `learned`.
+        folder: receives the common checkpoints during the training, and is removed afterwards.
+        folders: the folder of each system, which ends up as `train` would leave it.
 
     Returns:
         The trained models.
 
     Raises:
         Interrupted, TooLarge: as `train`.
-        Diverged: the losses of all of them are not finite; of some, the log shows it.
+        Diverged: no loss is finite. If only some are not, their logs show it.
     """
     together = Together(systems)
     state = _train(together, folder, folders, tensorboard=False, progress=True)
@@ -301,32 +303,53 @@ def _train(
     tensorboard: bool,
     progress: bool,
 ) -> TrainState:
-    """Train to the end, with the checkpoints in `folder` and a log in each of `log_folders`."""
+    """Train to the end, with the checkpoints in `folder` and a log in each of `log_folders`.
+
+    A checkpoint is saved on schedule, on a signal and at the end.
+    """
     try:
-        step = trainer.compiled()
+        compiled = trainer.compiled()
     except ValueError as error:  # a mesh that cannot hold the grid
         raise RunError(str(error)) from error
-    refuse_if_too_large(step, trainer.compiled_pool())
-    with Checkpoints(folder / "checkpoints") as checkpoints, ExitStack() as stack:
-        state = checkpoints.restore(trainer.abstract_state())
-        if state is None:
-            state = trainer.initial_state()
-        first, total = int(jnp.max(state.step)), trainer.config.num_train_steps
+    refuse_if_too_large(compiled, trainer.compiled_pool())
+    config, losses = trainer.config, []
+    with Checkpoints(folder / "checkpoints") as checkpoints, _lost_process(), ExitStack() as stack:
+        state = checkpoints.restore(trainer.abstract_state()) or trainer.initial_state()
+        step, total = int(jnp.max(state.step)), config.num_train_steps
         if jax.process_index() > 0:  # one process writes and speaks
             log_folders, progress = [], False
-        logs = [stack.enter_context(Log(f, first, tensorboard=tensorboard)) for f in log_folders]
+        logs = [stack.enter_context(Log(f, step, tensorboard=tensorboard)) for f in log_folders]
         received = stack.enter_context(stop_signals())
         bar = stack.enter_context(
-            tqdm(total=total, initial=first, desc="training", unit="step", disable=not progress)
+            tqdm(total=total, initial=step, desc="training", unit="step", disable=not progress)
         )
-        try:
-            return _loop(
-                trainer, step, state, checkpoints=checkpoints, logs=logs, bar=bar, received=received
-            )
-        except (RuntimeError, ValueError) as error:
-            if not means_a_lost_process(error):
-                raise
-            raise ProcessLost(str(error).splitlines()[0]) from error
+        while step < total:
+            state, loss = trainer.call(compiled, state)
+            step += 1
+            losses.append(loss)
+            stop = received[:1]  # read once: a signal may come at any time
+            save = bool(stop) or step == total or step % config.checkpoint_every == 0
+            if save or len(losses) == _LOG_EVERY:
+                _record(logs, bar, step, losses)
+                losses = []
+            if save:
+                for log in logs:
+                    log.flush()  # before the checkpoint, so that no checkpoint is ahead of its log
+                checkpoints.save(step, state)
+            if stop:
+                raise Interrupted(stop[0], step)
+    return state
+
+
+@contextmanager
+def _lost_process() -> Iterator[None]:
+    """Raise `ProcessLost` for errors in the block that mean it."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        if not means_a_lost_process(error):
+            raise
+        raise ProcessLost(str(error).splitlines()[0]) from error
 
 
 def trained_model(system: System, folder: Path) -> Any:
@@ -341,37 +364,6 @@ def trained_model(system: System, folder: Path) -> Any:
     if params is None:
         raise RunError(f"{folder} has no checkpoint yet: let `nca train` run until it saves one")
     return trainer.model(params)
-
-
-def _loop(
-    trainer: Trainer | Together,
-    compiled: Any,
-    state: TrainState,
-    *,
-    checkpoints: Checkpoints,
-    logs: Sequence[Log],
-    bar: Any,
-    received: list[int],
-) -> TrainState:
-    """Take the remaining steps, saving on schedule, on a signal and at the end."""
-    config, losses, step = trainer.config, [], int(jnp.max(state.step))
-    while step < config.num_train_steps:
-        state, loss = trainer.call(compiled, state)
-        step += 1
-        losses.append(loss)
-        stop = received[:1]  # read once: a signal may come at any time
-        last = bool(stop) or step == config.num_train_steps
-        save = last or step % config.checkpoint_every == 0
-        if save or len(losses) == _LOG_EVERY:
-            _record(logs, bar, step, losses)
-            losses = []
-        if save:
-            for log in logs:
-                log.flush()  # before the checkpoint, so that no checkpoint is ahead of its log
-            checkpoints.save(step, state)
-        if stop:
-            raise Interrupted(stop[0], step)
-    return state
 
 
 _LOG_EVERY = 10  # steps between reads of the loss, which make the host wait for the device

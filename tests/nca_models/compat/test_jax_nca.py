@@ -182,16 +182,18 @@ def test_a_training_that_is_stopped_goes_on_to_the_same_bits(dataset, tmp_path):
 
 
 def test_the_loss_is_over_the_last_eight_states(dataset):
-    from nca_models.compat.jax_nca_trainer import _loss
+    from nca_models.compat.jax_nca_trainer import _Training
 
     nca = NCA(num_hidden_channels=4)
     params = random_params(nca)
     batch = jnp.asarray(nca.create_seed(4, shape=dataset.img_shape[:-1], batch_size=2))
     targets = jnp.asarray(dataset.get_batch(2)[0])
+    numbers = {"pool_size": 2, "n_damage": 0, "num_steps": range(5, 15)}
+    training = _Training(nca, None, KEY, batch[:1], targets, **numbers)
     for steps in (11, 5):
         _, states = nca.multi_step(params, batch, KEY, steps)
         expected = jnp.mean(jnp.square(states[-8:, ..., :4] - targets))
-        loss, final = _loss(nca, params, batch, targets, KEY, jnp.int32(steps), 14)
+        loss, final = training.loss(params, batch, KEY, jnp.int32(steps))
         assert_close(loss, expected, 1e-6)
         assert_close(final, states[-1], 0)
 

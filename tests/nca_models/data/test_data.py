@@ -122,7 +122,7 @@ def test_is_emoji(text, expected):
 
 @pytest.fixture
 def no_fonts(monkeypatch, tmp_path):
-    monkeypatch.setattr(emoji, "_FONT_FOLDERS", ())
+    monkeypatch.setattr(emoji, "_fonts", list)
     monkeypatch.setattr(emoji, "_cache_folder", lambda: tmp_path / "cache")
 
 

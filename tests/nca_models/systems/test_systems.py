@@ -3,6 +3,7 @@
 import json
 import signal
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import imageio.v3 as iio
 import jax
@@ -239,6 +240,38 @@ def test_a_sweep_trains_models_together(tmp_path, monkeypatch, capsys):
         np.testing.assert_allclose(together[1], alone[1], rtol=1e-4)
     capsys.readouterr()
     assert cli.main(["eval", "dynamics", "sweep/brick-c4-d5-s1"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "swept", "header"),
+    [
+        ("growing", "--fire-rate 0.5 1 --damage circle", "target,fire_rate,seed"),
+        ("attention", "--heads 1 2 --radius 0 1 --qkv 4", "target,heads,radius,seed"),
+    ],
+)
+def test_any_system_is_swept_over_its_settings(name, swept, header, tmp_path, monkeypatch, capsys):
+    needs(name)
+    monkeypatch.setitem(systems.load(name).PRESETS, "small", TINY[name])
+    monkeypatch.setattr(trainer, "train", untrained)
+    monkeypatch.chdir(tmp_path)
+    line = f"sweep {name} {swept} --together 1 --out sweep"
+    assert cli.main(line.split()) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"{header},log10_error\n")
+    assert said.endswith("sweep/log10_error.png\n")
+    rows = said.splitlines()[1:-1]
+    assert len(rows) == len(set(rows)) == len(list(Path("sweep").glob(f"{name}-*-s0"))) >= 2
+    assert iio.imread("sweep/log10_error.png").size > 0
+    assert cli.main([*line.split(), "--seeds", "1"]) == 0
+    assert capsys.readouterr().out == said
+    for change, words in (
+        ("--num-steps 3", "choose another --out"),
+        ("--batch-size 2 3 4", "has the columns target"),
+        ("--channels 1", "at least"),
+        ("--vgg16 none.npz", f"{name} has no setting vgg16"),
+    ):
+        assert cli.main([*line.split(), *change.split()]) == 2
+        assert words in capsys.readouterr().err
 
 
 # ---- what is particular to each ----
