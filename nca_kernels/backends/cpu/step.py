@@ -103,6 +103,7 @@ def _attributes(call: StepCall, operands: Operands) -> dict[str, Any]:
         "fire_threshold": threshold(rule.fire_rate),
         "alive": alive is not None,
         "alive_channel": 0 if alive is None else alive.channel % operands.channels,
+        "alive_radius": 0 if alive is None else alive.radius,
         "layers": len(operands.weights.layers),
     }
     reals = {

@@ -265,6 +265,7 @@ Step read_step(Call& call, std::vector<Layer>& layers) {
   step.fire_threshold = static_cast<std::uint32_t>(call.integer("fire_threshold"));
   step.alive = call.integer("alive");
   step.alive_channel = call.integer("alive_channel");
+  step.alive_radius = call.integer("alive_radius");
   step.alive_threshold = call.real("alive_threshold");
 
   const ffi::AnyBuffer state = call.next_argument();

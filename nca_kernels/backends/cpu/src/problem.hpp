@@ -71,7 +71,7 @@ struct Step {
   Fire fire;
   std::uint32_t fire_threshold;
   bool alive;
-  Index alive_channel;
+  Index alive_channel, alive_radius;
   float alive_threshold;
   Index num_layers;
   Layer* layers;

@@ -88,20 +88,21 @@ struct StepKernel {
   // fire and have a living cell around them, for a dead one can keep a living neighbour alive.
   void mark_needed(const Tile& tile, const std::uint8_t* plane, std::uint8_t* needed) const {
     Scope local;
-    const Index w = width(), rows = tile.size[1] + 2;
+    const FlagPool flags(step, local);
+    const Index w = width(), reach_z = flags.reach[0], reach_y = flags.reach[1];
+    const Index depth = tile.size[0] + 2 * reach_z, height = tile.size[1] + 2 * reach_y;
     std::uint8_t* fires = local.array<std::uint8_t>(w + kLanes);
-    std::uint8_t* merged = merged_row(local, w);
-    std::uint8_t* alive = nullptr;  // [rows along z, rows along y, x] with a margin of one row
-    const auto row = [&](Index z, Index y) { return alive + (z * rows + y) * w; };
+    std::uint8_t* alive = nullptr;  // [depth, height, x]: the rows of the tile between two margins
+    const auto row = [&](Index z, Index y) { return alive + (z * height + y) * w; };
     if (step.alive) {
-      alive = local.array<std::uint8_t>((tile.size[0] + 2) * rows * w + kFlags);
+      alive = local.array<std::uint8_t>(depth * height * w + kFlags);
       const std::uint8_t* own = plane + tile.sample * step.cells;
-      for (Index z = 0; z < tile.size[0] + 2; ++z)
-        for (Index y = 0; y < rows; ++y) {
-          const Index zz = at_border(tile.first[0] + z - 1, step.size[0], step.padding);
-          const Index yy = at_border(tile.first[1] + y - 1, step.size[1], step.padding);
+      for (Index z = 0; z < depth; ++z)
+        for (Index y = 0; y < height; ++y) {
+          const Index zz = at_border(tile.first[0] + z - reach_z, step.size[0], step.padding);
+          const Index yy = at_border(tile.first[1] + y - reach_y, step.size[1], step.padding);
           if (zz < 0 || yy < 0) std::memset(row(z, y), 0, w);
-          else pool_plane(step, own, zz, yy, merged, row(z, y));
+          else flags.pool_plane(own, zz, yy, row(z, y));
         }
     }
     for_rows(tile, [&](Index z, Index y, Index cell) {
@@ -111,9 +112,10 @@ struct StepKernel {
         std::memcpy(to, fires, w);
         return;
       }
-      std::memcpy(step.alive_mask + tile.sample * step.cells + cell, row(z + 1, y + 1), w);
-      pool_row(step, merged, to, [&](Index dz, Index dy) -> const std::uint8_t* {
-        return row(z + 1 + dz, y + 1 + dy);
+      const Index near_z = z + reach_z, near_y = y + reach_y;
+      std::memcpy(step.alive_mask + tile.sample * step.cells + cell, row(near_z, near_y), w);
+      flags.pool_row(to, [&](Index dz, Index dy) -> const std::uint8_t* {
+        return row(near_z + dz, near_y + dy);
       });
       if (!any(to, w)) return;
       fire_row(step, tile.sample, cell, w, fires);
@@ -196,13 +198,13 @@ struct StepKernel {
 
   void clear_dead(const Tile& tile, const std::uint8_t* lives_after) const {
     Scope local;
-    std::uint8_t* merged = merged_row(local, width());
+    const FlagPool flags(step, local);
     std::uint8_t* alive = local.array<std::uint8_t>(width() + kFlags);
     const std::uint8_t* plane = lives_after + tile.sample * step.cells;
     for_rows(tile, [&](Index z, Index y, Index cell) {
       std::uint8_t* mask = step.alive_mask + tile.sample * step.cells + cell;
       if (!any(mask, width())) return;
-      pool_plane(step, plane, tile.first[0] + z, tile.first[1] + y, merged, alive);
+      flags.pool_plane(plane, tile.first[0] + z, tile.first[1] + y, alive);
       T* own = static_cast<T*>(step.new_state) + (tile.sample * step.cells + cell) * channels();
       for (Index x = 0; x < width(); ++x) {
         if (mask[x] && !alive[x]) std::memset(own + x * channels(), 0, channels() * sizeof(T));
