@@ -30,6 +30,13 @@ NCA_INLINE Index at_border(Index p, Index size, Padding padding) {
   return -1;
 }
 
+// The first cell, in its sample, of the row at (z, y); -1 for none.
+NCA_INLINE Index row_at_border(const Step& step, Index z, Index y) {
+  const Index near_z = at_border(z, step.size[0], step.padding);
+  const Index near_y = at_border(y, step.size[1], step.padding);
+  return near_z < 0 || near_y < 0 ? -1 : (near_z * step.size[1] + near_y) * step.size[2];
+}
+
 struct Tiles {
   Index size[2] = {1, 1}, count[2], of_sample;  // z, y; cells along x are never split
 
@@ -111,13 +118,13 @@ void fill_box(const Step& step, const Tile& tile, const Box& box, const T* sampl
   for (Index pz = 0; pz < tile.size[0] + step.kernel[0] - 1; ++pz)
     for (Index py = 0; py < tile.size[1] + step.kernel[1] - 1; ++py) {
       float* row = to + box.at(pz, py, 0);
-      const Index z = at_border(tile.first[0] + pz - step.before[0], step.size[0], step.padding);
-      const Index y = at_border(tile.first[1] + py - step.before[1], step.size[1], step.padding);
-      if (z < 0 || y < 0) {
+      const Index first = row_at_border(step, tile.first[0] + pz - step.before[0],
+                                        tile.first[1] + py - step.before[1]);
+      if (first < 0) {
         std::memset(row, 0, box.size[2] * padded * sizeof(float));
         continue;
       }
-      const T* from = sample + (z * step.size[1] + y) * width * channels;
+      const T* from = sample + first * channels;
       widen_cells(from, row + before * padded, width, channels, padded);
       for (Index px = 0; px < box.size[2]; ++px) {
         if (px == before) px += width;
@@ -202,10 +209,8 @@ class FlagPool {
   // The same for the cells of row (z, y) of a plane of flags [cells] of a sample.
   NCA_INLINE void pool_plane(const std::uint8_t* plane, Index z, Index y, std::uint8_t* to) const {
     pool_row(to, [&](Index dz, Index dy) -> const std::uint8_t* {
-      const Index near_z = at_border(z + dz, step_.size[0], step_.padding);
-      const Index near_y = at_border(y + dy, step_.size[1], step_.padding);
-      if (near_z < 0 || near_y < 0) return nullptr;
-      return plane + (near_z * step_.size[1] + near_y) * step_.size[2];
+      const Index first = row_at_border(step_, z + dz, y + dy);
+      return first < 0 ? nullptr : plane + first;
     });
   }
 
