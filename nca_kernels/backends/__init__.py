@@ -77,7 +77,7 @@ for backend in (
         load=_loader("cpu"),
         platforms=("cpu",),
         missing=_ask("cpu.library", "missing"),
-        covers=COMMON,
+        covers=replace(COMMON, alive=ALIVE | {"radius": EVERY}),
         markers={
             "step": ("@nca_cpu_step_forward", "@nca_cpu_step_backward"),
             "neighborhood_attention": (

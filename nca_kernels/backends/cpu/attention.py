@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from nca_kernels.backends.cpu import library
@@ -48,11 +47,11 @@ def _attributes(call: AttentionCall, query: Array) -> dict[str, Any]:
     groups, batch, *grid, heads, head_size = query.shape
     missing = 3 - len(grid)  # a plane has depth 1, a line is a row along x
     sizes, radii = [1] * missing + grid, [0] * missing + [call.radius] * len(grid)
-    integers = {
-        **dict(zip(("depth", "height", "width"), sizes, strict=True)),
-        **dict(zip(("radius_z", "radius_y", "radius_x"), radii, strict=True)),
+    values = {
+        "grid": sizes,
+        "radius": radii,
         "samples": groups * batch,
         "heads": heads,
         "head_size": head_size,
     }
-    return {"padding": call.padding} | {name: np.int64(n) for name, n in integers.items()}
+    return {"padding": call.padding, **library.integers(values)}

@@ -5,14 +5,16 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 
 ENVIRONMENT = "NCA_CPU_LIBRARY"  # another build of the library, such as one with sanitizers
 NAMES = ("libnca_cpu.so", "libnca_cpu.dylib")
@@ -56,6 +58,11 @@ def load() -> ctypes.CDLL:
 def target(handler: str) -> str:
     """The name of a handler, in the library and in JAX."""
     return f"nca_cpu_{handler}"
+
+
+def integers(values: Mapping[str, Any]) -> dict[str, np.ndarray | np.int64]:
+    """Integers, or lists of them, as handlers take their attributes."""
+    return {name: np.asarray(value, np.int64)[()] for name, value in values.items()}
 
 
 def path() -> Path:

@@ -82,7 +82,7 @@ def _arrays(operands: Operands) -> list[Array]:
 
 def _attributes(call: StepCall, operands: Operands) -> dict[str, Any]:
     rule, alive = call.rule, call.rule.alive
-    perception = "dense" if operands.dense else "depthwise" if operands.filters else "given"
+    perception = "dense" if operands.dense else "depthwise" if operands.filters else "precomputed"
     names = {
         "padding": rule.padding,
         "perception": perception,
@@ -92,8 +92,8 @@ def _attributes(call: StepCall, operands: Operands) -> dict[str, Any]:
         "fire": operands.fire_source,
     }
     integers = {
-        **dict(zip(("depth", "height", "width"), _three_axes(operands.grid), strict=True)),
-        **dict(zip(("kernel_z", "kernel_y", "kernel_x"), _three_axes(operands.kernel))),
+        "grid": _three_axes(operands.grid),
+        "kernel": _three_axes(operands.kernel),
         "groups": operands.groups,
         "batch": operands.samples,
         "channels": operands.channels,
@@ -103,6 +103,7 @@ def _attributes(call: StepCall, operands: Operands) -> dict[str, Any]:
         "fire_threshold": threshold(rule.fire_rate),
         "alive": alive is not None,
         "alive_channel": 0 if alive is None else alive.channel % operands.channels,
+        "alive_radius": 0 if alive is None else alive.radius,
         "layers": len(operands.weights.layers),
     }
     reals = {
@@ -112,7 +113,7 @@ def _attributes(call: StepCall, operands: Operands) -> dict[str, Any]:
     }
     return {
         **names,
-        **{name: np.int64(value) for name, value in integers.items()},
+        **library.integers(integers),
         **{name: np.float32(value) for name, value in reals.items()},
     }
 

@@ -30,6 +30,13 @@ NCA_INLINE Index at_border(Index p, Index size, Padding padding) {
   return -1;
 }
 
+// The first cell, in its sample, of the row at (z, y); -1 for none.
+NCA_INLINE Index row_at_border(const Step& step, Index z, Index y) {
+  const Index near_z = at_border(z, step.size[0], step.padding);
+  const Index near_y = at_border(y, step.size[1], step.padding);
+  return near_z < 0 || near_y < 0 ? -1 : (near_z * step.size[1] + near_y) * step.size[2];
+}
+
 struct Tiles {
   Index size[2] = {1, 1}, count[2], of_sample;  // z, y; cells along x are never split
 
@@ -111,13 +118,13 @@ void fill_box(const Step& step, const Tile& tile, const Box& box, const T* sampl
   for (Index pz = 0; pz < tile.size[0] + step.kernel[0] - 1; ++pz)
     for (Index py = 0; py < tile.size[1] + step.kernel[1] - 1; ++py) {
       float* row = to + box.at(pz, py, 0);
-      const Index z = at_border(tile.first[0] + pz - step.before[0], step.size[0], step.padding);
-      const Index y = at_border(tile.first[1] + py - step.before[1], step.size[1], step.padding);
-      if (z < 0 || y < 0) {
+      const Index first = row_at_border(step, tile.first[0] + pz - step.before[0],
+                                        tile.first[1] + py - step.before[1]);
+      if (first < 0) {
         std::memset(row, 0, box.size[2] * padded * sizeof(float));
         continue;
       }
-      const T* from = sample + (z * step.size[1] + y) * width * channels;
+      const T* from = sample + first * channels;
       widen_cells(from, row + before * padded, width, channels, padded);
       for (Index px = 0; px < box.size[2]; ++px) {
         if (px == before) px += width;
@@ -158,46 +165,60 @@ NCA_INLINE Flags load_flags(const std::uint8_t* at) {
   return flags;
 }
 
-// A row between two margins, for what pool_row merges.
-NCA_INLINE std::uint8_t* merged_row(Scope& scope, Index width) {
-  return scope.array<std::uint8_t>(width + 3 * kFlags) + kFlags;
-}
+// The pool of flags over the neighbourhood of each cell, a row at a time.
+class FlagPool {
+ public:
+  // How far the pool reaches on each axis: the cells at most size - 1 away are all cells of an axis,
+  // for every padding. A grid without a depth has a reach of 0 there.
+  Index reach[3];
 
-// to[x] = any flag in the three rows and columns around; row(dz, dy) is null outside the grid.
-template <class Row>
-NCA_INLINE void pool_row(const Step& step, std::uint8_t* merged, std::uint8_t* to, Row&& row) {
-  const Index width = step.size[2];
-  const std::uint8_t* rows[9];
-  int count = 0;
-  for (Index dz = -1; dz <= 1; ++dz)
-    for (Index dy = -1; dy <= 1; ++dy)
-      if (const std::uint8_t* from = row(dz, dy)) rows[count++] = from;
-  for (Index x = 0; x < width; x += kFlags) {
-    Flags any = {};
-    for (int i = 0; i < count; ++i) any |= load_flags(rows[i] + x);
-    std::memcpy(merged + x, &any, sizeof any);
+  FlagPool(const Step& step, Scope& scope) : step_(step) {
+    for (int axis = 0; axis < 3; ++axis)
+      reach[axis] = std::min(step.alive_radius, step.size[axis] - 1);
+    const Index margin = round_up(reach[2], kFlags);
+    merged_ = scope.array<std::uint8_t>(step.size[2] + 2 * margin + kFlags) + margin;
+    rows_ = scope.array<const std::uint8_t*>((2 * reach[0] + 1) * (2 * reach[1] + 1));
   }
-  const Index left = at_border(-1, width, step.padding);
-  const Index right = at_border(width, width, step.padding);
-  const std::uint8_t before = left < 0 ? 0 : merged[left], behind = right < 0 ? 0 : merged[right];
-  merged[-1] = before, merged[width] = behind;
-  for (Index x = 0; x < width; x += kFlags) {
-    const Flags any =
-        load_flags(merged + x - 1) | load_flags(merged + x) | load_flags(merged + x + 1);
-    std::memcpy(to + x, &any, sizeof any);
-  }
-}
 
-// The same for the cells of row (z, y) of a plane of flags [cells] of a sample.
-NCA_INLINE void pool_plane(const Step& step, const std::uint8_t* plane, Index z, Index y,
-                           std::uint8_t* merged, std::uint8_t* to) {
-  pool_row(step, merged, to, [&](Index dz, Index dy) -> const std::uint8_t* {
-    const Index near_z = at_border(z + dz, step.size[0], step.padding);
-    const Index near_y = at_border(y + dy, step.size[1], step.padding);
-    if (near_z < 0 || near_y < 0) return nullptr;
-    return plane + (near_z * step.size[1] + near_y) * step.size[2];
-  });
-}
+  // to[x] = any flag in the rows and columns around; row(dz, dy) is null outside the grid.
+  template <class Row>
+  NCA_INLINE void pool_row(std::uint8_t* to, Row&& row) const {
+    const Index width = step_.size[2], reach_x = reach[2];
+    int count = 0;
+    for (Index dz = -reach[0]; dz <= reach[0]; ++dz)
+      for (Index dy = -reach[1]; dy <= reach[1]; ++dy)
+        if (const std::uint8_t* from = row(dz, dy)) rows_[count++] = from;
+    for (Index x = 0; x < width; x += kFlags) {
+      Flags any = {};
+      for (int i = 0; i < count; ++i) any |= load_flags(rows_[i] + x);
+      std::memcpy(merged_ + x, &any, sizeof any);
+    }
+    for (Index p = 1; p <= reach_x; ++p) {
+      const Index left = at_border(-p, width, step_.padding);
+      const Index right = at_border(width - 1 + p, width, step_.padding);
+      merged_[-p] = left < 0 ? 0 : merged_[left];
+      merged_[width - 1 + p] = right < 0 ? 0 : merged_[right];
+    }
+    for (Index x = 0; x < width; x += kFlags) {
+      Flags any = load_flags(merged_ + x - reach_x);
+      for (Index dx = 1 - reach_x; dx <= reach_x; ++dx) any |= load_flags(merged_ + x + dx);
+      std::memcpy(to + x, &any, sizeof any);
+    }
+  }
+
+  // The same for the cells of row (z, y) of a plane of flags [cells] of a sample.
+  NCA_INLINE void pool_plane(const std::uint8_t* plane, Index z, Index y, std::uint8_t* to) const {
+    pool_row(to, [&](Index dz, Index dy) -> const std::uint8_t* {
+      const Index first = row_at_border(step_, z + dz, y + dy);
+      return first < 0 ? nullptr : plane + first;
+    });
+  }
+
+ private:
+  const Step& step_;
+  std::uint8_t* merged_;  // the flags of all rows around, between two margins along x
+  const std::uint8_t** rows_;
+};
 
 // ---- who fires ----
 

@@ -1,4 +1,5 @@
 // The library's surface: XLA FFI handlers, and which instruction set runs.
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -193,6 +194,11 @@ class Call {
 
   Index integer(const char* name) const { return attribute<std::int64_t>(name); }
   float real(const char* name) const { return attribute<float>(name); }
+  void axes(const char* name, Index (&values)[3]) const {  // z, y, x
+    const auto span = attribute<ffi::Span<const std::int64_t>>(name);
+    if (span.size() != 3) throw std::invalid_argument(std::string(name) + " has not three axes");
+    std::copy_n(span.begin(), 3, values);
+  }
   template <class Enum>
   void name(const char* attribute_name, Enum& value) const {
     read_name(attribute<std::string_view>(attribute_name), value);
@@ -205,9 +211,9 @@ class Call {
   template <class T>
   static Grouped<T> grouped(const ffi::AnyBuffer& buffer, Index groups) {
     if (buffer.element_count() == 0) return {};
-    const Index held = buffer.dimensions()[0];
-    const Index size = static_cast<Index>(buffer.element_count()) / held;
-    return {static_cast<T*>(buffer.untyped_data()), held == groups && groups > 1 ? size : 0};
+    const Index sets = buffer.dimensions()[0];
+    const Index size = static_cast<Index>(buffer.element_count()) / sets;
+    return {static_cast<T*>(buffer.untyped_data()), sets == groups && groups > 1 ? size : 0};
   }
   template <class T>
   static T* plain(const ffi::AnyBuffer& buffer) {
@@ -234,13 +240,12 @@ class Call {
 };
 
 void read_grid(const Call& call, Index (&size)[3], Index& cells) {
-  const char* names[] = {"depth", "height", "width"};
-  cells = 1;
-  for (int axis = 0; axis < 3; ++axis) cells *= size[axis] = call.integer(names[axis]);
+  call.axes("grid", size);
+  cells = size[0] * size[1] * size[2];
 }
 
 // Operands in the order of nca_kernels.call.Operands; see step.py beside this folder.
-Step read_step(Call& call, std::vector<Layer>& layers) {
+Step read_step(Call& call) {
   Step step{};
   read_grid(call, step.size, step.cells);
   step.groups = call.integer("groups");
@@ -248,11 +253,8 @@ Step read_step(Call& call, std::vector<Layer>& layers) {
   step.channels = call.integer("channels");
   call.name("padding", step.padding);
   call.name("perception", step.perception);
-  const char* kernels[] = {"kernel_z", "kernel_y", "kernel_x"};
-  for (int axis = 0; axis < 3; ++axis) {
-    step.kernel[axis] = call.integer(kernels[axis]);
-    step.before[axis] = (step.kernel[axis] - 1) / 2;
-  }
+  call.axes("kernel", step.kernel);
+  for (int axis = 0; axis < 3; ++axis) step.before[axis] = (step.kernel[axis] - 1) / 2;
   step.perceived = call.integer("perceived");
   step.inputs = call.integer("inputs");
   step.inputs_per_cell = call.integer("inputs_per_cell");
@@ -265,6 +267,7 @@ Step read_step(Call& call, std::vector<Layer>& layers) {
   step.fire_threshold = static_cast<std::uint32_t>(call.integer("fire_threshold"));
   step.alive = call.integer("alive");
   step.alive_channel = call.integer("alive_channel");
+  step.alive_radius = call.integer("alive_radius");
   step.alive_threshold = call.real("alive_threshold");
 
   const ffi::AnyBuffer state = call.next_argument();
@@ -273,19 +276,17 @@ Step read_step(Call& call, std::vector<Layer>& layers) {
   const ffi::AnyBuffer fire = call.next_argument();
   if (step.fire == Fire::key) step.key = Call::grouped<const std::uint32_t>(fire, step.groups);
   if (step.fire == Fire::mask) step.mask = Call::grouped<const std::uint8_t>(fire, step.groups);
-  step.given = Call::plain<const float>(call.next_argument());
+  step.precomputed = Call::plain<const float>(call.next_argument());
   step.input = Call::plain<const float>(call.next_argument());
   step.taps = Call::grouped<const float>(call.next_argument(), step.groups);
   step.perception_bias = Call::grouped<const float>(call.next_argument(), step.groups);
-  layers.resize(call.integer("layers"));
-  for (Layer& layer : layers) {
+  step.layers.resize(call.integer("layers"));
+  for (Layer& layer : step.layers) {
     const ffi::AnyBuffer weight = call.next_argument();
     layer.in = weight.dimensions()[1], layer.out = weight.dimensions()[2];
     layer.weight = Call::grouped<const float>(weight, step.groups);
     layer.bias = Call::grouped<const float>(call.next_argument(), step.groups);
   }
-  step.layers = layers.data();
-  step.num_layers = static_cast<Index>(layers.size());
   return step;
 }
 
@@ -293,8 +294,7 @@ Step read_step(Call& call, std::vector<Layer>& layers) {
 Attention read_attention(Call& call) {
   Attention attention{};
   read_grid(call, attention.size, attention.cells);
-  const char* radii[] = {"radius_z", "radius_y", "radius_x"};
-  for (int axis = 0; axis < 3; ++axis) attention.radius[axis] = call.integer(radii[axis]);
+  call.axes("radius", attention.radius);
   attention.samples = call.integer("samples");
   attention.heads = call.integer("heads");
   attention.head_size = call.integer("head_size");
@@ -309,10 +309,54 @@ Attention read_attention(Call& call) {
   return attention;
 }
 
-template <class Body>
-ffi::Error guarded(Body&& body) {
+void step_forward(Call& call, Pool& pool) {
+  Step step = read_step(call);
+  step.new_state = call.next_result().untyped_data();
+  if (step.alive) step.alive_mask = Call::plain<std::uint8_t>(call.next_result());
+  kernels_for(step).step_forward(step, pool);
+}
+
+void step_backward(Call& call, Pool& pool) {
+  Step step = read_step(call);
+  step.alive_mask = Call::plain<std::uint8_t>(call.next_argument());
+  step.cotangent = call.next_argument().untyped_data();
+  step.d_state = Call::plain<void>(call.next_result());
+  step.d_precomputed = Call::plain<float>(call.next_result());
+  step.d_input = Call::plain<float>(call.next_result());
+  step.d_taps = Call::grouped<float>(call.next_result(), step.groups);
+  step.d_perception_bias = Call::grouped<float>(call.next_result(), step.groups);
+  for (Layer& layer : step.layers) {
+    layer.d_weight = Call::grouped<float>(call.next_result(), step.groups);
+    layer.d_bias = Call::grouped<float>(call.next_result(), step.groups);
+  }
+  kernels_for(step).step_backward(step, pool);
+}
+
+void attention_forward(Call& call, Pool& pool) {
+  Attention attention = read_attention(call);
+  attention.out = call.next_result().untyped_data();
+  attention.log_sum_exp = Call::plain<float>(call.next_result());
+  kernels_for_attention().attention_forward(attention, pool);
+}
+
+void attention_backward(Call& call, Pool& pool) {
+  Attention attention = read_attention(call);
+  attention.log_sum_exp = Call::plain<float>(call.next_argument());
+  attention.cotangent = call.next_argument().untyped_data();
+  attention.d_query = Call::plain<void>(call.next_result());
+  attention.d_key = Call::plain<void>(call.next_result());
+  attention.d_value = Call::plain<void>(call.next_result());
+  kernels_for_attention().attention_backward(attention, pool);
+}
+
+// Runs one of the four; what it throws becomes an error of XLA.
+template <void (*run)(Call&, Pool&)>
+ffi::Error guarded(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                   ffi::Dictionary attrs) {
   try {
-    body();
+    Call call(args, rets, attrs);
+    XlaPool pool(threads);
+    run(call, pool);
     return ffi::Error::Success();
   } catch (const std::bad_alloc&) {
     return ffi::Error(ffi::ErrorCode::kResourceExhausted,
@@ -320,68 +364,6 @@ ffi::Error guarded(Body&& body) {
   } catch (const std::exception& error) {
     return ffi::Error::Internal(std::string("nca_kernels: ") + error.what());
   }
-}
-
-ffi::Error step_forward(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                        ffi::Dictionary attrs) {
-  return guarded([&] {
-    Call call(args, rets, attrs);
-    std::vector<Layer> layers;
-    Step step = read_step(call, layers);
-    step.new_state = call.next_result().untyped_data();
-    if (step.alive) step.alive_mask = Call::plain<std::uint8_t>(call.next_result());
-    XlaPool pool(threads);
-    kernels_for(step).step_forward(step, pool);
-  });
-}
-
-ffi::Error step_backward(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                         ffi::Dictionary attrs) {
-  return guarded([&] {
-    Call call(args, rets, attrs);
-    std::vector<Layer> layers;
-    Step step = read_step(call, layers);
-    step.alive_mask = Call::plain<std::uint8_t>(call.next_argument());
-    step.cotangent = call.next_argument().untyped_data();
-    step.d_state = Call::plain<void>(call.next_result());
-    step.d_given = Call::plain<float>(call.next_result());
-    step.d_input = Call::plain<float>(call.next_result());
-    step.d_taps = Call::grouped<float>(call.next_result(), step.groups);
-    step.d_perception_bias = Call::grouped<float>(call.next_result(), step.groups);
-    for (Layer& layer : layers) {
-      layer.d_weight = Call::grouped<float>(call.next_result(), step.groups);
-      layer.d_bias = Call::grouped<float>(call.next_result(), step.groups);
-    }
-    XlaPool pool(threads);
-    kernels_for(step).step_backward(step, pool);
-  });
-}
-
-ffi::Error attention_forward(ffi::ThreadPool threads, ffi::RemainingArgs args,
-                             ffi::RemainingRets rets, ffi::Dictionary attrs) {
-  return guarded([&] {
-    Call call(args, rets, attrs);
-    Attention attention = read_attention(call);
-    attention.out = call.next_result().untyped_data();
-    attention.log_sum_exp = Call::plain<float>(call.next_result());
-    XlaPool pool(threads);
-    kernels_for_attention().attention_forward(attention, pool);
-  });
-}
-
-ffi::Error attention_backward(ffi::ThreadPool threads, ffi::RemainingArgs args,
-                              ffi::RemainingRets rets, ffi::Dictionary attrs) {
-  return guarded([&] {
-    Call call(args, rets, attrs);
-    Attention attention = read_attention(call);
-    attention.log_sum_exp = Call::plain<float>(call.next_argument());
-    attention.cotangent = call.next_argument().untyped_data();
-    attention.d_query = Call::plain<void>(call.next_result());
-    attention.d_key = Call::plain<void>(call.next_result());
-    attention.d_value = Call::plain<void>(call.next_result());
-    XlaPool pool(threads);
-    kernels_for_attention().attention_backward(attention, pool);
-  });
 }
 
 constexpr auto kBinding = [] {
@@ -399,7 +381,7 @@ constexpr auto kBinding = [] {
 
 #define NCA_HANDLER(name)                                                 \
   NCA_EXPORT XLA_FFI_Error* nca_cpu_##name(XLA_FFI_CallFrame* frame) {    \
-    static auto* handler = nca::kBinding().To(nca::name).release();       \
+    static auto* handler = nca::kBinding().To(nca::guarded<nca::name>).release(); \
     return handler->Call(frame);                                          \
   }
 

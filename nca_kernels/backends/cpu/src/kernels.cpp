@@ -17,7 +17,7 @@ static bool pays(const Step& step) {
   Index products = 0;
   if (step.perception == Perception::dense)
     products = step.kernel[0] * step.kernel[1] * step.kernel[2] * step.channels * step.perceived;
-  for (Index i = 0; i < step.num_layers; ++i) products += step.layers[i].in * step.layers[i].out;
+  for (const Layer& layer : step.layers) products += layer.in * layer.out;
   return products >= 1024;
 }
 

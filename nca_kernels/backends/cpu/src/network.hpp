@@ -38,12 +38,14 @@ struct Tap {  // of one filter at one position of the kernel
   const float* values;  // [padded channels]
 };
 
-// A sparse kernel: the taps that are not zero, by filter and by position.
+// The taps of a kernel that are not zero, as a list for each filter or for each position.
+struct TapLists {
+  Index* start;  // of each list, and the end of the last
+  Tap* taps;
+};
+
 struct Stencil {
-  Index* filter_start;
-  Tap* by_filter;
-  Index* position_start;
-  Tap* by_position;
+  TapLists by_filter, by_position;
 };
 
 struct Weights {  // of one group, packed
@@ -77,7 +79,7 @@ class Network {
  private:
   void add_map(const Layer* layer, Index in, Activation activation);
   Index row_of(Index map, Index k) const;  // the layer's row that is packed as row k, or -1
-  Stencil sparse(const float* packed_taps, Scope& scope) const;
+  TapLists list_taps(const float* packed_taps, bool by_filter, Scope& scope) const;
 };
 
 inline Network::Network(const Step& s, const Box& b, Scope& scope, bool is_backward)
@@ -93,9 +95,9 @@ inline Network::Network(const Step& s, const Box& b, Scope& scope, bool is_backw
     const Index area = step.kernel[1] * step.kernel[2];
     deltas[o] = box.at(o / area, o % area / step.kernel[2], o % step.kernel[2]);
   }
-  maps = scope.array<Map>(step.num_layers + 1);
+  maps = scope.array<Map>(step.layers.size() + 1);
   first = dense ? 1 : 0;
-  wants_rows = step.d_state != nullptr || step.d_given != nullptr || step.d_input != nullptr ||
+  wants_rows = step.d_state != nullptr || step.d_precomputed != nullptr || step.d_input != nullptr ||
                (depthwise && (step.d_taps || step.d_perception_bias));
   if (depthwise) {
     taps_at = packed_floats, packed_floats += positions * width;
@@ -112,11 +114,9 @@ inline Network::Network(const Step& s, const Box& b, Scope& scope, bool is_backw
   } else {
     inputs_at = width;
   }
-  for (Index i = 0; i < step.num_layers; ++i) {
-    const bool last = i + 1 == step.num_layers;
-    add_map(&step.layers[i], i == 0 ? inputs_at + step.inputs : step.layers[i].in,
-            last ? Activation::identity : step.activation);
-  }
+  for (const Layer& layer : step.layers)
+    add_map(&layer, &layer == &step.layers.front() ? inputs_at + step.inputs : layer.in,
+            &layer == &step.layers.back() ? Activation::identity : step.activation);
 }
 
 inline void Network::add_map(const Layer* layer, Index in, Activation activation) {
@@ -158,9 +158,9 @@ inline Weights Network::pack(Index group, Scope& scope) const {
     for (Index k = 0; k < map.in_padded; ++k) rows[k] = k < map.in ? row_of(i, k) : -1;
     products.pack(map.in, map.out_padded, to + map.packed_at,
                   [&](Index k, Index n, Index count, float* row) {
-                    const Index held = rows[k] < 0 ? 0 : std::min(count, map.out - n);
-                    std::copy_n(weight + rows[k] * map.out + n, held, row);
-                    std::fill(row + held, row + count, 0.0f);
+                    const Index filled = rows[k] < 0 ? 0 : std::min(count, map.out - n);
+                    std::copy_n(weight + rows[k] * map.out + n, filled, row);
+                    std::fill(row + filled, row + count, 0.0f);
                   });
     if (backward)
       products.pack(map.out, map.in_padded, to + map.transposed_at,
@@ -181,30 +181,24 @@ inline Weights Network::pack(Index group, Scope& scope) const {
     const Index from = step.perception_bias ? row_of(0, k) : -1;
     to[perception_bias_at + k] = from < 0 ? 0 : step.perception_bias.of(group)[from];
   }
-  return {to, sparse(to + taps_at, scope)};
+  return {to, {list_taps(to + taps_at, true, scope), list_taps(to + taps_at, false, scope)}};
 }
 
-inline Stencil Network::sparse(const float* packed_taps, Scope& scope) const {
-  Stencil s = {scope.array<Index>(filters + 1), scope.array<Tap>(filters * positions),
-               scope.array<Index>(positions + 1), scope.array<Tap>(filters * positions)};
-  const auto find = [&](Index f, Index o, Tap* list, Index& count) {
-    const float* values = packed_taps + o * width + f * padded;
-    if (std::all_of(values, values + padded, [](float x) { return x == 0; })) return;
-    list[count++] = {deltas[o], f, values};
-  };
+inline TapLists Network::list_taps(const float* packed_taps, bool by_filter, Scope& scope) const {
+  const Index lists = by_filter ? filters : positions, longest = by_filter ? positions : filters;
+  TapLists result = {scope.array<Index>(lists + 1), scope.array<Tap>(filters * positions)};
   Index count = 0;
-  for (Index f = 0; f < filters; ++f) {
-    s.filter_start[f] = count;
-    for (Index o = 0; o < positions; ++o) find(f, o, s.by_filter, count);
+  for (Index i = 0; i < lists; ++i) {
+    result.start[i] = count;
+    for (Index j = 0; j < longest; ++j) {
+      const Index f = by_filter ? i : j, o = by_filter ? j : i;
+      const float* values = packed_taps + o * width + f * padded;
+      if (std::any_of(values, values + padded, [](float x) { return x != 0; }))
+        result.taps[count++] = {deltas[o], f, values};
+    }
   }
-  s.filter_start[filters] = count;
-  count = 0;
-  for (Index o = 0; o < positions; ++o) {
-    s.position_start[o] = count;
-    for (Index f = 0; f < filters; ++f) find(f, o, s.by_position, count);
-  }
-  s.position_start[positions] = count;
-  return s;
+  result.start[lists] = count;
+  return result;
 }
 
 // Gradients of one group to the callers' layout.
@@ -318,9 +312,10 @@ NCA_INLINE void perceive_rows(const Network& net, const Weights& weights, const 
     for (Index c = 0; c < net.padded; c += kLanes) {
       Vec sum[N];
       for (int n = 0; n < N; ++n) sum[n] = load(bias + f * net.padded + c);
-      const Index end = weights.stencil.filter_start[f + 1];
-      for (Index i = weights.stencil.filter_start[f]; i < end; ++i) {
-        const Tap& tap = weights.stencil.by_filter[i];
+      const TapLists& lists = weights.stencil.by_filter;
+      const Index end = lists.start[f + 1];
+      for (Index i = lists.start[f]; i < end; ++i) {
+        const Tap& tap = lists.taps[i];
         const Vec value = load(tap.values + c);
         for (int n = 0; n < N; ++n) sum[n] += value * load(box + box_at[n] + tap.delta + c);
       }
@@ -335,10 +330,10 @@ NCA_INLINE void spread_rows(const Network& net, const Weights& weights, const In
                             const float* d_rows, Index stride, float* d_box) {
   const bool dense = net.filters == 0;
   const Index channels = net.step.channels;
-  const Tap* tap = weights.stencil.by_position;
+  const TapLists& lists = weights.stencil.by_position;
+  const Tap* tap = lists.taps;
   for (Index o = 0; o < net.positions; ++o) {
-    const Index next = dense ? 0 : weights.stencil.position_start[o + 1];
-    const Tap* end = dense ? tap : weights.stencil.by_position + next;
+    const Tap* end = dense ? tap : lists.taps + lists.start[o + 1];
     if (!dense && tap == end) continue;
     for (Index c = 0; c < net.padded; c += kLanes) {
       float* to = d_box + net.deltas[o] + c;
@@ -358,19 +353,16 @@ NCA_INLINE void spread_rows(const Network& net, const Weights& weights, const In
 }
 
 inline void Block::perceive(const Weights& weights, Rows rows, Index sample, const float* box) {
-  constexpr Index kAtOnce = 4;
   const Index stride = net.maps[0].in_stride;
-  Index r = 0;
-  if (net.filters > 0)
-    for (; r + kAtOnce <= rows.count; r += kAtOnce)
-      perceive_rows<kAtOnce>(net, weights, rows.box_at + r, box, values[0] + r * stride, stride);
-  for (; r < rows.count; ++r) {
+  if (step.perception == Perception::depthwise)
+    return in_groups<4>(rows.count, [&](auto size, Index r) {
+      perceive_rows<size>(net, weights, rows.box_at + r, box, values[0] + r * stride, stride);
+    });
+  for (Index r = 0; r < rows.count; ++r) {
     float* to = values[0] + r * stride;
-    if (step.perception == Perception::depthwise) {
-      perceive_rows<1>(net, weights, rows.box_at + r, box, to, stride);
-    } else if (step.perception == Perception::given) {
+    if (step.perception == Perception::precomputed) {
       const Index cell = sample * step.cells + rows.cell[r];
-      std::memcpy(to, step.given + cell * step.perceived, step.perceived * sizeof(float));
+      std::memcpy(to, step.precomputed + cell * step.perceived, step.perceived * sizeof(float));
     } else {  // whole vectors: what is too much is overwritten by the next position
       for (Index o = 0; o < net.positions; ++o)
         for (Index c = 0; c < net.padded; c += kLanes)
@@ -493,9 +485,9 @@ inline void Block::perceive_backward(const Weights& weights, Rows rows, Index sa
                                      const float* box, float* d_rows, float* d_box,
                                      float* gradients) {
   const Index stride = net.maps[0].in_stride;
-  if (step.perception == Perception::given) {
-    for (Index r = 0; step.d_given != nullptr && r < rows.count; ++r)
-      std::memcpy(step.d_given + (sample * step.cells + rows.cell[r]) * step.perceived,
+  if (step.perception == Perception::precomputed) {
+    for (Index r = 0; step.d_precomputed != nullptr && r < rows.count; ++r)
+      std::memcpy(step.d_precomputed + (sample * step.cells + rows.cell[r]) * step.perceived,
                   d_rows + r * stride, step.perceived * sizeof(float));
     return;
   }
@@ -505,12 +497,9 @@ inline void Block::perceive_backward(const Weights& weights, Rows rows, Index sa
                   step.d_perception_bias ? gradients + net.d_perception_bias_at : nullptr);
   if (step.d_taps && net.filters > 0) taps_backward(rows, box, d_rows, gradients);
   if (d_box == nullptr) return;
-  constexpr Index kAtOnce = 4;
-  Index r = 0;
-  for (; r + kAtOnce <= rows.count; r += kAtOnce)
-    spread_rows<kAtOnce>(net, weights, rows.box_at + r, d_rows + r * stride, stride, d_box);
-  for (; r < rows.count; ++r)
-    spread_rows<1>(net, weights, rows.box_at + r, d_rows + r * stride, stride, d_box);
+  in_groups<4>(rows.count, [&](auto size, Index r) {
+    spread_rows<size>(net, weights, rows.box_at + r, d_rows + r * stride, stride, d_box);
+  });
 }
 
 // Adds to the gradients of the taps at N positions from o on, for each output k, in registers.
@@ -531,12 +520,9 @@ NCA_INLINE void taps_of_rows(const Network& net, Rows rows, const float* box, co
 
 inline void Block::taps_backward(Rows rows, const float* box, const float* d_rows,
                                  float* gradients) {
-  constexpr Index kAtOnce = 4;
-  float* d_taps = gradients + net.d_taps_at;
-  Index o = 0;
-  for (; o + kAtOnce <= net.positions; o += kAtOnce)
-    taps_of_rows<kAtOnce>(net, rows, box, d_rows, o, d_taps);
-  for (; o < net.positions; ++o) taps_of_rows<1>(net, rows, box, d_rows, o, d_taps);
+  in_groups<4>(net.positions, [&](auto size, Index o) {
+    taps_of_rows<size>(net, rows, box, d_rows, o, gradients + net.d_taps_at);
+  });
 }
 
 }  // namespace nca::NCA_ISA

@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <vector>
 
 namespace nca {
 
@@ -18,7 +19,7 @@ using Index = std::int64_t;
 #define NCA_ACTIVATIONS(X) X(relu) X(gelu) X(silu) X(tanh) X(elu) X(leaky_relu) X(identity)
 #define NCA_PADDINGS(X) X(zeros) X(circular) X(replicate) X(reflect)
 #define NCA_FIRES(X) X(all) X(key) X(mask)
-#define NCA_PERCEPTIONS(X) X(depthwise) X(dense) X(given)
+#define NCA_PERCEPTIONS(X) X(depthwise) X(dense) X(precomputed)
 #define NCA_PRECISIONS(X) X(float32) X(tensorfloat32) X(bfloat16)  // of products, at least
 
 #define NCA_MEMBER(name) name,
@@ -61,7 +62,7 @@ struct Step {
   bool bfloat16;                                  // the dtype of states
   Padding padding;
   Perception perception;
-  Index kernel[3], before[3];  // of the taps; 1 and 0 if the perception is given
+  Index kernel[3], before[3];  // of the taps; 1 and 0 without taps
   Index perceived, inputs;     // sizes of the perception and of the inputs
   bool inputs_per_cell;
   Precision precision;
@@ -71,15 +72,14 @@ struct Step {
   Fire fire;
   std::uint32_t fire_threshold;
   bool alive;
-  Index alive_channel;
+  Index alive_channel, alive_radius;
   float alive_threshold;
-  Index num_layers;
-  Layer* layers;
+  std::vector<Layer> layers;
 
   const void* state;                         // [groups, batch, cells, C]
   Grouped<const std::uint32_t> key;          // [2]
   Grouped<const std::uint8_t> mask;          // [batch, cells]
-  const float *given, *input;                // [groups, batch, cells, P], [.., I]
+  const float *precomputed, *input;          // [groups, batch, cells, P], [.., I]
   Grouped<const float> taps, perception_bias;  // [kernel, 1, F*C] or [kernel, C, P], [P]
 
   // Forward.
@@ -89,7 +89,7 @@ struct Step {
   // Backward; null: not asked for.
   const void* cotangent;
   void* d_state;
-  float *d_given, *d_input;
+  float *d_precomputed, *d_input;
   Grouped<float> d_taps, d_perception_bias;
   bool wants_weights;
 };

@@ -14,16 +14,14 @@ struct StepKernel {
   const Box box;
   const Network network;
   Weights* weights;
-  Index own_weights;  // 1: each group has its own
+  Index weights_stride;  // 1: each group has weights of its own; 0: all groups share them
 
   StepKernel(const Step& s, Pool& p, bool backward)
       : step(s), pool(p), tiles(s), box(s, tiles), network(s, box, scope, backward) {
-    own_weights = 0;
-    const auto note = [&](const auto& array) { own_weights |= array.stride > 0 ? 1 : 0; };
-    note(step.taps), note(step.perception_bias);
-    for (Index i = 0; i < step.num_layers; ++i)
-      note(step.layers[i].weight), note(step.layers[i].bias);
-    const Index sets = own_weights ? step.groups : 1;
+    weights_stride = step.taps.stride > 0 || step.perception_bias.stride > 0;
+    for (const Layer& layer : step.layers)
+      weights_stride |= layer.weight.stride > 0 || layer.bias.stride > 0;
+    const Index sets = weights_stride ? step.groups : 1;
     weights = scope.array<Weights>(sets);
     for (Index g = 0; g < sets; ++g) weights[g] = network.pack(g, scope);
   }
@@ -32,10 +30,14 @@ struct StepKernel {
   Index channels() const { return step.channels; }
   Index width() const { return step.size[2]; }
   const Weights& weights_of(Index sample) const {
-    return weights[sample / step.batch * own_weights];
+    return weights[sample / step.batch * weights_stride];
   }
-  const T* state_of(Index sample) const {
-    return static_cast<const T*>(step.state) + sample * step.cells * step.channels;
+  // A sample [cells, C] of an array of states.
+  const T* sample_of(const void* states, Index sample) const {
+    return static_cast<const T*>(states) + sample * step.cells * step.channels;
+  }
+  T* sample_of(void* states, Index sample) const {
+    return static_cast<T*>(states) + sample * step.cells * step.channels;
   }
 
   // Every tile of every sample, in parallel. Light work is handed out by many cells at a time:
@@ -58,6 +60,13 @@ struct StepKernel {
       for (Index y = 0; y < tile.size[1]; ++y) body(z, y, tile.row(step, z, y));
   }
 
+  // body(rows) for the rows of one block after the other.
+  template <class Body>
+  void for_blocks(const Rows& rows, Body&& body) const {
+    for (Index first = 0; first < rows.count; first += kBlock)
+      body(Rows{std::min(kBlock, rows.count - first), rows.box_at + first, rows.cell + first});
+  }
+
   // ---- forward ----
 
   void forward() {
@@ -77,10 +86,10 @@ struct StepKernel {
   }
 
   void find_living(const Tile& tile, std::uint8_t* plane) const {
-    const T* state = state_of(tile.sample);
-    std::uint8_t* own = plane + tile.sample * step.cells;
+    const T* state = sample_of(step.state, tile.sample);
+    plane += tile.sample * step.cells;
     for_rows(tile, [&](Index, Index, Index cell) {
-      for (Index x = 0; x < width(); ++x) own[cell + x] = lives(state + (cell + x) * channels());
+      for (Index x = 0; x < width(); ++x) plane[cell + x] = lives(state + (cell + x) * channels());
     });
   }
 
@@ -88,20 +97,21 @@ struct StepKernel {
   // fire and have a living cell around them, for a dead one can keep a living neighbour alive.
   void mark_needed(const Tile& tile, const std::uint8_t* plane, std::uint8_t* needed) const {
     Scope local;
-    const Index w = width(), rows = tile.size[1] + 2;
+    const FlagPool flags(step, local);
+    const Index w = width(), reach_z = flags.reach[0], reach_y = flags.reach[1];
+    const Index depth = tile.size[0] + 2 * reach_z, height = tile.size[1] + 2 * reach_y;
     std::uint8_t* fires = local.array<std::uint8_t>(w + kLanes);
-    std::uint8_t* merged = merged_row(local, w);
-    std::uint8_t* alive = nullptr;  // [rows along z, rows along y, x] with a margin of one row
-    const auto row = [&](Index z, Index y) { return alive + (z * rows + y) * w; };
+    std::uint8_t* alive = nullptr;  // [depth, height, x]: the rows of the tile between two margins
+    const auto row = [&](Index z, Index y) { return alive + (z * height + y) * w; };
     if (step.alive) {
-      alive = local.array<std::uint8_t>((tile.size[0] + 2) * rows * w + kFlags);
-      const std::uint8_t* own = plane + tile.sample * step.cells;
-      for (Index z = 0; z < tile.size[0] + 2; ++z)
-        for (Index y = 0; y < rows; ++y) {
-          const Index zz = at_border(tile.first[0] + z - 1, step.size[0], step.padding);
-          const Index yy = at_border(tile.first[1] + y - 1, step.size[1], step.padding);
+      alive = local.array<std::uint8_t>(depth * height * w + kFlags);
+      plane += tile.sample * step.cells;
+      for (Index z = 0; z < depth; ++z)
+        for (Index y = 0; y < height; ++y) {
+          const Index zz = at_border(tile.first[0] + z - reach_z, step.size[0], step.padding);
+          const Index yy = at_border(tile.first[1] + y - reach_y, step.size[1], step.padding);
           if (zz < 0 || yy < 0) std::memset(row(z, y), 0, w);
-          else pool_plane(step, own, zz, yy, merged, row(z, y));
+          else flags.pool_plane(plane, zz, yy, row(z, y));
         }
     }
     for_rows(tile, [&](Index z, Index y, Index cell) {
@@ -111,9 +121,10 @@ struct StepKernel {
         std::memcpy(to, fires, w);
         return;
       }
-      std::memcpy(step.alive_mask + tile.sample * step.cells + cell, row(z + 1, y + 1), w);
-      pool_row(step, merged, to, [&](Index dz, Index dy) -> const std::uint8_t* {
-        return row(z + 1 + dz, y + 1 + dy);
+      const Index near_z = z + reach_z, near_y = y + reach_y;
+      std::memcpy(step.alive_mask + tile.sample * step.cells + cell, row(near_z, near_y), w);
+      flags.pool_row(to, [&](Index dz, Index dy) -> const std::uint8_t* {
+        return row(near_z + dz, near_y + dy);
       });
       if (!any(to, w)) return;
       fire_row(step, tile.sample, cell, w, fires);
@@ -147,21 +158,19 @@ struct StepKernel {
     keep(tile, lives_before, lives_after);
     if (rows.count == 0) return;
     float* window = local.floats(box.floats());
-    if (step.perception != Perception::given)
-      fill_box(step, tile, box, state_of(tile.sample), window);
+    if (step.perception != Perception::precomputed)
+      fill_box(step, tile, box, sample_of(step.state, tile.sample), window);
     Block block(network, local);
-    for (Index first = 0; first < rows.count; first += kBlock) {
-      const Rows some = {std::min(kBlock, rows.count - first), rows.box_at + first,
-                         rows.cell + first};
-      const float* update = block.forward(weights_of(tile.sample), some, tile.sample, window);
-      add_update(some, tile.sample, update, block.update_stride, lives_after);
-    }
+    for_blocks(rows, [&](const Rows& part) {
+      const float* update = block.forward(weights_of(tile.sample), part, tile.sample, window);
+      add_update(part, tile.sample, update, block.update_stride, lives_after);
+    });
   }
 
   // The new state as if no cell fired.
   void keep(const Tile& tile, const std::uint8_t* before, std::uint8_t* after) const {
-    const T* state = state_of(tile.sample);
-    T* to = static_cast<T*>(step.new_state) + tile.sample * step.cells * channels();
+    const T* state = sample_of(step.state, tile.sample);
+    T* to = sample_of(step.new_state, tile.sample);
     for_rows(tile, [&](Index, Index, Index cell) {
       const Index first = tile.sample * step.cells + cell;
       const std::uint8_t* alive = step.alive ? step.alive_mask + first : nullptr;
@@ -179,33 +188,33 @@ struct StepKernel {
 
   void add_update(const Rows& rows, Index sample, const float* update, Index stride,
                   std::uint8_t* lives_after) const {
-    const T* state = state_of(sample);
-    T* to = static_cast<T*>(step.new_state) + sample * step.cells * channels();
+    const T* state = sample_of(step.state, sample);
+    T* new_state = sample_of(step.new_state, sample);
     for (Index r = 0; r < rows.count; ++r) {
       const Index cell = rows.cell[r];
-      T* own = to + cell * channels();
+      T* to = new_state + cell * channels();
       for_channels(channels(), state + cell * channels(), [&](Index c, Vec old) {
-        store_channels(own, c, channels(), old + step.step_size * load(update + r * stride + c));
+        store_channels(to, c, channels(), old + step.step_size * load(update + r * stride + c));
       });
       if (!step.alive) continue;
-      lives_after[sample * step.cells + cell] = lives(own);
+      lives_after[sample * step.cells + cell] = lives(to);
       if (!step.alive_mask[sample * step.cells + cell])  // its value mattered to neighbours only
-        std::memset(own, 0, channels() * sizeof(T));
+        std::memset(to, 0, channels() * sizeof(T));
     }
   }
 
   void clear_dead(const Tile& tile, const std::uint8_t* lives_after) const {
     Scope local;
-    std::uint8_t* merged = merged_row(local, width());
+    const FlagPool flags(step, local);
     std::uint8_t* alive = local.array<std::uint8_t>(width() + kFlags);
     const std::uint8_t* plane = lives_after + tile.sample * step.cells;
     for_rows(tile, [&](Index z, Index y, Index cell) {
       std::uint8_t* mask = step.alive_mask + tile.sample * step.cells + cell;
       if (!any(mask, width())) return;
-      pool_plane(step, plane, tile.first[0] + z, tile.first[1] + y, merged, alive);
-      T* own = static_cast<T*>(step.new_state) + (tile.sample * step.cells + cell) * channels();
+      flags.pool_plane(plane, tile.first[0] + z, tile.first[1] + y, alive);
+      T* row = sample_of(step.new_state, tile.sample) + cell * channels();
       for (Index x = 0; x < width(); ++x) {
-        if (mask[x] && !alive[x]) std::memset(own + x * channels(), 0, channels() * sizeof(T));
+        if (mask[x] && !alive[x]) std::memset(row + x * channels(), 0, channels() * sizeof(T));
         mask[x] &= alive[x];
       }
     });
@@ -310,28 +319,25 @@ struct StepKernel {
     if (!used) std::memset(sums, 0, network.gradient_floats * sizeof(float));
     used = 1;
     float *window = nullptr, *d_window = nullptr;
-    if (step.perception != Perception::given) {
+    if (step.perception != Perception::precomputed) {
       window = local.floats(box.floats());
-      fill_box(step, tile, box, state_of(tile.sample), window);
+      fill_box(step, tile, box, sample_of(step.state, tile.sample), window);
       if (d_state != nullptr) {
         d_window = local.floats(box.floats());
         std::memset(d_window, 0, box.floats() * sizeof(float));
       }
     }
     Block block(network, local);
-    const T* cotangent =
-        static_cast<const T*>(step.cotangent) + tile.sample * step.cells * channels();
-    for (Index first = 0; first < rows.count; first += kBlock) {
-      const Rows some = {std::min(kBlock, rows.count - first), rows.box_at + first,
-                         rows.cell + first};
-      block.forward(weights_of(tile.sample), some, tile.sample, window);
-      for (Index r = 0; r < some.count; ++r)
-        for_channels(channels(), cotangent + some.cell[r] * channels(), [&](Index c, Vec d) {
+    const T* cotangent = sample_of(step.cotangent, tile.sample);
+    for_blocks(rows, [&](const Rows& part) {
+      block.forward(weights_of(tile.sample), part, tile.sample, window);
+      for (Index r = 0; r < part.count; ++r)
+        for_channels(channels(), cotangent + part.cell[r] * channels(), [&](Index c, Vec d) {
           store(block.d_update + r * block.update_stride + c, step.step_size * d);
         });
-      block.backward(weights_of(tile.sample), some, tile.sample, window, block.d_update, d_window,
+      block.backward(weights_of(tile.sample), part, tile.sample, window, block.d_update, d_window,
                      sums, d_inputs);
-    }
+    });
     if (d_state == nullptr) return;
     finish_rows(tile, d_state, d_window);
     if (d_window != nullptr && margins.rows > 0) {
@@ -347,7 +353,7 @@ struct StepKernel {
       const auto clear = [&](float* all, Index size) {
         std::memset(all + cell * size, 0, width() * size * sizeof(float));
       };
-      if (step.d_given != nullptr) clear(step.d_given, step.perceived);
+      if (step.d_precomputed != nullptr) clear(step.d_precomputed, step.perceived);
       if (step.d_input != nullptr && step.inputs_per_cell) clear(step.d_input, step.inputs);
     });
   }
@@ -393,52 +399,56 @@ struct StepKernel {
 
   // Which margin row lies at (z, y) of the box of a tile; -1 for the tile's own.
   Index margin_row(const Index* size, Index z, Index y) const {
-    const Index own_z = z - step.before[0], own_y = y - step.before[1];
-    if (own_z < 0 || own_z >= size[0]) return (own_z < 0 ? z : z - size[0]) * box.size[1] + y;
-    if (own_y >= 0 && own_y < size[1]) return -1;
-    return (step.kernel[0] - 1) * box.size[1] + own_z * (step.kernel[1] - 1) +
-           (own_y < 0 ? y : y - size[1]);
+    const Index tile_z = z - step.before[0], tile_y = y - step.before[1];
+    if (tile_z < 0 || tile_z >= size[0]) return (tile_z < 0 ? z : z - size[0]) * box.size[1] + y;
+    if (tile_y >= 0 && tile_y < size[1]) return -1;
+    return (step.kernel[0] - 1) * box.size[1] + tile_z * (step.kernel[1] - 1) +
+           (tile_y < 0 ? y : y - size[1]);
   }
 
-  // A position of some tile's box along one axis.
-  struct Place {
+  // A position along one axis of a tile's box.
+  struct BoxPosition {
     Index tile, at;
-    const Place* next;  // that holds the same cells
+    const BoxPosition* next;  // the next one that stands for the same cells
   };
 
-  // For every index along an axis, the places outside their tiles' own that hold it.
-  const Place** find_places(int axis) {
+  // For every index along an axis, the positions in the margins of tiles that stand for it.
+  const BoxPosition** margin_positions(int axis) {
     const Index size = step.size[axis], reach = step.kernel[axis] - 1;
-    const Place** heads = scope.array<const Place*>(size);
+    const BoxPosition** heads = scope.array<const BoxPosition*>(size);
     std::fill(heads, heads + size, nullptr);
-    Place* places = scope.array<Place>(tiles.count[axis] * reach);
+    BoxPosition* position = scope.array<BoxPosition>(tiles.count[axis] * reach);
     for (Index tile = tiles.count[axis] - 1; tile >= 0; --tile) {
       const Index first = tile * tiles.size[axis];
-      const Index own = std::min(tiles.size[axis], size - first);
-      for (Index at = own + reach - 1; at >= 0; --at) {
+      const Index tile_size = std::min(tiles.size[axis], size - first);
+      for (Index at = tile_size + reach - 1; at >= 0; --at) {
         const Index offset = at - step.before[axis];
-        if (offset >= 0 && offset < own) continue;
+        if (offset >= 0 && offset < tile_size) continue;
         const Index cell = at_border(first + offset, size, step.padding);
         if (cell < 0) continue;
-        *places = {tile, at, heads[cell]};
-        heads[cell] = places++;
+        *position = {tile, at, heads[cell]};
+        heads[cell] = position++;
       }
     }
     return heads;
   }
 
-  // Adds what other tiles hold for each row, in a fixed order; rounds to bfloat16 at last.
+  // Adds to each row what other tiles have in their margins for it, in a fixed order, and rounds
+  // the sums to bfloat16 at the end.
   void add_margins(const Margins& margins, float* d_state) {
-    const Place **along_z = find_places(0), **along_y = find_places(1);
+    const BoxPosition **along_z = margin_positions(0), **along_y = margin_positions(1);
     for_tiles([&](const Tile& tile) {
       for_rows(tile, [&](Index z, Index y, Index row) {
         float* to = d_state + (tile.sample * step.cells + row) * channels();
-        const Index iz = tile.first[0] + z, iy = tile.first[1] + y;
-        const Place own_z = {iz / tiles.size[0], z + step.before[0], along_z[iz]};
-        const Place own_y = {iy / tiles.size[1], y + step.before[1], along_y[iy]};
-        for (const Place* pz = &own_z; pz != nullptr; pz = pz->next)
-          for (const Place* py = pz == &own_z ? own_y.next : &own_y; py != nullptr; py = py->next)
-            add_margin(margins, tile.sample, *pz, *py, to);
+        const Index grid_z = tile.first[0] + z, grid_y = tile.first[1] + y;
+        const BoxPosition self_z = {grid_z / tiles.size[0], z + step.before[0], along_z[grid_z]};
+        const BoxPosition self_y = {grid_y / tiles.size[1], y + step.before[1], along_y[grid_y]};
+        for (const BoxPosition* at_z = &self_z; at_z != nullptr; at_z = at_z->next) {
+          // The row itself is in no margin: its gradient is in d_state already.
+          const BoxPosition* at_y = at_z == &self_z ? self_y.next : &self_y;
+          for (; at_y != nullptr; at_y = at_y->next)
+            add_margin(margins, tile.sample, *at_z, *at_y, to);
+        }
         if (step.bfloat16)
           for_channels(width() * channels(), to, [&](Index i, Vec d) {
             T* out = static_cast<T*>(step.d_state) + (to - d_state);
@@ -448,7 +458,7 @@ struct StepKernel {
     }, true);
   }
 
-  void add_margin(const Margins& margins, Index sample, const Place& z, const Place& y,
+  void add_margin(const Margins& margins, Index sample, const BoxPosition& z, const BoxPosition& y,
                   float* to) const {
     const Index index = z.tile * tiles.count[1] + y.tile;
     const Index tile = sample * tiles.of_sample + index;

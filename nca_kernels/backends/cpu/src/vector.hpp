@@ -42,6 +42,14 @@ NCA_INLINE Vec select(Ints where, Vec yes, Vec no) {
 
 constexpr Index round_up(Index n, Index to) { return (n + to - 1) / to * to; }
 
+// body(size, first) for groups of N, with the size as a constant, and for each that is left over.
+template <int N, class Body>
+NCA_INLINE void in_groups(Index count, Body&& body) {
+  Index first = 0;
+  for (; first + N <= count; first += N) body(std::integral_constant<int, N>(), first);
+  for (; first < count; ++first) body(std::integral_constant<int, 1>(), first);
+}
+
 // ---- bfloat16: the upper half of a float32, rounded to nearest even ----
 
 struct bfloat16 {
@@ -148,6 +156,14 @@ NCA_INLINE void transpose(Vec (&rows)[kLanes]) {
 
 // ---- functions ----
 
+// A polynomial by Horner's rule; the coefficient of the highest power comes first.
+template <class... Rest>
+NCA_INLINE Vec polynomial(Vec x, float first, Rest... rest) {
+  Vec sum = splat(first);
+  ((sum = sum * x + rest), ...);
+  return sum;
+}
+
 // e^x, relative error about 1e-7; Cephes' reduction x = n log 2 + r and polynomial in r.
 NCA_INLINE Vec exp(Vec x) {
   x = select(x > 88.7f, splat(88.7f), select(x < -87.3f, splat(-87.3f), x));
@@ -155,14 +171,9 @@ NCA_INLINE Vec exp(Vec x) {
   const Vec shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const Vec n = (scaled + shift) - shift;
   const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  Vec p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  return p * (Vec)((__builtin_convertvector(n, Ints) + 127) << 23);
+  const Vec p = polynomial(r, 1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
+                           4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f);
+  return (p * (r * r) + r + 1.0f) * (Vec)((__builtin_convertvector(n, Ints) + 127) << 23);
 }
 
 // log x of normal positive x or NaN, relative error about 1e-7; Cephes' polynomial around 1.
@@ -170,15 +181,9 @@ NCA_INLINE Vec log(Vec x) {
   const Ints exponent = ((Ints)x - 0x3f3504f3) >> 23;  // of sqrt(1/2) and what follows: 0
   const Vec n = __builtin_convertvector(exponent, Vec);
   const Vec r = (Vec)((Ints)x - (exponent << 23)) - 1.0f;
-  Vec p = splat(7.0376836292e-2f);
-  p = p * r - 1.1514610310e-1f;
-  p = p * r + 1.1676998740e-1f;
-  p = p * r - 1.2420140846e-1f;
-  p = p * r + 1.4249322787e-1f;
-  p = p * r - 1.6668057665e-1f;
-  p = p * r + 2.0000714765e-1f;
-  p = p * r - 2.4999993993e-1f;
-  p = p * r + 3.3333331174e-1f;
+  const Vec p = polynomial(r, 7.0376836292e-2f, -1.1514610310e-1f, 1.1676998740e-1f,
+                           -1.2420140846e-1f, 1.4249322787e-1f, -1.6668057665e-1f,
+                           2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f);
   const Vec s = r * r;
   const Vec y = n * 0.693359375f + (r + (p * r * s - 0.5f * s - n * 2.12194440e-4f));
   return select(x == x, y, x);
@@ -188,11 +193,8 @@ NCA_INLINE Vec log(Vec x) {
 NCA_INLINE Vec tanh(Vec x) {
   const Vec size = (Vec)((Ints)x & 0x7fffffff);
   const Vec s = x * x;
-  Vec p = splat(-5.70498872745e-3f);
-  p = p * s + 2.06390887954e-2f;
-  p = p * s - 5.37397155531e-2f;
-  p = p * s + 1.33314422036e-1f;
-  p = p * s - 3.33332819422e-1f;
+  const Vec p = polynomial(s, -5.70498872745e-3f, 2.06390887954e-2f, -5.37397155531e-2f,
+                           1.33314422036e-1f, -3.33332819422e-1f);
   const Vec small = p * s * x + x;
   const Vec far = 1.0f - 2.0f / (exp(size + size) + 1.0f);
   const Vec large = (Vec)((Ints)far | ((Ints)x & (std::int32_t)0x80000000));

@@ -16,8 +16,11 @@ import jaxlib
 import numpy as np
 import pytest
 
+import nca_kernels as nk
+from nca_kernels import dispatch
 from nca_kernels.backends.cpu import library
 from nca_kernels.testing import CONFORMANCE, conformance
+from nca_kernels.testing.cases import Case
 from nca_kernels.testing.compare import assert_same_bits, error_ratio
 from tests import ROOT
 from tests.nca_kernels.backends.suite import CASES, StepSuite, pairs
@@ -36,6 +39,17 @@ class TestStep(StepSuite):
     def kernels(self, request):
         with library.using(request.param):
             yield
+
+
+@pytest.mark.parametrize("grid", [(1, 9), (7, 70), (3, 1, 4)], ids=str)
+@pytest.mark.parametrize("padding", dispatch.covers("cpu").rule["padding"])
+def test_alive_radius_at_borders(padding, grid):
+    """Pools that reach beyond the grid, with every padding."""
+    for radius in (2, 11):
+        rule = nk.Rule(
+            padding=padding, alive=nk.Alive(1, 1.2, radius), step_size=3.0, precision="float32"
+        )
+        conformance.check_values_and_gradients("cpu", Case(f"radius {radius}", grid, rule))
 
 
 def test_unknown_names_are_refused(monkeypatch):
