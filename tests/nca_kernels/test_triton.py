@@ -158,11 +158,11 @@ def test_constant_taps_are_compiled_in(monkeypatch):
     params, state, key, _ = case.arguments()
     seen = []
 
-    def launch(kernel, inputs, outputs, grid, g, how, aliases=None):
-        seen.append(g["constant_taps"])
-        return triton_host.launch(kernel, inputs, outputs, grid, g, how, aliases)
+    def run_kernel(*arrays, config, **rest):
+        seen.append(config.perception.constant)
+        return triton_host.run_kernel(*arrays, config=config, **rest)
 
-    _register("triton_seen", "records constants", replace(_engine(), launch=launch))
+    _register("triton_seen", "records constants", replace(_engine(), run_kernel=run_kernel))
 
     def constant(run):
         seen.clear()
@@ -203,10 +203,11 @@ def test_gradients_of_many_programs():
 def test_indices_beyond_32_bits():
     """The kernels of states of more than 2**31 numbers, on a small one."""
 
-    def launch(kernel, inputs, outputs, grid, g, how, aliases=None):
-        return triton_host.launch(kernel, inputs, outputs, grid, {**g, "wide": True}, how, aliases)
+    def run_kernel(*arrays, config, **rest):
+        config = replace(config, int64_indices=True)
+        return triton_host.run_kernel(*arrays, config=config, **rest)
 
-    _register("triton_wide", "64-bit indices", replace(_engine(), launch=launch))
+    _register("triton_wide", "64-bit indices", replace(_engine(), run_kernel=run_kernel))
     check_values_and_gradients("triton_wide", BY_NAME["plane"], calls=1)
 
 

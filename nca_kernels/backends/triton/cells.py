@@ -4,7 +4,7 @@ A program works on one tile at a time: a box of cells whose lanes are numbered i
 of lanes are kept as words, one 16-bit word for each run of 16 cells along x, so that pooling
 along x is a shift and picking the n-th set flag is arithmetic.
 
-``g`` is always the :class:`Constants` of the call; see ``geometry.py`` for its names.
+``config`` is always the call's :class:`.step_configuration.StepConfiguration`.
 """
 
 from typing import NamedTuple
@@ -33,23 +33,23 @@ class Grid(NamedTuple):
 
 
 @triton.jit
-def grid_of(depth, height, width, samples, g: tl.constexpr):
+def grid_of(depth, height, width, samples, config: tl.constexpr):
     """The sizes of a call.
 
     The compiler knows an axis of one cell, and a number that the width is a multiple of: it reads
     and writes several neighbours at once then.
     """
-    width = width // g.aligned * g.aligned
-    if g.window_z == 1:
+    width = width // config.aligned * config.aligned
+    if config.z.window == 1:
         depth = depth * 0 + 1
-    if g.window_y == 1:
+    if config.y.window == 1:
         height = height * 0 + 1
-    if g.window_x == 1:
+    if config.x.window == 1:
         width = width * 0 + 1
-    tiles_z, tiles_y = tl.cdiv(depth, g.tile_z), tl.cdiv(height, g.tile_y)
-    tiles_x = tl.cdiv(width, g.tile_x)
+    tiles_z, tiles_y = tl.cdiv(depth, config.z.tile), tl.cdiv(height, config.y.tile)
+    tiles_x = tl.cdiv(width, config.x.tile)
     tiles = samples * tiles_z * tiles_y * tiles_x
-    if g.wide:
+    if config.int64_indices:
         samples = samples.to(tl.int64)
     cells = samples * depth * height * width
     return Grid(depth, height, width, tiles_z, tiles_y, tiles_x, tiles, cells)
@@ -70,48 +70,52 @@ def divided(number, size):
 
 
 @triton.jit
-def program_and_group(programs, g: tl.constexpr):
+def program_and_group(programs, config: tl.constexpr):
     """Which of its group's programs this one is, and the group.
 
     A single group is 0 to the compiler, and moves no array's address.
     """
     program = tl.program_id(0)
     group = program * 0
-    if not g.one_group:
+    if not config.one_group:
         group, program = divided(program, programs)
-    if g.wide:
+    if config.int64_indices:
         group = group.to(tl.int64)
     return program, group
 
 
 @triton.jit
-def tiles_of(program, programs, grid, g: tl.constexpr):
+def tiles_of(program, programs, grid, config: tl.constexpr):
     """The tiles that a program works on: (first, end, step); of one alone the compiler knows."""
     end, step = grid.tiles, programs
-    if g.one_tile:
+    if config.one_tile:
         end, step = program + 1, 1
     return program, end, step
 
 
 @triton.jit
-def tile_origin(tile, grid, g: tl.constexpr):
+def tile_origin(tile, grid, config: tl.constexpr):
     """A tile's number to its sample and its first cell."""
     tile, x = divided(tile, grid.tiles_x)
     tile, y = divided(tile, grid.tiles_y)
     sample, z = divided(tile, grid.tiles_z)
-    return sample, z * g.tile_z, y * g.tile_y, x * g.tile_x
+    return sample, z * config.z.tile, y * config.y.tile, x * config.x.tile
 
 
 @triton.jit
-def lane_position(lane, g: tl.constexpr):
+def lane_position(lane, config: tl.constexpr):
     """A lane's number to its place in the tile."""
-    return lane // (g.tile_y * g.tile_x), lane // g.tile_x % g.tile_y, lane % g.tile_x
+    return (
+        lane // (config.y.tile * config.x.tile),
+        lane // config.x.tile % config.y.tile,
+        lane % config.x.tile,
+    )
 
 
 @triton.jit
-def cell_number(sample, z, y, x, grid, g: tl.constexpr):
+def cell_number(sample, z, y, x, grid, config: tl.constexpr):
     """C-order index of a cell within its group."""
-    if g.wide:
+    if config.int64_indices:
         sample = sample.to(tl.int64)
     return ((sample * grid.depth + z) * grid.height + y) * grid.width + x
 
@@ -161,10 +165,10 @@ def border(i, size, padding: tl.constexpr, near: tl.constexpr):
 
 
 @triton.jit
-def channel_offsets(g: tl.constexpr):
+def channel_offsets(config: tl.constexpr):
     """Channels [1, BC] and which of them exist."""
-    channel = tl.arange(0, g.block_c)[None, :]
-    return channel, channel < g.channels
+    channel = tl.arange(0, config.block_c)[None, :]
+    return channel, channel < config.channels
 
 
 # ---- who fires ----
@@ -201,20 +205,20 @@ def threefry_bits(key0, key1, high, low):
 
 
 @triton.jit
-def fires(fire_ptr, group, cell, inside, grid, g: tl.constexpr):
+def fires(fire_ptr, group, cell, inside, grid, config: tl.constexpr):
     """Which of the cells fire; none outside the grid."""
     fired = inside
-    if g.fire == "mask":
-        at = fire_ptr + group * g.own_fire * grid.cells + cell
+    if config.fire_source == "mask":
+        at = fire_ptr + group * config.fire_per_group * grid.cells + cell
         fired = tl.load(at, mask=inside, other=0).to(tl.int1) & inside
-    elif g.fire == "key":
-        key0 = tl.load(fire_ptr + 2 * group * g.own_fire).to(tl.uint32)
-        key1 = tl.load(fire_ptr + 2 * group * g.own_fire + 1).to(tl.uint32)
+    elif config.fire_source == "key":
+        key0 = tl.load(fire_ptr + 2 * group * config.fire_per_group).to(tl.uint32)
+        key1 = tl.load(fire_ptr + 2 * group * config.fire_per_group + 1).to(tl.uint32)
         low = cell.to(tl.uint32)
         high = low * 0
-        if g.wide:
+        if config.int64_indices:
             high = (cell >> 32).to(tl.uint32)
-        fired = ((threefry_bits(key0, key1, high, low) >> 9) < g.fire_threshold) & inside
+        fired = ((threefry_bits(key0, key1, high, low) >> 9) < config.fire_threshold) & inside
     return fired
 
 
@@ -254,85 +258,113 @@ def flag_numbers(words, upto):
 
 
 @triton.jit
-def keep_lanes(flags, numbers, lanes, lives, scratch_ptr, g: tl.constexpr):
+def store_lanes(flags, numbers, lanes, lives, scratch_ptr, config: tl.constexpr):
     """The tile's lanes whose flag is set, in their order, to this program's scratch."""
     entry = (2 * lanes + lives).to(tl.float32, bitcast=True)
-    tl.store(scratch_ptr + g.lanes_at + numbers, entry, mask=flags)
+    tl.store(scratch_ptr + config.scratch.lanes_at + numbers, entry, mask=flags)
 
 
 @triton.jit
-def keep_flags(needed, lives, lanes, scratch_ptr, g: tl.constexpr):
+def store_flags(needed, lives, lanes, scratch_ptr, config: tl.constexpr):
     """Flags 0 and 1 of the tile's lanes [runs, 16] to this program's scratch.
 
     For threads that hold other lanes: left to itself, Triton draws and pools again for those.
     """
     entry = (needed + 2 * lives).to(tl.float32, bitcast=True)
-    tl.store(scratch_ptr + g.flags_at + lanes, entry)
+    tl.store(scratch_ptr + config.scratch.flags_at + lanes, entry)
 
 
 @triton.jit
-def kept_flags(lane, scratch_ptr, g: tl.constexpr):
+def load_flags(lane, scratch_ptr, config: tl.constexpr):
     """Which lanes are needed, and which live."""
-    entry = tl.load(scratch_ptr + g.flags_at + lane).to(tl.int32, bitcast=True)
+    entry = tl.load(scratch_ptr + config.scratch.flags_at + lane).to(tl.int32, bitcast=True)
     return (entry & 1) != 0, (entry & 2) != 0
 
 
 @triton.jit
-def compacted_lanes(scratch_ptr, first, count, g: tl.constexpr):
+def compacted_lanes(scratch_ptr, first, count, config: tl.constexpr):
     """Lanes [R] of the set flags number first .. first + R, which of them live and which exist.
 
     Those that do not exist are the last one's.
     """
-    number = first + tl.arange(0, g.rows)
+    number = first + tl.arange(0, config.rows)
     exists = number < count
-    entry = tl.load(scratch_ptr + g.lanes_at + tl.minimum(number, count - 1))
+    entry = tl.load(scratch_ptr + config.scratch.lanes_at + tl.minimum(number, count - 1))
     entry = entry.to(tl.int32, bitcast=True)
-    return (entry >> 1) & (g.tile - 1), (entry & 1) != 0, exists
+    return (entry >> 1) & (config.tile_cells - 1), (entry & 1) != 0, exists
 
 
 # ---- who lives ----
 
 
 @triton.jit
-def life(state_ptr, sample, z0, y0, x0, scratch_ptr, grid, g: tl.constexpr):
+def life(state_ptr, sample, z0, y0, x0, scratch_ptr, grid, config: tl.constexpr):
     """Words of the tile's cells that are alive, and of those with a living neighbour: [runs].
 
     Reads the alive channel of the tile and of two cells around it, once. A border other than
     circular shows the pool no cell that it does not see anyway. Along x a word is pooled in a
     register; what its neighbours along y and z hold goes through this program's scratch.
     """
-    pool: tl.constexpr = "circular" if g.padding == "circular" else "zeros"
-    q = tl.arange(0, g.pool_runs)  # runs of the tile and its surroundings
+    q = tl.arange(0, config.runs_with_halo)  # runs of the tile and its surroundings
     row = q[:, None]
     lane = tl.arange(0, 32)[None, :]  # 16 cells, two more on each side
-    z, there_z = border(z0 + row // (g.pool_y * g.runs_x) - g.halo_z, grid.depth, pool, g.near_z)
-    y, there_y = border(y0 + row // g.runs_x % g.pool_y - g.halo_y, grid.height, pool, g.near_y)
-    x, there_x = border(x0 + row % g.runs_x * 16 + lane - 2, grid.width, pool, g.near_x)
-    there = there_z & there_y & there_x & (lane < 20) & (row < g.pool_z * g.pool_y * g.runs_x)
-    at = cell_number(sample, z, y, x, grid, g) * g.channels + g.alive_channel
+    z, there_z = border(
+        z0 + row // (config.y.with_halo * config.runs_x) - config.z.halo,
+        grid.depth,
+        config.pool_padding,
+        config.z.near,
+    )
+    y, there_y = border(
+        y0 + row // config.runs_x % config.y.with_halo - config.y.halo,
+        grid.height,
+        config.pool_padding,
+        config.y.near,
+    )
+    x, there_x = border(
+        x0 + row % config.runs_x * 16 + lane - 2, grid.width, config.pool_padding, config.x.near
+    )
+    there = (
+        there_z
+        & there_y
+        & there_x
+        & (lane < 20)
+        & (row < config.z.with_halo * config.y.with_halo * config.runs_x)
+    )
+    at = cell_number(sample, z, y, x, grid, config) * config.channels + config.alive_channel
     alpha = tl.load(state_ptr + at, mask=there, other=0.0).to(tl.float32)
-    word = pack(there & (alpha > g.alive_threshold))  # [pool_runs]
+    word = pack(there & (alpha > config.alive_threshold))  # [pool_runs]
     one = word | (word << 1) | (word >> 1)
     two = one | (word << 2) | (word >> 2)
     both = ((one >> 2) & 0xFFFF) | ((two >> 2) << 16)
-    tl.store(scratch_ptr + g.words_at + q, both.to(tl.float32, bitcast=True))
+    tl.store(scratch_ptr + config.scratch.words_at + q, both.to(tl.float32, bitcast=True))
     tl.debug_barrier()
-    return _pooled_words(scratch_ptr, g)
+    return _pooled_words(scratch_ptr, config)
 
 
 @triton.jit
-def _pooled_words(scratch_ptr, g: tl.constexpr):
+def _pooled_words(scratch_ptr, config: tl.constexpr):
     """Of the words in scratch, those pooled over one row around, and over two: [runs]."""
-    t = tl.arange(0, g.runs)
-    z, y, x = t // (g.tile_y * g.runs_x), t // g.runs_x % g.tile_y, t % g.runs_x
-    first = (z * g.pool_y + y) * g.runs_x + x
+    t = tl.arange(0, config.runs)
+    z, y, x = (
+        t // (config.y.tile * config.runs_x),
+        t // config.runs_x % config.y.tile,
+        t % config.runs_x,
+    )
+    first = (z * config.y.with_halo + y) * config.runs_x + x
     alive, near = t * 0, t * 0
-    for dz in tl.static_range(2 * g.halo_z + 1):
-        for dy in tl.static_range(2 * g.halo_y + 1):
-            at = scratch_ptr + g.words_at + (dz * g.pool_y + dy) * g.runs_x + first
+    for dz in tl.static_range(2 * config.z.halo + 1):
+        for dy in tl.static_range(2 * config.y.halo + 1):
+            at = (
+                scratch_ptr
+                + config.scratch.words_at
+                + (dz * config.y.with_halo + dy) * config.runs_x
+                + first
+            )
             both = tl.load(at).to(tl.int32, bitcast=True)
             near = near | both
-            far = (dz - g.halo_z) * (dz - g.halo_z) > 1 or (dy - g.halo_y) * (dy - g.halo_y) > 1
+            far = (dz - config.z.halo) * (dz - config.z.halo) > 1 or (dy - config.y.halo) * (
+                dy - config.y.halo
+            ) > 1
             if not far:
                 alive = alive | both
     return alive & 0xFFFF, (near >> 16) & 0xFFFF

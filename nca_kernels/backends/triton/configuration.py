@@ -13,7 +13,7 @@ from jax import Array
 
 from nca_kernels.backends.triton import device
 from nca_kernels.backends.triton.geometry import RUN, block
-from nca_kernels.backends.triton.tuner import tuned
+from nca_kernels.backends.triton.tuner import Tunable, tuned
 from nca_kernels.call import AttentionOperands, Operands
 from nca_kernels.tuning import TUNE, Launch, winner
 
@@ -43,7 +43,7 @@ class Engine:
     Args:
         name: what winners are filed under.
         step_kernels, attention_kernels: import and return what holds the kernels, by name.
-        launch: ``(kernel, inputs, outputs, grid, constants, how, aliases={})`` runs a kernel.
+        run_kernel: as :func:`nca_kernels.backends.triton.launch.run_kernel`.
         precision: ``(Rule.precision, platform)`` as the engine's products take it.
         capability: the CUDA compute capability that kernels make use of; 0 for what all have.
         device: the name that winners are looked up by.
@@ -53,7 +53,7 @@ class Engine:
     name: str
     step_kernels: Callable[[], Any]
     attention_kernels: Callable[[], Any]
-    launch: Callable[..., list[Array]]
+    run_kernel: Callable[..., list[Array]]
     precision: Callable[[str, str], str] = product_precision
     capability: Callable[[], int] = lambda: 0
     device: Callable[[], str] = lambda: jax.devices()[0].device_kind
@@ -72,8 +72,8 @@ def step_launch(
         precise = engine.precision(call.rule.precision, platform) in ("ieee", "tf32x3")
         return heuristic(kernel, call, operands, precise, engine.capability())
 
-    problem = problem_name(call, operands)
-    return _chosen(engine, kernel, problem, call, platform, operands, op, guess)
+    tunable = Tunable(engine, kernel, call, platform, operands, op)
+    return _chosen(tunable, problem_name(call, operands), guess)
 
 
 def attention_launch(
@@ -92,26 +92,18 @@ def attention_launch(
     def guess() -> Launch:
         return Launch(rows=max(16, min(128, 2**12 // block(size))))
 
-    return _chosen(engine, kernel, problem, call, platform, operands, op, guess)
+    return _chosen(Tunable(engine, kernel, call, platform, operands, op), problem, guess)
 
 
-def _chosen(
-    engine: Engine,
-    kernel: str,
-    problem: str,
-    call: Any,
-    platform: str,
-    operands: Any,
-    op: Callable,
-    guess: Callable[[], Launch],
-) -> Launch:
-    """The engine's own, the fastest if tuning was asked for, a winner, or a guess."""
+def _chosen(tunable: Tunable, problem: str, guess: Callable[[], Launch]) -> Launch:
+    """The engine's launch, the fastest if tuning was asked for, a winner, or a guess."""
+    engine = tunable.engine
     if engine.fixed is not None:
-        return engine.fixed(call)
+        return engine.fixed(tunable.call)
     problem = f"{engine.name} {problem}"
     if os.environ.get(TUNE) == "1":
-        return tuned(engine, kernel, problem, call, platform, operands, op, guess())
-    return winner(engine.device(), kernel, problem) or guess()
+        return tuned(tunable, problem, guess())
+    return winner(engine.device(), tunable.kernel, problem) or guess()
 
 
 def problem_name(call: Any, operands: Operands) -> str:
@@ -128,8 +120,10 @@ def problem_name(call: Any, operands: Operands) -> str:
     )
 
 
-def _size(rows: int, block_h: int, warps: int = 4, hoisted: bool = True) -> Launch:
-    return Launch(rows=rows, block_h=block_h, warps=warps, hoisted=hoisted, stages=1)
+def _size(rows: int, block_h: int, warps: int = 4, hoist_invariants: bool = True) -> Launch:
+    return Launch(
+        rows=rows, block_h=block_h, warps=warps, hoist_invariants=hoist_invariants, stages=1
+    )
 
 
 # By (backward, precise), and by the width of a row's perception and update: of those that do not
@@ -153,8 +147,10 @@ SIZES_ON_HOPPER = {
 }  # fmt: skip
 FEW = 2**16  # cells of a call: each program has a single tile
 MANY = 2**20  # cells of a call: each program has several tiles even of twice the size
-JOINED = 64  # columns: more fill registers, and are a third zeros
-HELD = 2**15  # floats, 128 KB: they fit a multiprocessor of Hopper beside a program's other blocks
+SIDE_BY_SIDE = 64  # columns: more fill registers, and are a third zeros
+IN_SHARED_MEMORY = (
+    2**15
+)  # floats, 128 KB: they fit a multiprocessor of Hopper beside a program's other blocks
 
 
 def heuristic(kernel: str, call: Any, operands: Operands, precise: bool, capability: int) -> Launch:
@@ -181,9 +177,9 @@ def heuristic(kernel: str, call: Any, operands: Operands, precise: bool, capabil
         block_h=min(block(hidden), _power_of_two(units)),
         programs=132 if size.warps > 4 else 264,  # what fits Hopper's 132 multiprocessors
         unroll=1 if width > WIDTHS[1] else 3,
-        joined=JOINED if hopper else 0,
+        side_by_side=SIDE_BY_SIDE if hopper else 0,
         # Products of 64 rows read weights from shared memory anyway; of fewer, from registers.
-        held=HELD if hopper and not (backward or precise) else 0,
+        weights_in_shared_memory=IN_SHARED_MEMORY if hopper and not (backward or precise) else 0,
     )
 
 

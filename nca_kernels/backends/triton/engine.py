@@ -6,7 +6,7 @@ from importlib import import_module
 
 from nca_kernels.backends.triton.configuration import Engine, product_precision, too_wide_for_tiles
 from nca_kernels.backends.triton.device import capability, has_tf32
-from nca_kernels.backends.triton.launch import launch
+from nca_kernels.backends.triton.launch import run_kernel
 
 
 def _precision(precision: str, platform: str) -> str:
@@ -19,7 +19,7 @@ ENGINE = Engine(
     name="triton",
     step_kernels=lambda: import_module("nca_kernels.backends.triton.step_kernels"),
     attention_kernels=lambda: import_module("nca_kernels.backends.triton.attention_kernels"),
-    launch=launch,
+    run_kernel=run_kernel,
     precision=_precision,
     capability=capability,
 )

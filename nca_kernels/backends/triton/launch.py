@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from nca_kernels.backends.triton import assembler
-from nca_kernels.backends.triton.constants import Constants
+from nca_kernels.backends.triton.constants import CompileTime
 from nca_kernels.backends.triton.device import ARCHITECTURE, capability
-from nca_kernels.backends.triton.geometry import SIZES
+from nca_kernels.backends.triton.geometry import Sizes
 from nca_kernels.tuning import Launch
 
 TARGET = "triton_kernel_call_ffi"  # what the lowered module calls
@@ -36,29 +36,33 @@ TYPES = {
 ALIGNED = 16  # bytes that the address of every array is a multiple of
 
 
-def launch(
+def run_kernel(
     kernel: Any,
     inputs: Sequence[Any],
     outputs: Sequence[jax.ShapeDtypeStruct],
-    grid: tuple[int, int],
-    g: dict[str, Any],
-    how: Launch,
+    *,
+    programs: int,
+    config: Any,
+    sizes: Sizes,
+    launch: Launch,
     aliases: dict[int, int] | None = None,
 ) -> list[Any]:
-    """Runs ``kernel(*inputs, *outputs, *sizes, g)``; returns the outputs.
+    """Runs ``kernel(*inputs, *outputs, *sizes, config)``; returns the outputs.
 
     Args:
-        grid: programs of a group, and groups.
-        g: sizes and constants of the call; the kernel gets those that it names as arguments, and
-            is compiled for what is constant.
+        programs: how many run, those of all groups.
+        config: a frozen dataclass, what the kernel is compiled for.
+        sizes: of the call; the kernel gets those that it names as arguments.
         aliases: inputs, by their index, that are written in place as outputs.
     """
     from jaxlib import gpu_triton
 
     target = gpu_target()
-    compiled = compile_kernel(kernel, types(inputs, outputs), constants(g), options(how), target)
+    signature = types(inputs, outputs)
+    compiled = compile_kernel(kernel, signature, CompileTime(config), options(launch), target)
     arrays = [gpu_triton.create_array_parameter(0, ALIGNED)] * (len(inputs) + len(outputs))
-    sizes = [gpu_triton.create_scalar_parameter(g[name], "i32") for name in size_names(kernel)]
+    told = (getattr(sizes, name) for name in size_names(kernel))
+    numbers = [gpu_triton.create_scalar_parameter(number, "i32") for number in told]
     metadata = compiled.metadata
     code = gpu_triton.TritonKernel(
         metadata.name,
@@ -70,8 +74,7 @@ def launch(
         target.arch if target.backend == "cuda" else 0,
     )
     name = f"{PREFIX}{metadata.name}"  # shows in the lowered module
-    programs, groups = grid
-    call = gpu_triton.TritonKernelCall(code, programs * groups, 1, 1, [*arrays, *sizes])
+    call = gpu_triton.TritonKernelCall(code, programs, 1, 1, [*arrays, *numbers])
     opaque = zlib.compress(call.to_proto(name, b""))
     run = jax.ffi.ffi_call(TARGET, list(outputs), input_output_aliases=aliases)
 
@@ -86,7 +89,7 @@ def launch(
 def compile_kernel(
     kernel: Any,
     signature: tuple[str, ...],
-    constants: Constants,
+    config: CompileTime,
     options: tuple[tuple[str, Any], ...],
     target: Any,
 ) -> Any:
@@ -109,7 +112,7 @@ def compile_kernel(
     source = ASTSource(
         fn=kernel,
         signature=dict(zip(kernel.arg_names, arguments, strict=True)),
-        constexprs={"g": constants},
+        constexprs={"config": config},
         attrs=aligned,
     )
     try:
@@ -122,8 +125,8 @@ def compile_kernel(
 
 
 def size_names(kernel: Any) -> list[str]:
-    """The arguments of a kernel that are neither arrays nor constants."""
-    return [name for name in kernel.arg_names if name != "g" and not name.endswith("_ptr")]
+    """The arguments of a kernel that are attributes of :class:`Sizes`: no arrays, no constant."""
+    return [name for name in kernel.arg_names if name != "config" and not name.endswith("_ptr")]
 
 
 def types(*arrays: Sequence[Any]) -> tuple[str, ...]:
@@ -131,18 +134,13 @@ def types(*arrays: Sequence[Any]) -> tuple[str, ...]:
     return tuple(TYPES[jnp.dtype(array.dtype).name] for group in arrays for array in group)
 
 
-def constants(g: dict[str, Any]) -> Constants:
-    """What a kernel is compiled for: nothing that changes from grid to grid."""
-    return Constants({name: value for name, value in g.items() if name not in SIZES})
-
-
-def options(how: Launch) -> tuple[tuple[str, Any], ...]:
+def options(launch: Launch) -> tuple[tuple[str, Any], ...]:
     """A launch as options of Triton's compiler."""
     chosen = {
-        "num_warps": how.warps,
-        "num_stages": how.stages,
+        "num_warps": launch.warps,
+        "num_stages": launch.stages,
         "enable_fp_fusion": True,
-        "maxnreg": how.registers or None,
+        "maxnreg": launch.registers or None,
         "ptx_version": _ptx_version(),
     }
     return tuple((name, value) for name, value in chosen.items() if value is not None)
