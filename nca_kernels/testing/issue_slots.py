@@ -37,9 +37,12 @@ def warp_instructions_a_cell(
         sizes, launch: those of the call.
         fire_rate: of the cells, 0 to 1.
     Returns:
-        None where loops cannot be told apart: of dense taps, without tensor cores, of overlaps
-        with borders other than zeros. Of other kernels, too.
+        None where loops cannot be told apart: with dense taps, without tensor cores, with alive
+        pools of more than 27 positions, and of overlaps with borders other than zeros. None for
+        other kernels, too.
     """
+    if kernel in ("step_forward", "clear_dead") and config.pool_positions > 27:
+        return None
     instructions, after = _parse(code)
     loops = _loops(after)
     if kernel == "clear_dead":  # straight on, but that it may leave where no cell dies

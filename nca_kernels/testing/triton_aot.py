@@ -101,8 +101,8 @@ def jobs(
             lambda call, _, *args: backward(engine, call, platform, *args),
         )
 
-    name = "triton_recorded"
-    recorder = dispatch.Backend(name, summary="records launches", load=load, covers=COMMON)
+    name, covers = "triton_recorded", replace(COMMON, alive=dispatch.covers("triton").alive)
+    recorder = dispatch.Backend(name, summary="records launches", load=load, covers=covers)
     dispatch.register(recorder)
     jax.clear_caches()  # a lowering taken from the cache records nothing
     _lower_gradient(case, name)

@@ -27,8 +27,7 @@ import ml_dtypes
 import numpy as np
 
 from nca_kernels import dispatch
-from nca_kernels.backends import COMMON
-from nca_kernels.backends.triton.configuration import product_precision, too_wide_for_tiles
+from nca_kernels.backends.triton.configuration import product_precision
 from nca_kernels.backends.triton.geometry import Sizes
 from nca_kernels.backends.triton.launch import size_names
 from nca_kernels.testing.races import Accesses, Extent, function_in
@@ -49,7 +48,7 @@ def register() -> None:
             load=_load,
             platforms=("cpu",),
             missing=missing,
-            covers=replace(COMMON, width=too_wide_for_tiles),
+            covers=dispatch.covers("triton"),
             markers=dict.fromkeys(("step", "neighborhood_attention"), (CALLBACK,)),
         )
     )

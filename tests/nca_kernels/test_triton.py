@@ -18,11 +18,13 @@ from nca_kernels.backends import COMMON
 from nca_kernels.backends.triton.engine import ENGINE
 from nca_kernels.backends.triton.launch import missing
 from nca_kernels.backends.triton.step_calls import backward, forward
+from nca_kernels.rule import Alive
 from nca_kernels.testing import (
     ATTENTION,
     ATTENTION_CHECKS,
     CONFORMANCE,
     TRANSFORMATION_CHECKS,
+    Case,
     covered_cases,
     triton_host,
 )
@@ -57,6 +59,26 @@ def test_values_and_gradients(case):
 @pytest.mark.parametrize("case", covered_cases(dispatch.covers(BACKEND)), ids=str)
 def test_each_value_that_is_covered(case):
     check_values_and_gradients(BACKEND, case, calls=1)
+
+
+PADDINGS = dispatch.covers(BACKEND).rule["padding"]
+POOLED = [(padding, (11, 21), radius) for padding in PADDINGS for radius in (2, 3)]
+POOLED += [("zeros", (37,), 2), ("circular", (37,), 4), ("circular", (3,), 3)]
+POOLED += [("zeros", (5, 3, 19), 2), ("circular", (5, 3, 19), 2), ("circular", (1, 7, 5), 3)]
+
+
+@pytest.mark.parametrize(("padding", "grid", "radius"), POOLED, ids=str)
+def test_pools_of_other_radii(padding, grid, radius):
+    """Few cells are above the threshold, so that the radius matters everywhere."""
+    alive = Alive(channel=1, threshold=1.0, radius=radius)
+    rule = replace(BY_NAME["plane"].rule, padding=padding, alive=alive)
+    check_values_and_gradients(BACKEND, Case("pooled", grid, rule), calls=1)
+
+
+def test_a_pool_beyond_a_word_is_refused():
+    case = replace(BY_NAME["plane"], rule=replace(BY_NAME["plane"].rule, alive=Alive(radius=5)))
+    with pytest.raises(nk.BackendUnavailable, match="radius"):
+        check_values_and_gradients(BACKEND, case, calls=1)
 
 
 def test_the_same_bits_twice():

@@ -40,11 +40,11 @@ def grid_of(depth, height, width, samples, config: tl.constexpr):
     and writes several neighbours at once then.
     """
     width = width // config.aligned * config.aligned
-    if config.z.window == 1:
+    if config.z.pool == 1:
         depth = depth * 0 + 1
-    if config.y.window == 1:
+    if config.y.pool == 1:
         height = height * 0 + 1
-    if config.x.window == 1:
+    if config.x.pool == 1:
         width = width * 0 + 1
     tiles_z, tiles_y = tl.cdiv(depth, config.z.tile), tl.cdiv(height, config.y.tile)
     tiles_x = tl.cdiv(width, config.x.tile)
@@ -301,70 +301,86 @@ def compacted_lanes(scratch_ptr, first, count, config: tl.constexpr):
 def life(state_ptr, sample, z0, y0, x0, scratch_ptr, grid, config: tl.constexpr):
     """Words of the tile's cells that are alive, and of those with a living neighbour: [runs].
 
-    Reads the alive channel of the tile and of two cells around it, once. A border other than
-    circular shows the pool no cell that it does not see anyway. Along x a word is pooled in a
-    register; what its neighbours along y and z hold goes through this program's scratch.
+    A cell is alive where a pool of the alive channel exceeds the threshold, and has a living
+    neighbour where a pool of twice the radius does. Reads the alive channel of the tile and of the
+    cells within that reach, once. Along x a word is pooled in a register; what its neighbours
+    along y and z hold goes through this program's scratch. A border other than circular shows the
+    pool no cell that it does not see anyway.
     """
-    q = tl.arange(0, config.runs_with_halo)  # runs of the tile and its surroundings
-    row = q[:, None]
-    lane = tl.arange(0, 32)[None, :]  # 16 cells, two more on each side
-    z, there_z = border(
-        z0 + row // (config.y.with_halo * config.runs_x) - config.z.halo,
-        grid.depth,
-        config.pool_padding,
-        config.z.near,
-    )
-    y, there_y = border(
-        y0 + row // config.runs_x % config.y.with_halo - config.y.halo,
-        grid.height,
-        config.pool_padding,
-        config.y.near,
-    )
-    x, there_x = border(
-        x0 + row % config.runs_x * 16 + lane - 2, grid.width, config.pool_padding, config.x.near
-    )
-    there = (
-        there_z
-        & there_y
-        & there_x
-        & (lane < 20)
-        & (row < config.z.with_halo * config.y.with_halo * config.runs_x)
-    )
-    at = cell_number(sample, z, y, x, grid, config) * config.channels + config.alive_channel
-    alpha = tl.load(state_ptr + at, mask=there, other=0.0).to(tl.float32)
-    word = pack(there & (alpha > config.alive_threshold))  # [pool_runs]
-    one = word | (word << 1) | (word >> 1)
-    two = one | (word << 2) | (word >> 2)
-    both = ((one >> 2) & 0xFFFF) | ((two >> 2) << 16)
-    tl.store(scratch_ptr + config.scratch.words_at + q, both.to(tl.float32, bitcast=True))
+    runs: tl.constexpr = config.runs_with_halo
+    if runs <= 128:
+        _store_words(state_ptr, sample, z0, y0, x0, scratch_ptr, 0, runs, grid, config)
+    else:  # in as many registers
+        for first in range(0, runs, 128):
+            _store_words(state_ptr, sample, z0, y0, x0, scratch_ptr, first, 128, grid, config)
     tl.debug_barrier()
     return _pooled_words(scratch_ptr, config)
 
 
 @triton.jit
+def _store_words(
+    state_ptr, sample, z0, y0, x0, scratch_ptr, first, N: tl.constexpr, grid, config: tl.constexpr
+):
+    """Words of runs first .. first + N of the tile and its surroundings, pooled along x."""
+    pool: tl.constexpr = config.pool_padding
+    reach: tl.constexpr = 2 * config.alive_radius  # 16 cells and the reach on both sides: 32 lanes
+    q = first + tl.arange(0, N)
+    row = q[:, None]
+    lane = tl.arange(0, 32)[None, :]
+    z = z0 + row // (config.y.with_halo * config.runs_x) - config.z.halo
+    z, there_z = border(z, grid.depth, pool, config.z.near)
+    y = y0 + row // config.runs_x % config.y.with_halo - config.y.halo
+    y, there_y = border(y, grid.height, pool, config.y.near)
+    x = x0 + row % config.runs_x * 16 + lane - reach
+    x, there_x = border(x, grid.width, pool, config.x.near)
+    there = there_z & there_y & there_x & (lane < 16 + 2 * reach)
+    there = there & (row < config.z.with_halo * config.y.with_halo * config.runs_x)
+    at = cell_number(sample, z, y, x, grid, config) * config.channels + config.alive_channel
+    alpha = tl.load(state_ptr + at, mask=there, other=0.0).to(tl.float32)
+    once = pack(there & (alpha > config.alive_threshold))  # [N]
+    word = once
+    for i in tl.static_range(1, config.alive_radius + 1):
+        once = once | (word << i) | (word >> i)
+    twice = once
+    for i in tl.static_range(config.alive_radius + 1, reach + 1):
+        twice = twice | (word << i) | (word >> i)
+    both = ((once >> reach) & 0xFFFF) | ((twice >> reach) << 16)
+    tl.store(scratch_ptr + config.scratch.words_at + q, both.to(tl.float32, bitcast=True))
+
+
+@triton.jit
 def _pooled_words(scratch_ptr, config: tl.constexpr):
-    """Of the words in scratch, those pooled over one row around, and over two: [runs]."""
+    """Of the words in scratch, those pooled along y and z, and those pooled twice: [runs]."""
     t = tl.arange(0, config.runs)
-    z, y, x = (
-        t // (config.y.tile * config.runs_x),
-        t // config.runs_x % config.y.tile,
-        t % config.runs_x,
-    )
+    z, y = t // (config.y.tile * config.runs_x), t // config.runs_x % config.y.tile
+    x = t % config.runs_x
     first = (z * config.y.with_halo + y) * config.runs_x + x
+    within: tl.constexpr = config.alive_radius * config.alive_radius
     alive, near = t * 0, t * 0
-    for dz in tl.static_range(2 * config.z.halo + 1):
-        for dy in tl.static_range(2 * config.y.halo + 1):
-            at = (
-                scratch_ptr
-                + config.scratch.words_at
-                + (dz * config.y.with_halo + dy) * config.runs_x
-                + first
-            )
-            both = tl.load(at).to(tl.int32, bitcast=True)
-            near = near | both
-            far = (dz - config.z.halo) * (dz - config.z.halo) > 1 or (dy - config.y.halo) * (
-                dy - config.y.halo
-            ) > 1
-            if not far:
-                alive = alive | both
+    if config.z.halo <= 2:
+        for dz in tl.static_range(2 * config.z.halo + 1):
+            for dy in tl.static_range(2 * config.y.halo + 1):
+                both = _words_at(scratch_ptr, dz, dy, first, config)
+                near = near | both
+                far_z = (dz - config.z.halo) * (dz - config.z.halo)
+                far_y = (dy - config.y.halo) * (dy - config.y.halo)
+                if far_z <= within and far_y <= within:
+                    alive = alive | both
+    else:  # in as little code
+        for dz in range(0, 2 * config.z.halo + 1):
+            far_z = (dz - config.z.halo) * (dz - config.z.halo)
+            for dy in tl.static_range(2 * config.y.halo + 1):
+                both = _words_at(scratch_ptr, dz, dy, first, config)
+                near = near | both
+                far_y = (dy - config.y.halo) * (dy - config.y.halo)
+                if far_y <= within:
+                    alive = alive | tl.where(far_z <= within, both, 0)
     return alive & 0xFFFF, (near >> 16) & 0xFFFF
+
+
+@triton.jit
+def _words_at(scratch_ptr, dz, dy, first, config: tl.constexpr):
+    """Words of the tile's runs, moved by dz and dy: [runs]."""
+    step = (dz * config.y.with_halo + dy) * config.runs_x
+    at = scratch_ptr + config.scratch.words_at + step + first
+    return tl.load(at).to(tl.int32, bitcast=True)

@@ -47,13 +47,13 @@ class Axis:
     Args:
         tile: the tile's size.
         kernel: the stencil's size.
-        single: whether the grid has a single cell along this axis.
+        pool: how many cells the alive pool's window has along it, 1 where the grid has no more.
         near: whether no position that matters is as far outside the grid as the grid is wide.
     """
 
     tile: int
     kernel: int
-    single: bool
+    pool: int
     near: bool
 
     @property
@@ -67,14 +67,9 @@ class Axis:
         return same_margins([self.kernel])[0][1]
 
     @property
-    def window(self) -> int:
-        """The size of the alive pool's window."""
-        return 1 if self.single else 3
-
-    @property
     def halo(self) -> int:
-        """How far the fate of a cell depends on others: it hangs on neighbours that live."""
-        return self.window - 1
+        """How far a cell's need for work depends on others: twice as far as the pool reaches."""
+        return self.pool - 1
 
     @property
     def with_halo(self) -> int:

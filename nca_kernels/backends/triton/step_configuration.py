@@ -79,6 +79,7 @@ class StepConfiguration:
         fire_threshold: what random bits of a cell that fires are below.
         alive: whether there is alive masking.
         alive_channel, alive_threshold: those of the rule, the channel counted from 0.
+        alive_radius: how far the alive pool reaches.
         weights_per_group: 1 if each group has its own weights, 0 if they share one set: a factor.
         perception, mlp, wanted: see there.
         precision: of products: bfloat16, tf32, tf32x3 or ieee.
@@ -110,6 +111,7 @@ class StepConfiguration:
     alive: bool
     alive_channel: int
     alive_threshold: float
+    alive_radius: int
     weights_per_group: int
     perception: Perception
     mlp: MLP
@@ -177,7 +179,7 @@ class StepConfiguration:
     @property
     def pool_positions(self) -> int:
         """Of the alive pool's window."""
-        return math.prod(axis.window for axis in self.axes)
+        return math.prod(axis.pool for axis in self.axes)
 
     @property
     def places(self) -> int:
@@ -248,7 +250,7 @@ def step_configuration(
     """
     rule, channels, fire = call.rule, operands.channels, operands.fire
     alive, gradients = rule.alive, _wanted(wanted)
-    sizes, z, y, x = _sizes_and_axes(operands, launch)
+    sizes, z, y, x = _sizes_and_axes(operands, launch, 1 if alive is None else alive.radius)
     perception = _perception(call, operands, launch)
     mlp = _mlp(operands, launch)
     by_tap = z.tile * y.tile * x.tile * perception.positions * block(channels)
@@ -275,6 +277,7 @@ def step_configuration(
         alive_channel=0 if alive is None else alive.channel % channels,
         # As the reference compares: in float32.
         alive_threshold=0.0 if alive is None else float(np.float32(alive.threshold)),
+        alive_radius=1 if alive is None else alive.radius,
         weights_per_group=int(operands.weight_groups > 1),
         perception=perception,
         mlp=mlp,
@@ -297,10 +300,17 @@ def step_configuration(
     return replace(config, int64_indices=_largest_array(config, sizes) >= 2**31), sizes
 
 
-def _sizes_and_axes(operands: Operands, launch: Launch) -> tuple[Sizes, Axis, Axis, Axis]:
+def _sizes_and_axes(
+    operands: Operands, launch: Launch, radius: int
+) -> tuple[Sizes, Axis, Axis, Axis]:
     grid, kernel = three_axes(operands.grid), three_axes(operands.kernel)
     z, y, x = (
-        Axis(tile, reach, single=size == 1, near=max(reach // 2, 2) < size)
+        Axis(
+            tile,
+            reach,
+            pool=2 * radius + 1 if size > 1 else 1,
+            near=max(reach // 2, 2 * radius) < size,
+        )
         for size, tile, reach in zip(grid, launch.tile, kernel, strict=True)
     )
     tiles = operands.samples * math.prod(

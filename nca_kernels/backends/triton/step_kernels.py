@@ -175,20 +175,13 @@ def clear_dead(
     cell = cell_number(sample, z, y, x, grid, config)
     lives = tl.load(before_ptr + group * grid.cells + cell, mask=inside, other=0) != 0
     largest = tl.full((config.tile_cells,), float("-inf"), tl.float32)
-    for k in tl.static_range(config.pool_positions):
-        dz = k // (config.y.window * config.x.window) - config.z.window // 2
-        dy = k // config.x.window % config.y.window - config.y.window // 2
-        dx = k % config.x.window - config.x.window // 2
-        nz, there_z = border(z + dz, grid.depth, config.pool_padding, config.z.near)
-        ny, there_y = border(y + dy, grid.height, config.pool_padding, config.y.near)
-        nx, there_x = border(x + dx, grid.width, config.pool_padding, config.x.near)
-        there = lives & there_z & there_y & there_x
-        at, rows, columns = cell_number(sample, nz, ny, nx, grid, config), 0, 0
-        if not config.pool_wraps:  # steps of their own, so that all share an address
-            at, rows, columns = cell, (dz * grid.height + dy) * grid.width, dx
-        row_ptr = (plane_ptr + group * grid.cells + rows) + at
-        alpha = tl.load(row_ptr + columns, mask=there, other=float("-inf"))
-        largest = tl.maximum(largest, alpha)
+    plane_ptr += group * grid.cells
+    if config.pool_positions <= 27:
+        for k in tl.static_range(config.pool_positions):
+            largest = _add_to_pool(largest, plane_ptr, k, sample, z, y, x, lives, grid, config)
+    else:  # more would be too much code
+        for k in range(0, config.pool_positions):
+            largest = _add_to_pool(largest, plane_ptr, k, sample, z, y, x, lives, grid, config)
     survives = lives & (largest > config.alive_threshold)
     tl.debug_barrier()  # of few cells, other threads read the same flags
     tl.store(alive_ptr + group * grid.cells + cell, survives, mask=inside)
@@ -198,6 +191,24 @@ def clear_dead(
         row = out_ptr + (group * grid.cells + cell)[:, None] * config.channels
         zeros = tl.zeros((config.tile_cells, config.block_c), out_ptr.dtype.element_ty)
         tl.store(row + channel, zeros, mask=dies[:, None] & real)
+
+
+@triton.jit
+def _add_to_pool(largest, plane_ptr, k, sample, z, y, x, wanted, grid, config: tl.constexpr):
+    """The larger of ``largest`` and the alive channel at position ``k`` of the pool's window."""
+    dz = k // (config.y.pool * config.x.pool) - config.z.pool // 2
+    dy = k // config.x.pool % config.y.pool - config.y.pool // 2
+    dx = k % config.x.pool - config.x.pool // 2
+    nz, there_z = border(z + dz, grid.depth, config.pool_padding, config.z.near)
+    ny, there_y = border(y + dy, grid.height, config.pool_padding, config.y.near)
+    nx, there_x = border(x + dx, grid.width, config.pool_padding, config.x.near)
+    there = wanted & there_z & there_y & there_x
+    at, rows, columns = cell_number(sample, nz, ny, nx, grid, config), 0, 0
+    if not config.pool_wraps:  # steps of their own, so that all share an address
+        at = cell_number(sample, z, y, x, grid, config)
+        rows, columns = (dz * grid.height + dy) * grid.width, dx
+    alpha = tl.load((plane_ptr + rows) + at + columns, mask=there, other=float("-inf"))
+    return tl.maximum(largest, alpha)
 
 
 @triton.jit
