@@ -78,8 +78,8 @@ def winner(device: str, kernel: str, problem: str) -> Launch | None:
     Raises:
         ValueError: as :func:`winner_of` does.
     """
-    own = winner_of(user_folder(), device, kernel, problem)
-    return own or winner_of(PACKAGED, device, kernel, problem)
+    of_user = winner_of(user_folder(), device, kernel, problem)
+    return of_user or winner_of(PACKAGED, device, kernel, problem)
 
 
 def winner_of(folder: Path, device: str, kernel: str, problem: str) -> Launch | None:
@@ -123,8 +123,8 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
 
 
-# Launches that counting alone cannot decide upon: measured on a GPU by `make gpu`, against the
-# heuristic's. Each waits for something else less, see docs/gpu.md.
+# Launches that only a measurement can choose or reject: `make gpu` times them against the
+# heuristic's. Each is to wait less for something, see docs/gpu.md.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "step_forward": {
         "three_programs": {"registers": 168, "programs": 396},
@@ -147,7 +147,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def variants(kernel: str, heuristic: Launch) -> dict[str, Launch]:
-    """Named launches of ``kernel``, of Growing NCA's size, to be measured against the heuristic's.
+    """Launches by name to be measured against the heuristic's, for kernels of Growing NCA's size.
 
     Args:
         kernel: ``step_forward`` or ``step_backward``.

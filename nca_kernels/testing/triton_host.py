@@ -103,10 +103,8 @@ def run_kernel(
     aliases: dict[int, int] | None = None,
 ) -> list[Any]:
     """As ``backends.triton.launch.run_kernel``, in the interpreter."""
-    told = [getattr(sizes, name) for name in size_names(kernel)]
-    run = partial(
-        interpret, kernel, outputs, programs, config, told, 32 * launch.warps, aliases or {}
-    )
+    told = {name: getattr(sizes, name) for name in size_names(kernel)} | {"config": config}
+    run = partial(interpret, kernel, outputs, programs, told, 32 * launch.warps, aliases or {})
     return list(jax.pure_callback(run, list(outputs), *inputs))
 
 
@@ -118,8 +116,7 @@ def interpret(
     kernel: Any,
     outputs: Sequence[jax.ShapeDtypeStruct],
     programs: int,
-    config: Any,
-    sizes: Sequence[int],
+    told: dict[str, Any],
     threads: int,
     aliases: dict[int, int],
     *inputs: Any,
@@ -134,7 +131,7 @@ def interpret(
         _correct_interpreter()
         extents = [Extent(a.ctypes.data, a.size, a.itemsize) for a in (*arrays, *results)]
         _accesses = Accesses(extents, threads)
-        kernel[(programs,)](*map(_Operand, [*arrays, *results]), *sizes, config=config)
+        kernel[(programs,)](*map(_Operand, [*arrays, *results]), **told)
     return results
 
 

@@ -1,8 +1,8 @@
 """Pieces of kernels that deal with cells: tiles, borders, who fires, who lives, compaction.
 
-A program works on one tile at a time: a box of cells whose lanes are numbered in C order. Flags
-of lanes are kept as words, one 16-bit word for each run of 16 cells along x, so that pooling
-along x is a shift and picking the n-th set flag is arithmetic.
+A program works on one tile at a time: a box of cells, its lanes, which are numbered in C order.
+Flags of lanes are packed into words, one of 16 bits for each run of 16 cells along x, so that
+pooling along x is a shift and finding the n-th set flag is arithmetic.
 
 ``config`` is always the call's :class:`.step_configuration.StepConfiguration`.
 """
@@ -20,7 +20,7 @@ RUN_MASK = tl.constexpr(0xFFFF)
 
 
 class Grid(NamedTuple):
-    """Sizes of one group that kernels are given as arguments, so that no grid is compiled in."""
+    """Sizes of one group: arguments of kernels, which are compiled for no grid."""
 
     depth: tl.tensor
     height: tl.tensor
@@ -36,8 +36,8 @@ class Grid(NamedTuple):
 def grid_of(depth, height, width, samples, config: tl.constexpr):
     """The sizes of a call.
 
-    The compiler knows an axis of one cell, and a number that the width is a multiple of: it reads
-    and writes several neighbours at once then.
+    The compiler is told of axes of one cell, and of a number that the width is a multiple of, so
+    that several neighbours are read or written at once.
     """
     width = width // config.aligned * config.aligned
     if config.z.pool == 1:
@@ -57,9 +57,9 @@ def grid_of(depth, height, width, samples, config: tl.constexpr):
 
 @triton.jit
 def divided(number, size):
-    """``number // size`` and ``number % size`` of numbers that are not negative.
+    """``number // size`` and ``number % size``, for numbers that are not negative.
 
-    Divided without a sign, for which GPUs take fewer instructions.
+    An unsigned division takes a GPU fewer instructions.
     """
     number += size * 0  # of a loop's counter, which Triton's interpreter has as a plain number
     if number.dtype == tl.int64:
@@ -73,7 +73,7 @@ def divided(number, size):
 def program_and_group(programs, config: tl.constexpr):
     """Which of its group's programs this one is, and the group.
 
-    A single group is 0 to the compiler, and moves no array's address.
+    The compiler is told that a single group is 0: no address depends on it then.
     """
     program = tl.program_id(0)
     group = program * 0
@@ -86,7 +86,7 @@ def program_and_group(programs, config: tl.constexpr):
 
 @triton.jit
 def tiles_of(program, programs, grid, config: tl.constexpr):
-    """The tiles that a program works on: (first, end, step); of one alone the compiler knows."""
+    """The tiles that a program works on, (first, end, step); the compiler is told if it is one."""
     end, step = grid.tiles, programs
     if config.one_tile:
         end, step = program + 1, 1
@@ -127,7 +127,7 @@ def in_grid(z, y, x, grid):
 
 @triton.jit
 def _below(i, size):
-    """Whether a position is in 0 .. size, in one comparison: of negative ones the sign is large."""
+    """Whether 0 <= i < size, by one comparison: negative numbers without their sign are large."""
     if i.dtype == tl.int64:
         below = (i >= 0) & (i < size)
     else:
@@ -137,10 +137,10 @@ def _below(i, size):
 
 @triton.jit
 def border(i, size, padding: tl.constexpr, near: tl.constexpr):
-    """A position on an axis, maybe outside, to (the cell that lies there, is there one).
+    """A position on an axis, maybe outside, to (the cell that it shows, is there one).
 
-    ``near``: positions that matter are less than ``size`` outside, so that borders other than
-    zeros show a cell without a division.
+    ``near``: positions that matter are less than ``size`` cells outside, so that no division is
+    needed to find the cell.
     """
     there = i >= -2147483647
     if padding == "zeros":
@@ -268,7 +268,8 @@ def store_lanes(flags, numbers, lanes, lives, scratch_ptr, config: tl.constexpr)
 def store_flags(needed, lives, lanes, scratch_ptr, config: tl.constexpr):
     """Flags 0 and 1 of the tile's lanes [runs, 16] to this program's scratch.
 
-    For threads that hold other lanes: left to itself, Triton draws and pools again for those.
+    Threads read there what they need of lanes that other threads hold; left to itself, Triton would
+    draw and pool again for those.
     """
     entry = (needed + 2 * lives).to(tl.float32, bitcast=True)
     tl.store(scratch_ptr + config.scratch.flags_at + lanes, entry)
@@ -285,7 +286,7 @@ def load_flags(lane, scratch_ptr, config: tl.constexpr):
 def compacted_lanes(scratch_ptr, first, count, config: tl.constexpr):
     """Lanes [R] of the set flags number first .. first + R, which of them live and which exist.
 
-    Those that do not exist are the last one's.
+    Behind the last flag, its lane is repeated.
     """
     number = first + tl.arange(0, config.rows)
     exists = number < count

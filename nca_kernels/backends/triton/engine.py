@@ -10,9 +10,9 @@ from nca_kernels.backends.triton.launch import run_kernel
 
 
 def _precision(precision: str, platform: str) -> str:
-    """Without TF32 on NVIDIA's older GPUs, which do not have it."""
-    found = product_precision(precision, platform)
-    return found if has_tf32(capability()) or not found.startswith("tf32") else "ieee"
+    """The precision of products on this GPU: NVIDIA's older ones have no TF32."""
+    name = product_precision(precision, platform)
+    return "ieee" if name.startswith("tf32") and not has_tf32(capability()) else name
 
 
 ENGINE = Engine(

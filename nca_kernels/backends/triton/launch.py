@@ -1,10 +1,10 @@
-"""Compiles Triton kernels and calls them from JAX: the one launch layer, for all versions.
+"""Compiles Triton kernels and calls them from JAX, with all versions of both that are supported.
 
-No release of jax-triton does this for the versions that are supported: 0.3.1 lowers to a custom
-call of the old kind, which XLA does not take into CUDA graphs, and passes by Triton's cache; 0.4
-lowers as this module does, but needs Triton 3.7 and fails with JAX 0.12.0. So kernels are compiled
-by ``triton.compile``, with its cache and all of its options, and called through the target that
-JAX's own GPU plugins register for Triton kernels, ``triton_kernel_call_ffi``.
+No release of jax-triton does. Version 0.3.1 lowers to a custom call of the old kind, which XLA does
+not take into CUDA graphs, and does not use Triton's cache; 0.4 lowers as this module does, but
+needs Triton 3.7 and fails with JAX 0.12.0. So kernels are compiled by ``triton.compile``, with its
+cache and all of its options, and called through the target that JAX's own GPU plugins register for
+Triton kernels, ``triton_kernel_call_ffi``.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def options(launch: Launch) -> tuple[tuple[str, Any], ...]:
 
 
 def _ptx_version() -> int | None:
-    """One that JAX can assemble on this machine; for another one, Triton's own choice."""
+    """One that JAX assembles on this machine; Triton's own choice for any other machine."""
     return None if os.environ.get(ARCHITECTURE) else assembler.ptx_version(capability())
 
 
@@ -176,7 +176,7 @@ def missing() -> str | None:
         import triton
     except ImportError:
         return "triton is not installed: pip install triton"
-    # Its own functions are what they were at its import, and cannot be compiled then.
+    # Triton decides at its import whether its own functions are interpreted or can be compiled.
     if not isinstance(triton.language.cdiv, triton.runtime.JITFunction):
         return "TRITON_INTERPRET was set when Triton was imported: start Python without it"
     from jaxlib import gpu_triton

@@ -14,7 +14,7 @@ import triton.language as tl
 
 @triton.jit
 def tanh(x):
-    """Without the library's tanh, which not every back end of Triton has."""
+    """tanh(x), without the library's function, which not every back end of Triton has."""
     small = x * x
     small = x * (1 + small * (-1.0 / 3 + small * (2.0 / 15 - small * (17.0 / 315))))
     e = tl.exp(-2 * tl.abs(x))
@@ -48,7 +48,7 @@ def activate(x, name: tl.constexpr, config: tl.constexpr):
 
 @triton.jit
 def activate_backward(x, d, name: tl.constexpr, config: tl.constexpr):
-    """The gradient before the activation at ``x``, given that after it."""
+    """The gradient before the activation at ``x``, from ``d``, the one after it."""
     if name == "relu":
         d = tl.where(x > 0, d, 0.0)
     elif name == "gelu":
@@ -73,7 +73,7 @@ def activate_backward(x, d, name: tl.constexpr, config: tl.constexpr):
 # ---- products ----
 
 
-# Adds half of TF32's last bit, but not to infinities and NaN, of which it would make others.
+# Adds half of TF32's last bit, except to infinities and NaN, which that would change.
 _ADD_HALF = tl.constexpr(
     "{ .reg .pred finite; .reg .f32 size; abs.f32 size, $1; setp.lt.f32 finite, size, 0f7F800000; "
     "mov.b32 $0, $1; @finite add.u32 $0, $0, 4096; }"
@@ -87,7 +87,7 @@ def _by_instruction(asm: tl.constexpr, x):
 
 @triton.jit
 def rounded(x, config: tl.constexpr):
-    """An operand of products, to the nearest TF32: they cut off the bits that it has more.
+    """An operand of products, rounded to the nearest TF32: products would cut off its other bits.
 
     Weights are rounded where they are packed. Gradients of hidden layers are not: see docs/gpu.md.
     """
@@ -120,8 +120,8 @@ def _swapped(x):
 def dot_result(x, w, acc, config: tl.constexpr):
     """:func:`dot`, where ``x`` [R, N] came out of a product.
 
-    NVIDIA's products of TF32 want their left side's columns in other threads than those that they
-    leave their results in. So the sum runs over columns in an order that makes them the same.
+    NVIDIA's products of TF32 want the columns of their left side in other threads than they leave
+    those of their results in. So the sum runs over columns in an order that makes them the same.
     """
     if config.precision == "tf32" or config.precision == "tf32x3":
         x, w = _swapped(x), tl.trans(_swapped(tl.trans(w)))

@@ -1,8 +1,8 @@
 """Pieces of kernels that deal with the perception: the stencil, its transpose, its taps.
 
-Depthwise taps are kept as ``[K, F, BC]``, dense ones as ``[K, BC, BP]``, both padded with zeros.
-Constant taps ``[K, F]`` are part of the program, which leaves out what is zero. A perception is a
-tuple of filters ``[R, BP]``: as many as there are if depthwise, a single one if dense.
+In memory, depthwise taps are ``[K, F, BC]`` and dense ones ``[K, BC, BP]``, both padded with zeros.
+Constant taps ``[K, F]`` are part of the program, which leaves out those that are zero. A perception
+is a tuple of blocks ``[R, BP]``, one for each depthwise filter, or a single one if taps are dense.
 """
 
 import triton
@@ -48,9 +48,9 @@ def stencil_position(k, config: tl.constexpr):
 
 @triton.jit
 def neighbours(state_ptr, k, sample, z, y, x, inside: tl.constexpr, grid, config: tl.constexpr):
-    """What lies at position ``k`` of the kernel around each cell: [R, BC].
+    """What lies at position ``k`` of the stencil around each cell: [R, BC].
 
-    ``inside``: nothing of that is across a border.
+    ``inside``: no neighbour of any of the cells is across a border.
     """
     kz, ky, kx = stencil_position(k, config)
     dz, dy, dx = kz - config.z.before, ky - config.y.before, kx - config.x.before
@@ -68,7 +68,7 @@ def neighbours(state_ptr, k, sample, z, y, x, inside: tl.constexpr, grid, config
         if not config.zeros_outside:
             z, y, x = cz, cy, cx
     at = cell_number(sample, z, y, x, grid, config)[:, None] * config.channels + channel
-    # Positions of one row differ by a constant: it costs nothing in a load's address.
+    # The addresses of positions of one row differ by a constant, which is free in a load.
     row_ptr = (state_ptr + rows * config.channels) + at
     return tl.load(row_ptr + columns, mask=there, other=0.0).to(tl.float32)
 
@@ -102,7 +102,7 @@ def tap_block(weights_ptr, k, config: tl.constexpr):
 def perceive(state_ptr, weights_ptr, sample, z, y, x, margin, grid, config: tl.constexpr):
     """The perception of R cells before its activation; each neighbour is loaded once.
 
-    ``margin``: that of their tile, most of which need not look at borders.
+    ``margin``: whether all neighbours of the tile's cells are inside the grid, as of most tiles.
     """
     if config.perception.filters == 0:
         filters = ()
@@ -218,7 +218,7 @@ def activated_backward(filters, d_parts, config: tl.constexpr):
 def add_taps_gradient(d_parts, state_ptr, grads_ptr, sample, z, y, x, grid, config: tl.constexpr):
     """Adds R cells' share of the gradients of taps and perception bias to the partial sums.
 
-    Those of rows that do not exist are zeros.
+    ``d_parts`` is zero in rows that do not exist.
     """
     BP: tl.constexpr = config.perception.block_p
     if config.wanted.perception_bias:
@@ -246,10 +246,10 @@ def add_taps_gradient(d_parts, state_ptr, grads_ptr, sample, z, y, x, grid, conf
 
 @triton.jit
 def store_contributions(d_parts, first, scratch_ptr, weights_ptr, config: tl.constexpr):
-    """What rows first .. first + R contribute to the state, to this program's scratch.
+    """Writes what rows first .. first + R contribute to the state to this program's scratch.
 
-    It is ``[1 + T, K, BC]``, by tap, or where that is too large ``[1 + T, F, BP]``, the gradients
-    of the perceptions. Row 0 is zeros, active cell number n has row 1 + n.
+    The scratch has it tap by tap, ``[1 + T, K, BC]``, or where that is too large as gradients of
+    perceptions, ``[1 + T, F, BP]``. Row 0 is zeros, active cell number n has row 1 + n.
     """
     row = 1 + first + tl.arange(0, config.rows)[:, None]
     at = scratch_ptr + row * config.scratch.contribution
@@ -269,7 +269,7 @@ def store_contributions(d_parts, first, scratch_ptr, weights_ptr, config: tl.con
 
 @triton.jit
 def add_tap_transposed(value, d_parts, k, weights_ptr, config: tl.constexpr):
-    """Adds what perceptions mean to the state at position ``k`` of the kernel, [R, BC]."""
+    """Adds the gradient that perceptions give the state at position ``k`` of the stencil."""
     for f in tl.static_range(config.perception.filters):
         if config.perception.constant:
             if config.perception.taps[k * config.perception.filters + f] != 0.0:
@@ -291,7 +291,7 @@ def around(z, y, x, config: tl.constexpr):
 
 @triton.jit
 def store_rows(active, numbers, lz, ly, lx, scratch_ptr, config: tl.constexpr):
-    """Where each lane's row is in what :func:`store_contributions` keeps, to the same scratch."""
+    """Writes each lane's row among those of :func:`store_contributions` to the scratch."""
     z, y, x = lz + config.z.kernel - 1, ly + config.y.kernel - 1, lx + config.x.kernel - 1
     at = around(z, y, x, config)
     row = tl.where(active, (1 + numbers) * config.scratch.contribution, 0)
@@ -343,11 +343,11 @@ def _add_reaching(acc, here, k, exists, scratch_ptr, weights_ptr, config: tl.con
 
 @triton.jit
 def overlap(s, j, size, axis: tl.constexpr, config: tl.constexpr):
-    """Which tile's surroundings, number ``s`` on one axis, hold something for cell ``j``.
+    """Along one axis, the ``s``-th place that holds a contribution to cell ``j``.
 
-    Positions outside the grid that show cell ``j`` count as it does; each position lies in the
-    surroundings of up to ``axis.shares`` tiles. Returns (tile, place in it, does it exist, is it
-    the cell's own tile).
+    What is contributed to a position outside the grid belongs to the cell that the position shows.
+    Each position lies within reach of up to ``axis.shares`` tiles. Returns (tile, place in it, does
+    it exist, is it the cell's place in its own tile).
     """
     image = s // axis.shares  # 0: the cell itself, 1 .. before: left of the grid, then right of it
     itself = image == 0
@@ -363,9 +363,9 @@ def overlap(s, j, size, axis: tl.constexpr, config: tl.constexpr):
 
 @triton.jit
 def edge_cells(z0, y0, x0, grid, config: tl.constexpr):
-    """How many of a tile's cells others may contribute to, and whether these are all of them.
+    """How many of a tile's cells get contributions from elsewhere, and whether that is all of them.
 
-    Near borders that show cells to cells, all; else those that other tiles reach.
+    Those are the cells that other tiles reach; near borders that fold back, all.
     """
     count, everywhere = z0 * 0 + config.edges, z0 < 0
     if config.borders_fold_back:
@@ -386,9 +386,10 @@ def _near_border(first, size, axis: tl.constexpr):
 
 @triton.jit
 def edge_position(number, everywhere, config: tl.constexpr):
-    """Where number n of a tile's cells is: those at an edge in z come first, then in y, then in x.
+    """The position in its tile of the n-th cell that gets contributions from elsewhere.
 
-    Unless all are asked for, which come in their order.
+    Cells at an edge in z come first, then those in y, then those in x. With ``everywhere`` it is
+    all cells in C order.
     """
     size_z: tl.constexpr = config.z.edge * config.y.tile * config.x.tile
     size_y: tl.constexpr = (config.z.tile - config.z.edge) * config.y.edge * config.x.tile
@@ -432,9 +433,9 @@ def shares(first, size, axis: tl.constexpr):
 
 @triton.jit
 def share(s, turns_y, turns_x, sample, z, y, x, inside, touched_ptr, grid, config: tl.constexpr):
-    """Where tiles hold something for cells, in turn ``s``: (at [R, BC], is there any [R]).
+    """Where other tiles hold contributions to cells, in turn ``s``: (at [R, BC], is there any [R]).
 
-    Turns of all axes count in C order. Only what is not the cells' own tile.
+    Turns are counted over all axes in C order. What is in the cells' own tile is left out.
     """
     sz, sy, sx = s // (turns_y * turns_x), s // turns_x % turns_y, s % turns_x
     tz, pz, ok_z, same_z = overlap(sz, z, grid.depth, config.z, config)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from nca_kernels.backends.triton.configuration import Engine, step_launch
-from nca_kernels.backends.triton.device import is_hopper
+from nca_kernels.backends.triton.device import has_64_row_products
 from nca_kernels.backends.triton.geometry import Sizes
 from nca_kernels.backends.triton.step_configuration import StepConfiguration, step_configuration
 from nca_kernels.backends.triton.weights import pack, unpack
@@ -125,7 +125,7 @@ def _configuration(
         operands,
         launch,
         precision=engine.precision(call.rule.precision, platform),
-        rounds_by_instruction=is_hopper(engine.capability()),
+        rounds_by_instruction=has_64_row_products(engine.capability()),
         wanted=wanted,
     )
 

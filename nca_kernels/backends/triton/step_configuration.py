@@ -249,17 +249,16 @@ def step_configuration(
         wanted: of a backward, the gradients that are asked for, as flags; None of a forward.
     """
     rule, channels, fire = call.rule, operands.channels, operands.fire
-    alive, gradients = rule.alive, _wanted(wanted)
-    sizes, z, y, x = _sizes_and_axes(operands, launch, 1 if alive is None else alive.radius)
-    perception = _perception(call, operands, launch)
-    mlp = _mlp(operands, launch)
-    by_tap = z.tile * y.tile * x.tile * perception.positions * block(channels)
-    one_block = mlp.layers == 2 and mlp.widths[0] == mlp.block_h and not any(mlp.source_sizes)
+    alive, radius = rule.alive, 1 if rule.alive is None else rule.alive.radius
+    sizes, axes = _sizes_and_axes(operands, launch, radius)
+    perception, mlp = _perception(call, operands, launch), _mlp(operands, launch)
+    by_tap = math.prod(launch.tile) * perception.positions * block(channels)
     weights = mlp.block_h * (perception.parts * perception.part + block(channels))
+    in_shared_memory = mlp.one_block and weights <= launch.weights_in_shared_memory
+    gradients = _wanted(wanted)
+    sums_fit = mlp.one_block and perception.parts == 1 and launch.weight_gradients_in_registers
     config = StepConfiguration(
-        z=z,
-        y=y,
-        x=x,
+        *axes,
         aligned=next(n for n in (16, 4, 2, 1) if sizes.width % n == 0),
         one_group=sizes.groups == 1,
         one_tile=sizes.programs == sizes.tiles,
@@ -277,7 +276,7 @@ def step_configuration(
         alive_channel=0 if alive is None else alive.channel % channels,
         # As the reference compares: in float32.
         alive_threshold=0.0 if alive is None else float(np.float32(alive.threshold)),
-        alive_radius=1 if alive is None else alive.radius,
+        alive_radius=radius,
         weights_per_group=int(operands.weight_groups > 1),
         perception=perception,
         mlp=mlp,
@@ -289,20 +288,15 @@ def step_configuration(
         hoist_invariants=launch.hoist_invariants,
         # Of constant taps, of which many are zero, little is gathered of each filter.
         contributions_by_tap=not perception.constant and by_tap <= launch.contributions_by_tap,
-        weights_in_shared_memory=one_block
-        and wanted is None
-        and weights <= launch.weights_in_shared_memory,
-        weight_gradients_in_registers=one_block
-        and gradients.weights
-        and perception.parts == 1
-        and launch.weight_gradients_in_registers,
+        weights_in_shared_memory=wanted is None and in_shared_memory,
+        weight_gradients_in_registers=gradients.weights and sums_fit,
     )
     return replace(config, int64_indices=_largest_array(config, sizes) >= 2**31), sizes
 
 
 def _sizes_and_axes(
     operands: Operands, launch: Launch, radius: int
-) -> tuple[Sizes, Axis, Axis, Axis]:
+) -> tuple[Sizes, tuple[Axis, Axis, Axis]]:
     grid, kernel = three_axes(operands.grid), three_axes(operands.kernel)
     z, y, x = (
         Axis(
@@ -317,7 +311,7 @@ def _sizes_and_axes(
         -(-size // tile) for size, tile in zip(grid, launch.tile, strict=True)
     )
     programs = max(1, min(tiles, -(-launch.programs // operands.groups)))
-    return Sizes(*grid, operands.samples, operands.groups, tiles, programs), z, y, x
+    return Sizes(*grid, operands.samples, operands.groups, tiles, programs), (z, y, x)
 
 
 def _perception(call: StepCall, operands: Operands, launch: Launch) -> Perception:

@@ -1,11 +1,15 @@
 """The kernels of ``step`` and ``update``.
 
 Forward: ``step_forward``, then with alive masking ``clear_dead``. Backward: ``step_backward``,
-then ``add_overlaps`` and ``add_programs``. Programs loop over tiles, the same for each call, and
-add nothing up in an order that could vary: the same call gives the same bits.
+then ``add_overlaps`` and ``add_programs``. Which programs work on which tiles is the same for each
+call, and all sums have a fixed order: the same call gives the same bits.
 
-A launch has as many programs for each group, one group after the other; every array has a leading
-group axis. Grid sizes and the number of programs are arguments: nothing of them is compiled in.
+A launch has equally many programs for each group, one group after the other; every array has a
+leading group axis. Grid sizes and the number of programs are arguments of the kernels, which are
+not compiled for them.
+
+Kernels take many arguments because JAX hands pointers and sizes over one by one; their pieces do,
+too, so that each shows which memory it touches.
 """
 
 import triton
@@ -68,9 +72,9 @@ def step_forward(
     depth, height, width, samples, programs,
     config: tl.constexpr,
 ):  # fmt: skip
-    """The new state, but for cells that only its alive mask will clear.
+    """The new state, in which :func:`clear_dead` has yet to clear the cells that the step kills.
 
-    With alive masking also the new alive channel as a plane, and who was alive before.
+    With alive masking it also writes the new alive channel as a plane, and who was alive before.
     """
     program, group = program_and_group(programs, config)
     grid = grid_of(depth, height, width, samples, config)
@@ -136,7 +140,7 @@ def _copy_rest(
     state_ptr, out_ptr, plane_ptr, alive_ptr, sample, z0, y0, x0, scratch_ptr, grid,
     config: tl.constexpr,
 ):  # fmt: skip
-    """What is known of every cell without the MLP: who is alive, and the cells that stay."""
+    """Writes what needs no MLP: who is alive, and the state of cells that do not change."""
     lane = tl.arange(0, config.tile_cells)
     needed, lives = load_flags(lane, scratch_ptr, config)
     lz, ly, lx = lane_position(lane, config)
@@ -219,10 +223,11 @@ def step_backward(
     depth, height, width, samples, programs,
     config: tl.constexpr,
 ):  # fmt: skip
-    """All gradients: of the state within each tile, of the weights within each program.
+    """All gradients, but for sums over tiles and over programs.
 
-    The perception's gradient stays in this program's scratch, a tile at a time. What the tile's
-    cells mean to cells of other tiles goes to ``overlap_ptr`` [tiles, places, C].
+    The state's lacks what cells of other tiles contribute, which goes to ``overlap_ptr``
+    [tiles, places, C]; the weights' are sums of each program. The perception's gradient stays in
+    the program's scratch, a tile at a time.
     """
     program, group = program_and_group(programs, config)
     grid = grid_of(depth, height, width, samples, config)
@@ -260,7 +265,8 @@ def step_backward(
         tl.store(touched_ptr + tile, count)
         _clear_source_rows((d_perception_ptr, d_inputs_ptr), cell, inside, config)
         tl.debug_barrier()  # the previous tile's scratch is read
-        numbers, active = flag_numbers(words, upto), bits(words) != 0  # not drawn once more
+        # From the words: left to itself, Triton draws once more.
+        numbers, active = flag_numbers(words, upto), bits(words) != 0
         store_lanes(active, numbers, _lanes(config), 0, scratch_ptr, config)
         store_rows(active, numbers, lz, ly, lx, scratch_ptr, config)
         tl.debug_barrier()  # this one's lanes and rows are written
@@ -331,7 +337,7 @@ def _tile_gradient(
     cotangent_ptr, alive_ptr, d_state_ptr, overlap_ptr, weights_ptr, scratch_ptr,
     count, sample, z0, y0, x0, grid, config: tl.constexpr,
 ):  # fmt: skip
-    """The state's gradient: cells of the tile to ``d_state``, places around it to ``overlap``."""
+    """Writes the state's gradient: the tile's to ``d_state``, that around it to ``overlap``."""
     channel, real = channel_offsets(config)
     for first in range(0, config.places, config.rows):
         place = first + tl.arange(0, config.rows)

@@ -106,6 +106,11 @@ class MLP:
         return len(self.widths)
 
     @property
+    def one_block(self) -> bool:
+        """Whether all is one block of hidden units, without sources."""
+        return self.layers == 2 and self.widths[0] == self.block_h and not any(self.source_sizes)
+
+    @property
     def padded_sources(self) -> tuple[int, int]:
         given, inputs = (-(-size // self.block_s) * self.block_s for size in self.source_sizes)
         return given, inputs
