@@ -54,7 +54,7 @@ def at_precision(case: Case | AttentionCase, precision: str) -> Case | Attention
 
 
 def all_jobs(
-    cases: list[str], targets: list[str], precisions: list[str], **constants: Any
+    cases: list[str], targets: list[str], precisions: list[str], **changes: Any
 ) -> Iterator[tuple]:
     """(target, precision, variant, job) of every kernel, each launch once; "" is no variant."""
     devices = ["", *(path.stem for path in sorted(tuning.PACKAGED.glob("*.json")))]
@@ -62,7 +62,7 @@ def all_jobs(
         for precision in precisions:
             for name in cases:
                 case = at_precision(CASES[name], precision)
-                found = [j for d in devices if case for j in jobs(case, target, d, **constants)]
+                found = [j for d in devices if case for j in jobs(case, target, d, **changes)]
                 for job in dict.fromkeys(found):
                     yield target, precision, "", job
 
@@ -74,7 +74,7 @@ def variant_jobs(targets: list[str], precisions: list[str]) -> Iterator[tuple]:
         for job in jobs(case, target) if case else ():
             if job.name not in tuning.VARIANTS:
                 continue
-            for variant, launch in tuning.variants(job.name, job.how).items():
+            for variant, launch in tuning.variants(job.name, job.launch).items():
                 varied = jobs(case, target, fixed=partial(_always, launch)) if case else []
                 yield target, precision, variant, next(j for j in varied if j.name == job.name)
 
@@ -146,8 +146,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the rows there")
     options = parser.parse_args()
     rows = []
-    constants = {"wide": True} if options.wide else {}
-    work = list(all_jobs(options.cases, options.targets, options.precisions, **constants))
+    changes = {"int64_indices": True} if options.wide else {}
+    work = list(all_jobs(options.cases, options.targets, options.precisions, **changes))
     if options.variants or options.save:
         targets = [t for t in VARIANT_TARGETS if t in options.targets]
         work += variant_jobs(targets, [p for p in VARIANT_PRECISIONS if p in options.precisions])

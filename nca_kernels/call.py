@@ -18,6 +18,12 @@ from nca_kernels.perception import ConstantTaps
 from nca_kernels.rule import Layer, Rule, compute_dtype
 
 
+def three_axes(sizes: Sequence[int]) -> tuple[int, int, int]:
+    """Sizes of spatial axes as (z, y, x); axes that are missing have size 1."""
+    z, y, x = (1,) * (3 - len(sizes)) + tuple(sizes)
+    return z, y, x
+
+
 class Weights(NamedTuple):
     """What is learned about a step."""
 

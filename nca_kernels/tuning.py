@@ -36,15 +36,16 @@ class Launch:
         registers: that a thread may use at most, so that more programs fit a multiprocessor; 0 for
             as many as the compiler takes.
         unroll: positions of the stencil in one turn of its loop.
-        hoisted: whether what a tile's blocks of rows have in common is computed once, and kept in
-            registers.
-        joined: widest perception, in columns, that goes through products as one block instead of
-            filter by filter.
-        by_tap: largest contributions to the state, tap by tap, in floats, that a program keeps of
-            a tile, backward; if larger, or if taps are constant, it keeps gradients of perceptions.
-        held: largest weights, in floats, that a program keeps in shared memory, forward.
-        carried: whether a program keeps its gradients of the weights in registers, backward, where
-            one block holds all hidden units.
+        hoist_invariants: whether what a tile's blocks of rows have in common is computed once, and
+            kept in registers.
+        side_by_side: widest perception, in columns, whose filters go through products side by side
+            as one block, instead of one by one.
+        weights_in_shared_memory: most weights, as numbers, that a program keeps there, forward.
+        contributions_by_tap: most contributions of a tile to the state, as numbers, that a program
+            keeps tap by tap, backward. If there are more, or if taps are constant, it keeps the
+            gradients of perceptions instead.
+        weight_gradients_in_registers: whether a program keeps its gradients of the weights there,
+            backward, where one block holds all hidden units.
     """
 
     tile: tuple[int, int, int] = (1, 16, 16)
@@ -55,11 +56,11 @@ class Launch:
     stages: int = 2
     registers: int = 0
     unroll: int = 3
-    hoisted: bool = True
-    joined: int = 0
-    held: int = 0
-    by_tap: int = 2**18
-    carried: bool = False
+    hoist_invariants: bool = True
+    side_by_side: int = 0
+    weights_in_shared_memory: int = 0
+    contributions_by_tap: int = 2**18
+    weight_gradients_in_registers: bool = False
 
 
 FIELDS = tuple(field.name for field in fields(Launch))
@@ -77,8 +78,8 @@ def winner(device: str, kernel: str, problem: str) -> Launch | None:
     Raises:
         ValueError: as :func:`winner_of` does.
     """
-    own = winner_of(user_folder(), device, kernel, problem)
-    return own or winner_of(PACKAGED, device, kernel, problem)
+    of_user = winner_of(user_folder(), device, kernel, problem)
+    return of_user or winner_of(PACKAGED, device, kernel, problem)
 
 
 def winner_of(folder: Path, device: str, kernel: str, problem: str) -> Launch | None:
@@ -122,30 +123,31 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
 
 
-# Launches that counting alone cannot decide upon: measured on a GPU by `make gpu`, against the
-# heuristic's. Each waits for something else less, see docs/gpu.md.
+# Launches that only a measurement can choose or reject: `make gpu` times them against the
+# heuristic's. Each is to wait less for something, see docs/gpu.md.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "step_forward": {
         "three_programs": {"registers": 168, "programs": 396},
-        "four_programs": {"registers": 128, "programs": 528, "hoisted": False},
+        "four_programs": {"registers": 128, "programs": 528, "hoist_invariants": False},
         "rows_128": {"rows": 128, "warps": 8, "programs": 132},
-        "not_held": {"held": 0},  # in 48 KB, up to which JAX leaves the L1 cache its size
+        # In 48 KB of shared memory, up to which JAX leaves the L1 cache its size.
+        "weights_in_cache": {"weights_in_shared_memory": 0},
     },
     "step_backward": {
-        "carried": {
-            "carried": True, "rows": 128, "warps": 8, "block_h": 128, "hoisted": False,
-            "programs": 132,
+        "gradients_in_registers": {
+            "weight_gradients_in_registers": True, "rows": 128, "warps": 8, "block_h": 128,
+            "hoist_invariants": False, "programs": 132,
         },
         "rows_128": {
-            "rows": 128, "warps": 8, "block_h": 128, "hoisted": False, "programs": 132,
+            "rows": 128, "warps": 8, "block_h": 128, "hoist_invariants": False, "programs": 132,
         },
-        "block_128": {"block_h": 128, "hoisted": False},
+        "block_128": {"block_h": 128, "hoist_invariants": False},
     },
 }  # fmt: skip
 
 
 def variants(kernel: str, heuristic: Launch) -> dict[str, Launch]:
-    """Named launches of ``kernel``, of Growing NCA's size, to be measured against the heuristic's.
+    """Launches by name to be measured against the heuristic's, for kernels of Growing NCA's size.
 
     Args:
         kernel: ``step_forward`` or ``step_backward``.
@@ -170,12 +172,14 @@ def candidates(heuristic: Launch, only: Collection[str] = FIELDS) -> list[Launch
     changes += [{"stages": s} for s in (1, 2, 3)]
     changes += [{"programs": p} for p in (132, 264, 528, 1056)]
     changes += [{"unroll": u} for u in (1, 3, 9)]
-    changes += [{"hoisted": h} for h in (True, False)]
-    changes += [{"hoisted": False, "programs": p} for p in (396, 528)]  # in fewer registers
+    changes += [{"hoist_invariants": h} for h in (True, False)]
+    changes += [
+        {"hoist_invariants": False, "programs": p} for p in (396, 528)
+    ]  # in fewer registers
     changes += [{"block_h": h} for h in (32, 64, 128)]
-    changes += [{"joined": j} for j in (0, 256)]
-    changes += [{"by_tap": b} for b in (0, 2**18)]
-    changes += [{"held": h} for h in (0, 2**14)]
+    changes += [{"side_by_side": j} for j in (0, 256)]
+    changes += [{"contributions_by_tap": b} for b in (0, 2**18)]
+    changes += [{"weights_in_shared_memory": h} for h in (0, 2**14)]
     changes += [change for kernel in VARIANTS.values() for change in kernel.values()]
     changes += [{"tile": (heuristic.tile[0], max(y // 2, 1), x)}]
     changes += [{"tile": (heuristic.tile[0], y * 2, x)}] if y > 1 else []

@@ -41,10 +41,10 @@ class Rehearsal(DeviceWork):
 def register_stand_in(device: str) -> None:
     """A backend ``triton`` that compiles for CUDA what it is to launch, and gives zeros."""
 
-    def launch(
-        kernel: Any, inputs: Sequence[Any], outputs: Sequence[Any], *rest: Any, **named: Any
+    def run_kernel(
+        kernel: Any, inputs: Sequence[Any], outputs: Sequence[Any], **rest: Any
     ) -> list[Any]:
-        run = lambda *arrays: triton.ENGINE.launch(kernel, arrays, outputs, *rest, **named)
+        run = lambda *arrays: triton.ENGINE.run_kernel(kernel, arrays, outputs, **rest)
         shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in inputs]
         jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",))
         return [jnp.zeros(o.shape, o.dtype) for o in outputs]
@@ -56,7 +56,7 @@ def register_stand_in(device: str) -> None:
             lambda call, _, *args: backward(call, "cuda", *args),
         )
 
-    engine = replace(triton.ENGINE, launch=launch, device=lambda: device)
+    engine = replace(triton.ENGINE, run_kernel=run_kernel, device=lambda: device)
     dispatch.register(
         dispatch.Backend(
             "triton",

@@ -50,7 +50,12 @@ for backend in (
         load=_loader("triton"),
         platforms=("cuda", "rocm"),
         missing=_ask("triton.launch", "missing"),
-        covers=replace(COMMON, width=_ask("triton.engine", "too_wide")),
+        # A word of 16 cells is pooled in 32 lanes, which hold twice the radius on both sides.
+        covers=replace(
+            COMMON,
+            alive=ALIVE | {"radius": (1, 2, 3, 4)},
+            width=_ask("triton.engine", "too_wide"),
+        ),
         markers={
             "step": ("@nca_triton_step_forward", "@nca_triton_step_backward"),
             "neighborhood_attention": (

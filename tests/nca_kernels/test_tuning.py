@@ -16,6 +16,7 @@ from nca_kernels import dispatch, tuning
 from nca_kernels.backends import COMMON
 from nca_kernels.backends.triton import attention_calls, step_calls, tuner
 from nca_kernels.backends.triton.configuration import Engine, heuristic, problem_name
+from nca_kernels.backends.triton.step_configuration import StepConfiguration
 from nca_kernels.call import Operands, Weights
 from nca_kernels.testing import ATTENTION, CONFORMANCE
 from nca_kernels.testing.attention_conformance import attention as attend
@@ -35,15 +36,16 @@ class Kernels:
 launched = []  # the launches of kernels, in turn
 
 
-def sleeping_launch(kernel, inputs, outputs, grid, g, how, aliases=None):
+def sleeping_kernel(kernel, inputs, outputs, *, config, launch, **rest):
     """Takes 20 ms, but 1 ms with 8 warps, and runs out of memory with 64 rows."""
-    launched.append(how)
-    assert not (g.get("constant_taps") and g["taps_grad"]), "nobody asks for it"
-    if how.rows == 64:
+    launched.append(launch)
+    if isinstance(config, StepConfiguration):
+        assert not (config.perception.constant and config.wanted.taps), "nobody asks for it"
+    if launch.rows == 64:
         raise RuntimeError("out of shared memory")
 
     def run(*arrays):
-        time.sleep(0.001 if how.warps == 8 else 0.02)
+        time.sleep(0.001 if launch.warps == 8 else 0.02)
         return [jnp.zeros(o.shape, o.dtype) for o in outputs]
 
     return jax.pure_callback(run, list(outputs), *inputs)
@@ -53,7 +55,7 @@ ENGINE = Engine(
     name="sleeping",
     step_kernels=Kernels,
     attention_kernels=Kernels,
-    launch=sleeping_launch,
+    run_kernel=sleeping_kernel,
     precision=lambda name, platform: "ieee",
     device=lambda: "Some GPU",
 )
@@ -120,7 +122,7 @@ def test_tuning_writes_the_fastest_that_runs(own_folder, monkeypatch, run, kerne
     jax.clear_caches()
     launched.clear()
     run()
-    assert {how.warps for how in launched} == {8}
+    assert {launch.warps for launch in launched} == {8}
 
 
 def test_what_was_tuned_is_not_tuned_again(own_folder, monkeypatch, caplog):
@@ -155,7 +157,7 @@ def test_launches_are_timed_in_turn():
 
         return run
 
-    runs = {how: partial(prepare, how) for how in ("a", "b")}
+    runs = {name: partial(prepare, name) for name in ("a", "b")}
     assert tuner.fastest({**runs, "fails": lambda: 1 / 0}) == "b"
     assert turns == ["a", "a", "b", "b", "a", "b", "a", "b"]
     assert tuner.fastest({"fails": lambda: 1 / 0}) is None
@@ -203,7 +205,7 @@ def test_candidates_hold_the_heuristic_and_no_launch_twice():
     assert replace(Launch(), warps=8) in found
     few = tuning.candidates(Launch(), tuner.ATTENTION_FIELDS)
     assert few[0] == Launch()
-    assert {how.tile for how in few} == {Launch().tile}
+    assert {launch.tile for launch in few} == {Launch().tile}
 
 
 @pytest.mark.parametrize("channels", [1, 3, 16, 64, 130, 300, 700])
@@ -214,10 +216,10 @@ def test_heuristic_is_made_of_powers_of_two(channels, kernel):
         for hidden in (1, 100, 1000):
             case = replace(CASE, channels=channels, hidden=(hidden,))
             shapes = jax.eval_shape(lambda case=case: operands_of(case))
-            how = heuristic(kernel, CALL, shapes, precise, capability)
-            sizes = (*how.tile, how.rows, how.block_h, how.warps)
-            assert all(n & (n - 1) == 0 for n in sizes), how
-            assert min(how.tile[2], how.rows, how.block_h) >= 16
+            launch = heuristic(kernel, CALL, shapes, precise, capability)
+            sizes = (*launch.tile, launch.rows, launch.block_h, launch.warps)
+            assert all(n & (n - 1) == 0 for n in sizes), launch
+            assert min(launch.tile[2], launch.rows, launch.block_h) >= 16
 
 
 CALL = SimpleNamespace(num_spatial_dims=2)

@@ -11,6 +11,7 @@ import math
 import re
 from typing import Any
 
+from nca_kernels.backends.triton.geometry import Sizes
 from nca_kernels.tuning import Launch
 
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;")
@@ -25,56 +26,61 @@ Loop = frozenset[int]  # its instructions
 
 
 def warp_instructions_a_cell(
-    kernel: str, code: str, g: dict[str, Any], how: Launch, fire_rate: float = 0.5
+    kernel: str, code: str, config: Any, sizes: Sizes, launch: Launch, fire_rate: float = 0.5
 ) -> float | None:
     """Instructions that warps issue for a cell of a grid whose cells are all alive and stay so.
 
     Args:
         kernel: its name: ``step_forward``, ``clear_dead``, ``step_backward``, ``add_overlaps``.
         code: the kernel's, as nvdisasm prints it.
-        g: the constants that it was compiled with.
-        how: its launch.
+        config: what it is compiled for, a ``StepConfiguration``.
+        sizes, launch: those of the call.
         fire_rate: of the cells, 0 to 1.
     Returns:
-        None where loops cannot be told apart: of dense taps, without tensor cores, of overlaps
-        with borders other than zeros. Of other kernels, too.
+        None where loops cannot be told apart: with dense taps, without tensor cores, with alive
+        pools of more than 27 positions, and of overlaps with borders other than zeros. None for
+        other kernels, too.
     """
+    if kernel in ("step_forward", "clear_dead") and config.pool_positions > 27:
+        return None
     instructions, after = _parse(code)
     loops = _loops(after)
     if kernel == "clear_dead":  # straight on, but that it may leave where no cell dies
         leaves = next(i for i, text in enumerate(instructions) if re.search(LEAVE, text))
-        return (leaves + 1) * how.warps / g["tile"]
-    if kernel == "add_overlaps" and g["padding"] == "zeros":
-        turns: dict[Loop, float] = dict.fromkeys(loops, math.ceil(g["edges"] / how.rows))
+        return (leaves + 1) * launch.warps / config.tile_cells
+    if kernel == "add_overlaps" and not config.borders_fold_back:
+        turns: dict[Loop, float] = dict.fromkeys(loops, math.ceil(config.edges / launch.rows))
     elif (
         kernel in ("step_forward", "step_backward")
-        and not g["dense"]
+        and not config.perception.dense
         and any(re.search(TENSOR, i) for i in instructions)
     ):
-        turns = {loop: _turns(loop, instructions, loops, g, how, fire_rate) for loop in loops}
+        turns = {
+            loop: _turns(loop, instructions, loops, config, launch, fire_rate) for loop in loops
+        }
     else:
         return None
     loops = [loop for loop in loops if len(loop) > 1]  # what fills up a kernel's code
-    shares = _shares_of_tiles(instructions, after, loops, g)
+    shares = _shares_of_tiles(instructions, after, loops, config, sizes)
     issued = sum(
         shares.get(at, 1.0) * math.prod(turns[loop] for loop in loops if at in loop)
         for at in range(len(instructions))
     )
-    return issued * how.warps / g["tile"]
+    return issued * launch.warps / config.tile_cells
 
 
 def _shares_of_tiles(
-    instructions: list[str], after: list[list[int]], loops: list[Loop], g: dict[str, Any]
+    instructions: list[str], after: list[list[int]], loops: list[Loop], config: Any, sizes: Sizes
 ) -> dict[int, float]:
     """Of tiles with and without a margin, for the instructions that only one kind of them takes.
 
     Those are the two ways on from a branch, both with loads; the shorter one needs no border.
     """
     inner = 1.0
-    for axis, size in zip("zyx", ("depth", "height", "width"), strict=True):
-        tile, reach, before = g[f"tile_{axis}"], g[f"kernel_{axis}"], g[f"before_{axis}"]
-        first = range(0, g[size], tile)
-        inside = [before <= i <= g[size] - tile - (reach - 1 - before) for i in first]
+    grid = (sizes.depth, sizes.height, sizes.width)
+    for axis, size in zip(config.axes, grid, strict=True):
+        first = range(0, size, axis.tile)
+        inside = [axis.before <= i <= size - axis.tile - axis.after for i in first]
         inner *= sum(inside) / len(inside)
     shares: dict[int, float] = {}
     for at, to in enumerate(after):
@@ -88,7 +94,7 @@ def _shares_of_tiles(
 
 
 def _turns(
-    loop: Loop, instructions: list[str], loops: list[Loop], g: dict[str, Any], how: Launch,
+    loop: Loop, instructions: list[str], loops: list[Loop], config: Any, launch: Launch,
     fire_rate: float,
 ) -> float:  # fmt: skip
     """Turns of a loop for one tile.
@@ -102,22 +108,22 @@ def _turns(
         return any(re.search(pattern, instructions[at]) for at in loop)
 
     if has(TENSOR):
-        depth = outside + g["one_tile"]
+        depth = outside + config.one_tile
         if depth == 0:
             return 1
         if depth == 1:
-            return _mean_blocks(g, how, fire_rate)
-        return g["padded_widths"][0] / g["block_h"]
-    if outside + g["one_tile"] > 1:
-        return math.ceil(g["kernel"] / how.unroll)
-    return math.ceil(g["places"] / how.rows) if has(LOAD) else 1
+            return _mean_blocks(config, launch, fire_rate)
+        return config.mlp.widths[0] / config.mlp.block_h
+    if outside + config.one_tile > 1:
+        return math.ceil(config.perception.positions / launch.unroll)
+    return math.ceil(config.places / launch.rows) if has(LOAD) else 1
 
 
-def _mean_blocks(g: dict[str, Any], how: Launch, fire_rate: float) -> float:
+def _mean_blocks(config: Any, launch: Launch, fire_rate: float) -> float:
     """How many blocks of rows a tile's firing cells fill, on average."""
-    cells = g["tile"]
+    cells = config.tile_cells
     return sum(
-        math.comb(cells, n) * fire_rate**n * (1 - fire_rate) ** (cells - n) * -(-n // how.rows)
+        math.comb(cells, n) * fire_rate**n * (1 - fire_rate) ** (cells - n) * -(-n // launch.rows)
         for n in range(cells + 1)
     )
 

@@ -22,9 +22,9 @@ import nca_kernels as nk
 from nca_kernels import dispatch
 from nca_kernels.backends import COMMON
 from nca_kernels.backends import triton as backend
-from nca_kernels.backends.triton import launch
-from nca_kernels.backends.triton.constants import Constants
-from nca_kernels.backends.triton.geometry import SIZES
+from nca_kernels.backends.triton.constants import CompileTime
+from nca_kernels.backends.triton.geometry import Sizes
+from nca_kernels.backends.triton.launch import compile_kernel, options, types
 from nca_kernels.testing.cases import AttentionCase, Case
 from nca_kernels.tuning import Launch
 from tests.tools.issue_slots import warp_instructions_a_cell
@@ -46,14 +46,9 @@ class Job:
     case: str
     kernel: Any
     signature: tuple[str, ...]  # Triton's types of inputs and outputs
-    constants: Constants
-    how: Launch
-    sizes: tuple[tuple[str, int], ...]  # of the call: what the kernel is not compiled for
-
-    @property
-    def values(self) -> dict[str, Any]:
-        """Constants and sizes."""
-        return self.constants.values() | dict(self.sizes)
+    config: Any  # a dataclass, what the kernel is compiled for
+    sizes: Sizes  # of the call: what the kernel is not compiled for
+    launch: Launch
 
     @property
     def name(self) -> str:
@@ -65,35 +60,34 @@ def jobs(
     target: str,
     device: str = "",
     fixed: Callable[[Any], Launch] | None = None,
-    **constants: Any,
+    **changes: Any,
 ) -> list[Job]:
     """The kernels of a case, forward and backward, recorded as they would be launched.
 
     Args:
         device: whose packaged winners to take; without, launches are the heuristic's.
         fixed: a launch for every kernel instead.
-        constants: of the kernels, instead of those that follow from the case.
+        changes: fields of the kernels' configuration that are not to follow from the case.
     """
-    found: list[Job] = []
+    recorded: list[Job] = []
 
     def record(
         kernel: Any,
         inputs: Sequence[Any],
         outputs: Sequence[Any],
-        grid: tuple[int, ...],
-        g: dict[str, Any],
-        how: Launch,
-        aliases: Any = None,
+        *,
+        config: Any,
+        sizes: Sizes,
+        launch: Launch,
+        **rest: Any,
     ) -> list[Any]:
-        g = {**g, **constants}
-        sizes = tuple((name, g[name]) for name in sorted(SIZES & g.keys()))
-        signature = launch.types(inputs, outputs)
-        found.append(Job(case.name, kernel, signature, launch.constants(g), how, sizes))
+        config = replace(config, **changes)
+        recorded.append(Job(case.name, kernel, types(inputs, outputs), config, sizes, launch))
         return [jnp.zeros(o.shape, o.dtype) for o in outputs]
 
     engine = replace(
         backend.ENGINE,
-        launch=record,
+        run_kernel=record,
         fixed=fixed,
         device=lambda: device,
         capability=lambda: TARGETS[target][1] if TARGETS[target][0] == "cuda" else 0,
@@ -107,12 +101,12 @@ def jobs(
             lambda call, _, *args: backward(engine, call, platform, *args),
         )
 
-    name = "triton_recorded"
-    recorder = dispatch.Backend(name, summary="records launches", load=load, covers=COMMON)
+    name, covers = "triton_recorded", replace(COMMON, alive=dispatch.covers("triton").alive)
+    recorder = dispatch.Backend(name, summary="records launches", load=load, covers=covers)
     dispatch.register(recorder)
     jax.clear_caches()  # a lowering taken from the cache records nothing
     _lower_gradient(case, name)
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(recorded))
 
 
 def _lower_gradient(case: Case | AttentionCase, backend: str) -> None:
@@ -166,7 +160,7 @@ def compile_job(job: Job, target: str) -> dict[str, Any]:
         "target": target,
         "shared_bytes": compiled.metadata.shared,
         **used,
-        "launch": asdict(job.how),
+        "launch": asdict(job.launch),
     }
 
 
@@ -179,8 +173,8 @@ def _compiled(job: Job, target: str) -> Any:
     from triton.backends.compiler import GPUTarget
 
     gpu = GPUTarget(*TARGETS[target])
-    return launch.compile_kernel(
-        job.kernel, job.signature, job.constants, launch.options(job.how), gpu
+    return compile_kernel(
+        job.kernel, job.signature, CompileTime(job.config), options(job.launch), gpu
     )
 
 
@@ -200,7 +194,7 @@ def _nvidia_usage(asm: Any, job: Job) -> dict[str, Any]:
 
 
 def _issued(code: str, job: Job) -> dict[str, float]:
-    issued = warp_instructions_a_cell(job.name, code, job.values, job.how)
+    issued = warp_instructions_a_cell(job.name, code, job.config, job.sizes, job.launch)
     return {} if issued is None else {"warp_instructions_a_cell": round(issued, 1)}
 
 

@@ -14,7 +14,6 @@ need, it is helped: it would patch Triton's language anew for each call of a fun
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 from collections.abc import Sequence
@@ -28,9 +27,8 @@ import ml_dtypes
 import numpy as np
 
 from nca_kernels import dispatch
-from nca_kernels.backends import COMMON
-from nca_kernels.backends.triton.configuration import product_precision, too_wide_for_tiles
-from nca_kernels.backends.triton.geometry import SIZES
+from nca_kernels.backends.triton.configuration import product_precision
+from nca_kernels.backends.triton.geometry import Sizes
 from nca_kernels.backends.triton.launch import size_names
 from nca_kernels.tuning import Launch
 from tests.tools.races import Accesses, Extent, function_in
@@ -59,7 +57,7 @@ def register(
             load=partial(_load, changes),
             platforms=("cpu",),
             missing=missing,
-            covers=replace(COMMON, width=too_wide_for_tiles),
+            covers=dispatch.covers("triton"),
             markers=dict.fromkeys(("step", "neighborhood_attention"), (CALLBACK,)),
         )
     )
@@ -75,7 +73,11 @@ def _load(changes: dict[str, Any], op: str) -> Any:
     from nca_kernels.backends import triton
 
     # Each op is (partial(forward, engine), partial(backward, engine)).
-    interpreted: dict[str, Any] = {"launch": launch, "fixed": small_tiles, "precision": nvidias}
+    interpreted: dict[str, Any] = {
+        "run_kernel": run_kernel,
+        "fixed": small_tiles,
+        "precision": nvidias,
+    }
     engine = replace(triton.ENGINE, **interpreted | changes)
     return tuple(partial(kernel.func, engine) for kernel in getattr(triton, op))
 
@@ -89,28 +91,34 @@ def small_tiles(call: Any) -> Launch:
     """Tiles so small that small grids have several, and rows so few that tiles have several."""
     tile = {1: (1, 1, 32), 2: (1, 4, 16), 3: (4, 4, 16)}[call.num_spatial_dims]
     rows = {1: 16, 2: 32, 3: 256}[call.num_spatial_dims]
-    # So that both ways run: weights held in 2-D alone, their gradients carried in 1-D alone,
-    # filters side by side and the state's gradient by tap in all but 3-D.
-    held = 2**14 if call.num_spatial_dims == 2 else 0
-    carried = call.num_spatial_dims == 1
-    joined, by_tap = (0, 0) if call.num_spatial_dims == 3 else (256, 2**18)
+    # So that both ways run: weights in shared memory in 2-D alone, their gradients in registers in
+    # 1-D alone, filters side by side and the state's gradient by tap in all but 3-D.
     return Launch(
-        tile, rows, 32, programs=3, held=held, joined=joined, by_tap=by_tap, carried=carried
+        tile,
+        rows,
+        32,
+        programs=3,
+        weights_in_shared_memory=2**14 if call.num_spatial_dims == 2 else 0,
+        side_by_side=0 if call.num_spatial_dims == 3 else 256,
+        contributions_by_tap=0 if call.num_spatial_dims == 3 else 2**18,
+        weight_gradients_in_registers=call.num_spatial_dims == 1,
     )
 
 
-def launch(
+def run_kernel(
     kernel: Any,
     inputs: Sequence[Any],
     outputs: Sequence[jax.ShapeDtypeStruct],
-    grid: tuple[int, int],
-    g: Any,
-    how: Any,
+    *,
+    programs: int,
+    config: Any,
+    sizes: Sizes,
+    launch: Launch,
     aliases: dict[int, int] | None = None,
 ) -> list[Any]:
-    """As ``backends.triton.launch.launch``, in the interpreter."""
-    programs = math.prod(grid)
-    run = partial(interpret, kernel, outputs, programs, g, 32 * how.warps, aliases or {})
+    """As ``backends.triton.launch.run_kernel``, in the interpreter."""
+    told = {name: getattr(sizes, name) for name in size_names(kernel)} | {"config": config}
+    run = partial(interpret, kernel, outputs, programs, told, 32 * launch.warps, aliases or {})
     return list(jax.pure_callback(run, list(outputs), *inputs))
 
 
@@ -122,7 +130,7 @@ def interpret(
     kernel: Any,
     outputs: Sequence[jax.ShapeDtypeStruct],
     programs: int,
-    g: Any,
+    told: dict[str, Any],
     threads: int,
     aliases: dict[int, int],
     *inputs: Any,
@@ -137,9 +145,7 @@ def interpret(
         _correct_interpreter()
         extents = [Extent(a.ctypes.data, a.size, a.itemsize) for a in (*arrays, *results)]
         _accesses = Accesses(extents, threads)
-        sizes = [g[name] for name in size_names(kernel)]
-        constants = SimpleNamespace(**{k: v for k, v in g.items() if k not in SIZES})
-        kernel[(programs,)](*map(_Operand, [*arrays, *results]), *sizes, g=constants)
+        kernel[(programs,)](*map(_Operand, [*arrays, *results]), **told)
     return results
 
 

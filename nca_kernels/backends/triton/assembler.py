@@ -1,7 +1,7 @@
-"""Which version of PTX kernels are written in: one that JAX's assembler reads.
+"""Chooses the version of PTX that kernels are written in: one that JAX's assembler reads.
 
-JAX is handed PTX, and assembles it with the ptxas that it finds. A ptxas that is older than
-Triton's own refuses what Triton would write for that, as CUDA 13.0 does with Triton 3.9.
+JAX is handed PTX, and assembles it with the ptxas that it finds. A ptxas that is older than the
+one that Triton brings may refuse what Triton writes by default: CUDA 13.0's refuses Triton 3.9's.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from pathlib import Path
 
 import jax
 
-OLDEST = (11, 8)  # JAX passes by a ptxas that is older
+OLDEST = (11, 8)  # JAX ignores an older ptxas
 
 
 @cache
 def ptx_version(capability: int) -> int | None:
-    """The version for Triton's compiler, as 90 for 9.0; None if Triton's own choice is read.
+    """The version to ask Triton's compiler for, as 90 for 9.0; None for its own choice.
 
     Args:
         capability: CUDA compute capability of the GPU, as 90, or 0.
     """
-    if not capability:  # of a GPU that has none, which takes no PTX
+    if not capability:  # a GPU that has none takes no PTX
         return None
     from triton.backends.nvidia.compiler import get_ptxas, ptx_get_version
 
@@ -37,7 +37,7 @@ def ptx_version(capability: int) -> int | None:
 
 
 def provide_ptxas() -> None:
-    """Where JAX has CUDA but would find no ptxas, it gets Triton's, at the end of PATH."""
+    """Adds Triton's ptxas to the end of PATH if JAX has CUDA and would find no other."""
     from jaxlib import gpu_triton
 
     if not hasattr(gpu_triton, "TritonKernelCall"):
@@ -52,7 +52,7 @@ def provide_ptxas() -> None:
 
 
 def _where_jax_looks() -> Iterator[Path]:
-    """As XLA does: PATH, common places, NVIDIA's wheels beside JAX, the Conda environment."""
+    """Where XLA looks for ptxas: PATH, common places, NVIDIA's wheels beside JAX, Conda."""
     roots = (Path("/usr/local/cuda"), Path("/opt/cuda"))
     wheels = Path(jax.__file__).parents[1] / "nvidia"
     for folder in os.environ.get("PATH", "").split(os.pathsep):
@@ -62,7 +62,7 @@ def _where_jax_looks() -> Iterator[Path]:
 
 
 def _version(path: Path) -> tuple[int, ...]:
-    """As (13, 0); () of what does not run."""
+    """The version of a ptxas, as (13, 0); () if it does not run."""
     from triton.knobs import NvidiaTool
 
     tool = NvidiaTool.from_path(str(path)) if shutil.which(path) else None

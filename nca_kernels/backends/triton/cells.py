@@ -1,10 +1,10 @@
 """Pieces of kernels that deal with cells: tiles, borders, who fires, who lives, compaction.
 
-A program works on one tile at a time: a box of cells whose lanes are numbered in C order. Flags
-of lanes are kept as words, one 16-bit word for each run of 16 cells along x, so that pooling
-along x is a shift and picking the n-th set flag is arithmetic.
+A program works on one tile at a time: a box of cells, its lanes, which are numbered in C order.
+Flags of lanes are packed into words, one of 16 bits for each run of 16 cells along x, so that
+pooling along x is a shift and finding the n-th set flag is arithmetic.
 
-``g`` is always the :class:`Constants` of the call; see ``geometry.py`` for its names.
+``config`` is always the call's :class:`.step_configuration.StepConfiguration`.
 """
 
 from typing import NamedTuple
@@ -20,7 +20,7 @@ RUN_MASK = tl.constexpr(0xFFFF)
 
 
 class Grid(NamedTuple):
-    """Sizes of one group that kernels are given as arguments, so that no grid is compiled in."""
+    """Sizes of one group: arguments of kernels, which are compiled for no grid."""
 
     depth: tl.tensor
     height: tl.tensor
@@ -33,23 +33,23 @@ class Grid(NamedTuple):
 
 
 @triton.jit
-def grid_of(depth, height, width, samples, g: tl.constexpr):
+def grid_of(depth, height, width, samples, config: tl.constexpr):
     """The sizes of a call.
 
-    The compiler knows an axis of one cell, and a number that the width is a multiple of: it reads
-    and writes several neighbours at once then.
+    The compiler is told of axes of one cell, and of a number that the width is a multiple of, so
+    that several neighbours are read or written at once.
     """
-    width = width // g.aligned * g.aligned
-    if g.window_z == 1:
+    width = width // config.aligned * config.aligned
+    if config.z.pool == 1:
         depth = depth * 0 + 1
-    if g.window_y == 1:
+    if config.y.pool == 1:
         height = height * 0 + 1
-    if g.window_x == 1:
+    if config.x.pool == 1:
         width = width * 0 + 1
-    tiles_z, tiles_y = tl.cdiv(depth, g.tile_z), tl.cdiv(height, g.tile_y)
-    tiles_x = tl.cdiv(width, g.tile_x)
+    tiles_z, tiles_y = tl.cdiv(depth, config.z.tile), tl.cdiv(height, config.y.tile)
+    tiles_x = tl.cdiv(width, config.x.tile)
     tiles = samples * tiles_z * tiles_y * tiles_x
-    if g.wide:
+    if config.int64_indices:
         samples = samples.to(tl.int64)
     cells = samples * depth * height * width
     return Grid(depth, height, width, tiles_z, tiles_y, tiles_x, tiles, cells)
@@ -57,9 +57,9 @@ def grid_of(depth, height, width, samples, g: tl.constexpr):
 
 @triton.jit
 def divided(number, size):
-    """``number // size`` and ``number % size`` of numbers that are not negative.
+    """``number // size`` and ``number % size``, for numbers that are not negative.
 
-    Divided without a sign, for which GPUs take fewer instructions.
+    An unsigned division takes a GPU fewer instructions.
     """
     number += size * 0  # of a loop's counter, which Triton's interpreter has as a plain number
     if number.dtype == tl.int64:
@@ -70,48 +70,52 @@ def divided(number, size):
 
 
 @triton.jit
-def program_and_group(programs, g: tl.constexpr):
+def program_and_group(programs, config: tl.constexpr):
     """Which of its group's programs this one is, and the group.
 
-    A single group is 0 to the compiler, and moves no array's address.
+    The compiler is told that a single group is 0: no address depends on it then.
     """
     program = tl.program_id(0)
     group = program * 0
-    if not g.one_group:
+    if not config.one_group:
         group, program = divided(program, programs)
-    if g.wide:
+    if config.int64_indices:
         group = group.to(tl.int64)
     return program, group
 
 
 @triton.jit
-def tiles_of(program, programs, grid, g: tl.constexpr):
-    """The tiles that a program works on: (first, end, step); of one alone the compiler knows."""
+def tiles_of(program, programs, grid, config: tl.constexpr):
+    """The tiles that a program works on, (first, end, step); the compiler is told if it is one."""
     end, step = grid.tiles, programs
-    if g.one_tile:
+    if config.one_tile:
         end, step = program + 1, 1
     return program, end, step
 
 
 @triton.jit
-def tile_origin(tile, grid, g: tl.constexpr):
+def tile_origin(tile, grid, config: tl.constexpr):
     """A tile's number to its sample and its first cell."""
     tile, x = divided(tile, grid.tiles_x)
     tile, y = divided(tile, grid.tiles_y)
     sample, z = divided(tile, grid.tiles_z)
-    return sample, z * g.tile_z, y * g.tile_y, x * g.tile_x
+    return sample, z * config.z.tile, y * config.y.tile, x * config.x.tile
 
 
 @triton.jit
-def lane_position(lane, g: tl.constexpr):
+def lane_position(lane, config: tl.constexpr):
     """A lane's number to its place in the tile."""
-    return lane // (g.tile_y * g.tile_x), lane // g.tile_x % g.tile_y, lane % g.tile_x
+    return (
+        lane // (config.y.tile * config.x.tile),
+        lane // config.x.tile % config.y.tile,
+        lane % config.x.tile,
+    )
 
 
 @triton.jit
-def cell_number(sample, z, y, x, grid, g: tl.constexpr):
+def cell_number(sample, z, y, x, grid, config: tl.constexpr):
     """C-order index of a cell within its group."""
-    if g.wide:
+    if config.int64_indices:
         sample = sample.to(tl.int64)
     return ((sample * grid.depth + z) * grid.height + y) * grid.width + x
 
@@ -123,7 +127,7 @@ def in_grid(z, y, x, grid):
 
 @triton.jit
 def _below(i, size):
-    """Whether a position is in 0 .. size, in one comparison: of negative ones the sign is large."""
+    """Whether 0 <= i < size, by one comparison: negative numbers without their sign are large."""
     if i.dtype == tl.int64:
         below = (i >= 0) & (i < size)
     else:
@@ -133,10 +137,10 @@ def _below(i, size):
 
 @triton.jit
 def border(i, size, padding: tl.constexpr, near: tl.constexpr):
-    """A position on an axis, maybe outside, to (the cell that lies there, is there one).
+    """A position on an axis, maybe outside, to (the cell that it shows, is there one).
 
-    ``near``: positions that matter are less than ``size`` outside, so that borders other than
-    zeros show a cell without a division.
+    ``near``: positions that matter are less than ``size`` cells outside, so that no division is
+    needed to find the cell.
     """
     there = i >= -2147483647
     if padding == "zeros":
@@ -161,10 +165,10 @@ def border(i, size, padding: tl.constexpr, near: tl.constexpr):
 
 
 @triton.jit
-def channel_offsets(g: tl.constexpr):
+def channel_offsets(config: tl.constexpr):
     """Channels [1, BC] and which of them exist."""
-    channel = tl.arange(0, g.block_c)[None, :]
-    return channel, channel < g.channels
+    channel = tl.arange(0, config.block_c)[None, :]
+    return channel, channel < config.channels
 
 
 # ---- who fires ----
@@ -201,20 +205,20 @@ def threefry_bits(key0, key1, high, low):
 
 
 @triton.jit
-def fires(fire_ptr, group, cell, inside, grid, g: tl.constexpr):
+def fires(fire_ptr, group, cell, inside, grid, config: tl.constexpr):
     """Which of the cells fire; none outside the grid."""
     fired = inside
-    if g.fire == "mask":
-        at = fire_ptr + group * g.own_fire * grid.cells + cell
+    if config.fire_source == "mask":
+        at = fire_ptr + group * config.fire_per_group * grid.cells + cell
         fired = tl.load(at, mask=inside, other=0).to(tl.int1) & inside
-    elif g.fire == "key":
-        key0 = tl.load(fire_ptr + 2 * group * g.own_fire).to(tl.uint32)
-        key1 = tl.load(fire_ptr + 2 * group * g.own_fire + 1).to(tl.uint32)
+    elif config.fire_source == "key":
+        key0 = tl.load(fire_ptr + 2 * group * config.fire_per_group).to(tl.uint32)
+        key1 = tl.load(fire_ptr + 2 * group * config.fire_per_group + 1).to(tl.uint32)
         low = cell.to(tl.uint32)
         high = low * 0
-        if g.wide:
+        if config.int64_indices:
             high = (cell >> 32).to(tl.uint32)
-        fired = ((threefry_bits(key0, key1, high, low) >> 9) < g.fire_threshold) & inside
+        fired = ((threefry_bits(key0, key1, high, low) >> 9) < config.fire_threshold) & inside
     return fired
 
 
@@ -254,85 +258,130 @@ def flag_numbers(words, upto):
 
 
 @triton.jit
-def keep_lanes(flags, numbers, lanes, lives, scratch_ptr, g: tl.constexpr):
+def store_lanes(flags, numbers, lanes, lives, scratch_ptr, config: tl.constexpr):
     """The tile's lanes whose flag is set, in their order, to this program's scratch."""
     entry = (2 * lanes + lives).to(tl.float32, bitcast=True)
-    tl.store(scratch_ptr + g.lanes_at + numbers, entry, mask=flags)
+    tl.store(scratch_ptr + config.scratch.lanes_at + numbers, entry, mask=flags)
 
 
 @triton.jit
-def keep_flags(needed, lives, lanes, scratch_ptr, g: tl.constexpr):
+def store_flags(needed, lives, lanes, scratch_ptr, config: tl.constexpr):
     """Flags 0 and 1 of the tile's lanes [runs, 16] to this program's scratch.
 
-    For threads that hold other lanes: left to itself, Triton draws and pools again for those.
+    Threads read there what they need of lanes that other threads hold; left to itself, Triton would
+    draw and pool again for those.
     """
     entry = (needed + 2 * lives).to(tl.float32, bitcast=True)
-    tl.store(scratch_ptr + g.flags_at + lanes, entry)
+    tl.store(scratch_ptr + config.scratch.flags_at + lanes, entry)
 
 
 @triton.jit
-def kept_flags(lane, scratch_ptr, g: tl.constexpr):
+def load_flags(lane, scratch_ptr, config: tl.constexpr):
     """Which lanes are needed, and which live."""
-    entry = tl.load(scratch_ptr + g.flags_at + lane).to(tl.int32, bitcast=True)
+    entry = tl.load(scratch_ptr + config.scratch.flags_at + lane).to(tl.int32, bitcast=True)
     return (entry & 1) != 0, (entry & 2) != 0
 
 
 @triton.jit
-def compacted_lanes(scratch_ptr, first, count, g: tl.constexpr):
+def compacted_lanes(scratch_ptr, first, count, config: tl.constexpr):
     """Lanes [R] of the set flags number first .. first + R, which of them live and which exist.
 
-    Those that do not exist are the last one's.
+    Behind the last flag, its lane is repeated.
     """
-    number = first + tl.arange(0, g.rows)
+    number = first + tl.arange(0, config.rows)
     exists = number < count
-    entry = tl.load(scratch_ptr + g.lanes_at + tl.minimum(number, count - 1))
+    entry = tl.load(scratch_ptr + config.scratch.lanes_at + tl.minimum(number, count - 1))
     entry = entry.to(tl.int32, bitcast=True)
-    return (entry >> 1) & (g.tile - 1), (entry & 1) != 0, exists
+    return (entry >> 1) & (config.tile_cells - 1), (entry & 1) != 0, exists
 
 
 # ---- who lives ----
 
 
 @triton.jit
-def life(state_ptr, sample, z0, y0, x0, scratch_ptr, grid, g: tl.constexpr):
+def life(state_ptr, sample, z0, y0, x0, scratch_ptr, grid, config: tl.constexpr):
     """Words of the tile's cells that are alive, and of those with a living neighbour: [runs].
 
-    Reads the alive channel of the tile and of two cells around it, once. A border other than
-    circular shows the pool no cell that it does not see anyway. Along x a word is pooled in a
-    register; what its neighbours along y and z hold goes through this program's scratch.
+    A cell is alive where a pool of the alive channel exceeds the threshold, and has a living
+    neighbour where a pool of twice the radius does. Reads the alive channel of the tile and of the
+    cells within that reach, once. Along x a word is pooled in a register; what its neighbours
+    along y and z hold goes through this program's scratch. A border other than circular shows the
+    pool no cell that it does not see anyway.
     """
-    pool: tl.constexpr = "circular" if g.padding == "circular" else "zeros"
-    q = tl.arange(0, g.pool_runs)  # runs of the tile and its surroundings
-    row = q[:, None]
-    lane = tl.arange(0, 32)[None, :]  # 16 cells, two more on each side
-    z, there_z = border(z0 + row // (g.pool_y * g.runs_x) - g.halo_z, grid.depth, pool, g.near_z)
-    y, there_y = border(y0 + row // g.runs_x % g.pool_y - g.halo_y, grid.height, pool, g.near_y)
-    x, there_x = border(x0 + row % g.runs_x * 16 + lane - 2, grid.width, pool, g.near_x)
-    there = there_z & there_y & there_x & (lane < 20) & (row < g.pool_z * g.pool_y * g.runs_x)
-    at = cell_number(sample, z, y, x, grid, g) * g.channels + g.alive_channel
-    alpha = tl.load(state_ptr + at, mask=there, other=0.0).to(tl.float32)
-    word = pack(there & (alpha > g.alive_threshold))  # [pool_runs]
-    one = word | (word << 1) | (word >> 1)
-    two = one | (word << 2) | (word >> 2)
-    both = ((one >> 2) & 0xFFFF) | ((two >> 2) << 16)
-    tl.store(scratch_ptr + g.words_at + q, both.to(tl.float32, bitcast=True))
+    runs: tl.constexpr = config.runs_with_halo
+    if runs <= 128:
+        _store_words(state_ptr, sample, z0, y0, x0, scratch_ptr, 0, runs, grid, config)
+    else:  # in as many registers
+        for first in range(0, runs, 128):
+            _store_words(state_ptr, sample, z0, y0, x0, scratch_ptr, first, 128, grid, config)
     tl.debug_barrier()
-    return _pooled_words(scratch_ptr, g)
+    return _pooled_words(scratch_ptr, config)
 
 
 @triton.jit
-def _pooled_words(scratch_ptr, g: tl.constexpr):
-    """Of the words in scratch, those pooled over one row around, and over two: [runs]."""
-    t = tl.arange(0, g.runs)
-    z, y, x = t // (g.tile_y * g.runs_x), t // g.runs_x % g.tile_y, t % g.runs_x
-    first = (z * g.pool_y + y) * g.runs_x + x
+def _store_words(
+    state_ptr, sample, z0, y0, x0, scratch_ptr, first, N: tl.constexpr, grid, config: tl.constexpr
+):
+    """Words of runs first .. first + N of the tile and its surroundings, pooled along x."""
+    pool: tl.constexpr = config.pool_padding
+    reach: tl.constexpr = 2 * config.alive_radius  # 16 cells and the reach on both sides: 32 lanes
+    q = first + tl.arange(0, N)
+    row = q[:, None]
+    lane = tl.arange(0, 32)[None, :]
+    z = z0 + row // (config.y.with_halo * config.runs_x) - config.z.halo
+    z, there_z = border(z, grid.depth, pool, config.z.near)
+    y = y0 + row // config.runs_x % config.y.with_halo - config.y.halo
+    y, there_y = border(y, grid.height, pool, config.y.near)
+    x = x0 + row % config.runs_x * 16 + lane - reach
+    x, there_x = border(x, grid.width, pool, config.x.near)
+    there = there_z & there_y & there_x & (lane < 16 + 2 * reach)
+    there = there & (row < config.z.with_halo * config.y.with_halo * config.runs_x)
+    at = cell_number(sample, z, y, x, grid, config) * config.channels + config.alive_channel
+    alpha = tl.load(state_ptr + at, mask=there, other=0.0).to(tl.float32)
+    once = pack(there & (alpha > config.alive_threshold))  # [N]
+    word = once
+    for i in tl.static_range(1, config.alive_radius + 1):
+        once = once | (word << i) | (word >> i)
+    twice = once
+    for i in tl.static_range(config.alive_radius + 1, reach + 1):
+        twice = twice | (word << i) | (word >> i)
+    both = ((once >> reach) & 0xFFFF) | ((twice >> reach) << 16)
+    tl.store(scratch_ptr + config.scratch.words_at + q, both.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _pooled_words(scratch_ptr, config: tl.constexpr):
+    """Of the words in scratch, those pooled along y and z, and those pooled twice: [runs]."""
+    t = tl.arange(0, config.runs)
+    z, y = t // (config.y.tile * config.runs_x), t // config.runs_x % config.y.tile
+    x = t % config.runs_x
+    first = (z * config.y.with_halo + y) * config.runs_x + x
+    within: tl.constexpr = config.alive_radius * config.alive_radius
     alive, near = t * 0, t * 0
-    for dz in tl.static_range(2 * g.halo_z + 1):
-        for dy in tl.static_range(2 * g.halo_y + 1):
-            at = scratch_ptr + g.words_at + (dz * g.pool_y + dy) * g.runs_x + first
-            both = tl.load(at).to(tl.int32, bitcast=True)
-            near = near | both
-            far = (dz - g.halo_z) * (dz - g.halo_z) > 1 or (dy - g.halo_y) * (dy - g.halo_y) > 1
-            if not far:
-                alive = alive | both
+    if config.z.halo <= 2:
+        for dz in tl.static_range(2 * config.z.halo + 1):
+            for dy in tl.static_range(2 * config.y.halo + 1):
+                both = _words_at(scratch_ptr, dz, dy, first, config)
+                near = near | both
+                far_z = (dz - config.z.halo) * (dz - config.z.halo)
+                far_y = (dy - config.y.halo) * (dy - config.y.halo)
+                if far_z <= within and far_y <= within:
+                    alive = alive | both
+    else:  # in as little code
+        for dz in range(0, 2 * config.z.halo + 1):
+            far_z = (dz - config.z.halo) * (dz - config.z.halo)
+            for dy in tl.static_range(2 * config.y.halo + 1):
+                both = _words_at(scratch_ptr, dz, dy, first, config)
+                near = near | both
+                far_y = (dy - config.y.halo) * (dy - config.y.halo)
+                if far_y <= within:
+                    alive = alive | tl.where(far_z <= within, both, 0)
     return alive & 0xFFFF, (near >> 16) & 0xFFFF
+
+
+@triton.jit
+def _words_at(scratch_ptr, dz, dy, first, config: tl.constexpr):
+    """Words of the tile's runs, moved by dz and dy: [runs]."""
+    step = (dz * config.y.with_halo + dy) * config.runs_x
+    at = scratch_ptr + config.scratch.words_at + step + first
+    return tl.load(at).to(tl.int32, bitcast=True)

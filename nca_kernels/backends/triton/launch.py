@@ -1,10 +1,10 @@
-"""Compiles Triton kernels and calls them from JAX: the one launch layer, for all versions.
+"""Compiles Triton kernels and calls them from JAX, with all versions of both that are supported.
 
-No release of jax-triton does this for the versions that are supported: 0.3.1 lowers to a custom
-call of the old kind, which XLA does not take into CUDA graphs, and passes by Triton's cache; 0.4
-lowers as this module does, but needs Triton 3.7 and fails with JAX 0.12.0. So kernels are compiled
-by ``triton.compile``, with its cache and all of its options, and called through the target that
-JAX's own GPU plugins register for Triton kernels, ``triton_kernel_call_ffi``.
+No release of jax-triton does. Version 0.3.1 lowers to a custom call of the old kind, which XLA does
+not take into CUDA graphs, and does not use Triton's cache; 0.4 lowers as this module does, but
+needs Triton 3.7 and fails with JAX 0.12.0. So kernels are compiled by ``triton.compile``, with its
+cache and all of its options, and called through the target that JAX's own GPU plugins register for
+Triton kernels, ``triton_kernel_call_ffi``.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from nca_kernels.backends.triton import assembler
-from nca_kernels.backends.triton.constants import Constants
+from nca_kernels.backends.triton.constants import CompileTime
 from nca_kernels.backends.triton.device import ARCHITECTURE, capability
-from nca_kernels.backends.triton.geometry import SIZES
+from nca_kernels.backends.triton.geometry import Sizes
 from nca_kernels.tuning import Launch
 
 TARGET = "triton_kernel_call_ffi"  # what the lowered module calls
@@ -36,29 +36,33 @@ TYPES = {
 ALIGNED = 16  # bytes that the address of every array is a multiple of
 
 
-def launch(
+def run_kernel(
     kernel: Any,
     inputs: Sequence[Any],
     outputs: Sequence[jax.ShapeDtypeStruct],
-    grid: tuple[int, int],
-    g: dict[str, Any],
-    how: Launch,
+    *,
+    programs: int,
+    config: Any,
+    sizes: Sizes,
+    launch: Launch,
     aliases: dict[int, int] | None = None,
 ) -> list[Any]:
-    """Runs ``kernel(*inputs, *outputs, *sizes, g)``; returns the outputs.
+    """Runs ``kernel(*inputs, *outputs, *sizes, config)``; returns the outputs.
 
     Args:
-        grid: programs of a group, and groups.
-        g: sizes and constants of the call; the kernel gets those that it names as arguments, and
-            is compiled for what is constant.
+        programs: how many run, those of all groups.
+        config: a frozen dataclass, what the kernel is compiled for.
+        sizes: of the call; the kernel gets those that it names as arguments.
         aliases: inputs, by their index, that are written in place as outputs.
     """
     from jaxlib import gpu_triton
 
     target = gpu_target()
-    compiled = compile_kernel(kernel, types(inputs, outputs), constants(g), options(how), target)
+    signature = types(inputs, outputs)
+    compiled = compile_kernel(kernel, signature, CompileTime(config), options(launch), target)
     arrays = [gpu_triton.create_array_parameter(0, ALIGNED)] * (len(inputs) + len(outputs))
-    sizes = [gpu_triton.create_scalar_parameter(g[name], "i32") for name in size_names(kernel)]
+    told = (getattr(sizes, name) for name in size_names(kernel))
+    numbers = [gpu_triton.create_scalar_parameter(number, "i32") for number in told]
     metadata = compiled.metadata
     code = gpu_triton.TritonKernel(
         metadata.name,
@@ -70,8 +74,7 @@ def launch(
         target.arch if target.backend == "cuda" else 0,
     )
     name = f"{PREFIX}{metadata.name}"  # shows in the lowered module
-    programs, groups = grid
-    call = gpu_triton.TritonKernelCall(code, programs * groups, 1, 1, [*arrays, *sizes])
+    call = gpu_triton.TritonKernelCall(code, programs, 1, 1, [*arrays, *numbers])
     opaque = zlib.compress(call.to_proto(name, b""))
     run = jax.ffi.ffi_call(TARGET, list(outputs), input_output_aliases=aliases)
 
@@ -86,7 +89,7 @@ def launch(
 def compile_kernel(
     kernel: Any,
     signature: tuple[str, ...],
-    constants: Constants,
+    config: CompileTime,
     options: tuple[tuple[str, Any], ...],
     target: Any,
 ) -> Any:
@@ -109,7 +112,7 @@ def compile_kernel(
     source = ASTSource(
         fn=kernel,
         signature=dict(zip(kernel.arg_names, arguments, strict=True)),
-        constexprs={"g": constants},
+        constexprs={"config": config},
         attrs=aligned,
     )
     try:
@@ -122,8 +125,8 @@ def compile_kernel(
 
 
 def size_names(kernel: Any) -> list[str]:
-    """The arguments of a kernel that are neither arrays nor constants."""
-    return [name for name in kernel.arg_names if name != "g" and not name.endswith("_ptr")]
+    """The arguments of a kernel that are attributes of :class:`Sizes`: no arrays, no constant."""
+    return [name for name in kernel.arg_names if name != "config" and not name.endswith("_ptr")]
 
 
 def types(*arrays: Sequence[Any]) -> tuple[str, ...]:
@@ -131,25 +134,20 @@ def types(*arrays: Sequence[Any]) -> tuple[str, ...]:
     return tuple(TYPES[jnp.dtype(array.dtype).name] for group in arrays for array in group)
 
 
-def constants(g: dict[str, Any]) -> Constants:
-    """What a kernel is compiled for: nothing that changes from grid to grid."""
-    return Constants({name: value for name, value in g.items() if name not in SIZES})
-
-
-def options(how: Launch) -> tuple[tuple[str, Any], ...]:
+def options(launch: Launch) -> tuple[tuple[str, Any], ...]:
     """A launch as options of Triton's compiler."""
     chosen = {
-        "num_warps": how.warps,
-        "num_stages": how.stages,
+        "num_warps": launch.warps,
+        "num_stages": launch.stages,
         "enable_fp_fusion": True,
-        "maxnreg": how.registers or None,
+        "maxnreg": launch.registers or None,
         "ptx_version": _ptx_version(),
     }
     return tuple((name, value) for name, value in chosen.items() if value is not None)
 
 
 def _ptx_version() -> int | None:
-    """One that JAX can assemble on this machine; for another one, Triton's own choice."""
+    """One that JAX assembles on this machine; Triton's own choice for any other machine."""
     return None if os.environ.get(ARCHITECTURE) else assembler.ptx_version(capability())
 
 
@@ -178,7 +176,7 @@ def missing() -> str | None:
         import triton
     except ImportError:
         return "triton is not installed: pip install triton"
-    # Its own functions are what they were at its import, and cannot be compiled then.
+    # Triton decides at its import whether its own functions are interpreted or can be compiled.
     if not isinstance(triton.language.cdiv, triton.runtime.JITFunction):
         return "TRITON_INTERPRET was set when Triton was imported: start Python without it"
     from jaxlib import gpu_triton

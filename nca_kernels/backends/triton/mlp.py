@@ -1,9 +1,9 @@
 """Pieces of kernels that deal with the MLP: activations, products, layers forward and backward.
 
 The first layer sees parts and sources. Parts are the filters of the stencil, held in registers: one
-each, or side by side in a single block with a column of ones, whose weights are the bias. Sources
-are read from memory a block at a time: a given perception, inputs. ``g`` is the
-:class:`Constants` of the call.
+each, or side by side in a single block with columns of ones, whose weights are the bias. Sources
+are read from memory a block at a time: a given perception, and inputs. ``config`` is always the
+call's :class:`.step_configuration.StepConfiguration`.
 """
 
 import triton
@@ -14,7 +14,7 @@ import triton.language as tl
 
 @triton.jit
 def tanh(x):
-    """Without the library's tanh, which not every back end of Triton has."""
+    """tanh(x), without the library's function, which not every back end of Triton has."""
     small = x * x
     small = x * (1 + small * (-1.0 / 3 + small * (2.0 / 15 - small * (17.0 / 315))))
     e = tl.exp(-2 * tl.abs(x))
@@ -28,7 +28,7 @@ def _gelu_inner(x):
 
 
 @triton.jit
-def activate(x, name: tl.constexpr, g: tl.constexpr):
+def activate(x, name: tl.constexpr, config: tl.constexpr):
     if name == "relu":
         x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)  # else NaN becomes 0
     elif name == "gelu":
@@ -40,15 +40,15 @@ def activate(x, name: tl.constexpr, g: tl.constexpr):
     elif name == "elu":
         x = tl.where(x > 0, x, tl.exp(x) - 1)
     elif name == "leaky_relu":
-        x = tl.where(x >= 0, x, g.negative_slope * x)
+        x = tl.where(x >= 0, x, config.negative_slope * x)
     else:
         tl.static_assert(name == "identity", "the Triton kernels lack an activation")
     return x
 
 
 @triton.jit
-def activate_backward(x, d, name: tl.constexpr, g: tl.constexpr):
-    """The gradient before the activation at ``x``, given that after it."""
+def activate_backward(x, d, name: tl.constexpr, config: tl.constexpr):
+    """The gradient before the activation at ``x``, from ``d``, the one after it."""
     if name == "relu":
         d = tl.where(x > 0, d, 0.0)
     elif name == "gelu":
@@ -64,7 +64,7 @@ def activate_backward(x, d, name: tl.constexpr, g: tl.constexpr):
     elif name == "elu":
         d = tl.where(x > 0, d, d * tl.exp(x))
     elif name == "leaky_relu":
-        d = tl.where(x >= 0, d, g.negative_slope * d)
+        d = tl.where(x >= 0, d, config.negative_slope * d)
     else:
         tl.static_assert(name == "identity", "the Triton kernels lack an activation's gradient")
     return d
@@ -73,7 +73,7 @@ def activate_backward(x, d, name: tl.constexpr, g: tl.constexpr):
 # ---- products ----
 
 
-# Adds half of TF32's last bit, but not to infinities and NaN, of which it would make others.
+# Adds half of TF32's last bit, except to infinities and NaN, which that would change.
 _ADD_HALF = tl.constexpr(
     "{ .reg .pred finite; .reg .f32 size; abs.f32 size, $1; setp.lt.f32 finite, size, 0f7F800000; "
     "mov.b32 $0, $1; @finite add.u32 $0, $0, 4096; }"
@@ -86,23 +86,25 @@ def _by_instruction(asm: tl.constexpr, x):
 
 
 @triton.jit
-def rounded(x, g: tl.constexpr):
-    """An operand of products, to the nearest TF32: they cut off the bits that it has more.
+def rounded(x, config: tl.constexpr):
+    """An operand of products, rounded to the nearest TF32: products would cut off its other bits.
 
     Weights are rounded where they are packed. Gradients of hidden layers are not: see docs/gpu.md.
     """
-    if g.precision == "tf32":
-        x = _by_instruction("cvt.rn.tf32.f32 $0, $1;" if g.hopper else _ADD_HALF, x)
+    if config.precision == "tf32":
+        x = _by_instruction(
+            "cvt.rn.tf32.f32 $0, $1;" if config.rounds_by_instruction else _ADD_HALF, x
+        )
     return x
 
 
 @triton.jit
-def dot(a, b, acc, g: tl.constexpr):
+def dot(a, b, acc, config: tl.constexpr):
     """``acc + a @ b`` at the rule's precision, accumulated in float32; operands :func:`rounded`."""
-    if g.precision == "bfloat16":
+    if config.precision == "bfloat16":
         acc = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc)
     else:
-        acc = tl.dot(a, b, acc, input_precision=g.precision)
+        acc = tl.dot(a, b, acc, input_precision=config.precision)
     return acc
 
 
@@ -115,15 +117,15 @@ def _swapped(x):
 
 
 @triton.jit
-def dot_result(x, w, acc, g: tl.constexpr):
+def dot_result(x, w, acc, config: tl.constexpr):
     """:func:`dot`, where ``x`` [R, N] came out of a product.
 
-    NVIDIA's products of TF32 want their left side's columns in other threads than those that they
-    leave their results in. So the sum runs over columns in an order that makes them the same.
+    NVIDIA's products of TF32 want the columns of their left side in other threads than they leave
+    those of their results in. So the sum runs over columns in an order that makes them the same.
     """
-    if g.precision == "tf32" or g.precision == "tf32x3":
+    if config.precision == "tf32" or config.precision == "tf32x3":
         x, w = _swapped(x), tl.trans(_swapped(tl.trans(w)))
-    return dot(x, w, acc, g)
+    return dot(x, w, acc, config)
 
 
 @triton.jit
@@ -147,138 +149,189 @@ def add_vector(ptr, column, value):
     tl.store(at, tl.load(at) + value)
 
 
+# ---- what layers are made of ----
+
+
 @triton.jit
-def source_rows(ptr, row, exists, k, size: tl.constexpr, g: tl.constexpr):
+def layer_block(
+    weights_ptr, layer: tl.constexpr, k, n, M: tl.constexpr, N: tl.constexpr, config: tl.constexpr
+):
+    """Inputs k .. k + M and outputs n .. n + N of a layer's matrix: [M, N]."""
+    stride: tl.constexpr = config.mlp.widths[layer]
+    return load_block(weights_ptr + config.packed.weight_at[layer], k, n, stride, M, N)
+
+
+@triton.jit
+def part_block(weights_ptr, i, n, N: tl.constexpr, config: tl.constexpr):
+    """Outputs n .. n + N of the first layer's matrix for a part of the perception: [part, N]."""
+    part: tl.constexpr = config.perception.part
+    return layer_block(weights_ptr, 0, i * part, n, part, N, config)
+
+
+@triton.jit
+def source_block(weights_ptr, s: tl.constexpr, k, n, N: tl.constexpr, config: tl.constexpr):
+    """Outputs n .. n + N of the first layer's matrix for numbers k .. k + BS of a source."""
+    at, stride = weights_ptr + config.packed.source_at[s], config.mlp.widths[0]
+    return load_block(at, k, n, stride, config.mlp.block_s, N)
+
+
+@triton.jit
+def add_layer_block(grads_ptr, layer: tl.constexpr, k, n, value, config: tl.constexpr):
+    """Adds to the gradient of a layer's matrix, see :func:`layer_block`."""
+    stride: tl.constexpr = config.mlp.widths[layer]
+    add_block(grads_ptr + config.packed.weight_at[layer], k, n, stride, value)
+
+
+@triton.jit
+def load_bias(weights_ptr, layer: tl.constexpr, n, N: tl.constexpr, config: tl.constexpr):
+    """A layer's bias of outputs n .. n + N: [1, N]."""
+    return tl.load(weights_ptr + config.packed.bias_at[layer] + n + tl.arange(0, N))[None, :]
+
+
+@triton.jit
+def source_rows(ptr, row, exists, k, size: tl.constexpr, config: tl.constexpr):
     """Columns k .. k + BS of the rows [R] of a source ``[*, size]``: [R, BS]."""
-    column = k + tl.arange(0, g.block_s)[None, :]
+    column = k + tl.arange(0, config.mlp.block_s)[None, :]
     at = ptr + row[:, None] * size + column
     x = tl.load(at, mask=exists[:, None] & (column < size), other=0.0).to(tl.float32)
-    return rounded(x, g)
+    return rounded(x, config)
+
+
+@triton.jit
+def _load_units(ptr, layer: tl.constexpr, n, config: tl.constexpr):
+    """Units n .. n + BH of a hidden layer [R, width] in scratch: [R, BH]."""
+    return load_block(ptr, 0, n, config.mlp.widths[layer], config.rows, config.mlp.block_h)
+
+
+@triton.jit
+def _store_units(ptr, layer: tl.constexpr, n, value, config: tl.constexpr):
+    rows = tl.arange(0, config.rows)[:, None] * config.mlp.widths[layer]
+    tl.store(ptr + rows + (n + tl.arange(0, config.mlp.block_h)[None, :]), value)
 
 
 # ---- forward ----
 
 
 @triton.jit
-def hidden(z, g: tl.constexpr):
+def hidden(z, config: tl.constexpr):
     """A hidden layer's values, :func:`rounded`."""
-    if g.activation == "relu" and g.precision == "tf32" and g.hopper:
+    if config.activation == "relu" and config.precision == "tf32" and config.rounds_by_instruction:
         h = _by_instruction("cvt.rn.relu.tf32.f32 $0, $1;", z)
     else:
-        h = rounded(activate(z, g.activation, g), g)
+        h = rounded(activate(z, config.activation, config), config)
     return h
 
 
 @triton.jit
-def first_bias(weights_ptr, n, N: tl.constexpr, g: tl.constexpr):
+def first_bias(weights_ptr, n, N: tl.constexpr, config: tl.constexpr):
     """What the first layer's sum begins with: its bias, unless a part of ones brings that."""
-    acc = tl.zeros((g.rows, N), tl.float32)
-    if not g.ones:
-        acc += tl.load(weights_ptr + g.bias_at[0] + n + tl.arange(0, N))[None, :]
+    acc = tl.zeros((config.rows, N), tl.float32)
+    if not config.perception.ones:
+        acc += load_bias(weights_ptr, 0, n, N, config)
     return acc
 
 
 @triton.jit
-def first_layer(parts, sources, row, exists, weights_ptr, n, N: tl.constexpr, g: tl.constexpr):
+def first_layer(parts, sources, row, exists, weights_ptr, n, N: tl.constexpr, config: tl.constexpr):
     """Outputs n .. n + N of the first layer before its activation: [R, N].
 
     ``parts``: of the stencil, activated, [R, part] each. ``sources``: pointers to the given
     perception and to the inputs; ``row``: for each the row of every cell [R].
     """
-    stride: tl.constexpr = g.padded_widths[0]
-    acc = first_bias(weights_ptr, n, N, g)
-    for i in tl.static_range(g.parts):
-        w = load_block(weights_ptr + g.weight_at[0], i * g.part, n, stride, g.part, N)
-        acc = dot(parts[i], w, acc, g)
+    acc = first_bias(weights_ptr, n, N, config)
+    for i in tl.static_range(config.perception.parts):
+        acc = dot(parts[i], part_block(weights_ptr, i, n, N, config), acc, config)
     for s in tl.static_range(2):
-        for k in range(0, g.source_sizes[s], g.block_s):
-            x = source_rows(sources[s], row[s], exists, k, g.source_sizes[s], g)
-            ws = load_block(weights_ptr + g.source_at[s], k, n, stride, g.block_s, N)
-            acc = dot(x, ws, acc, g)
+        for k in range(0, config.mlp.source_sizes[s], config.mlp.block_s):
+            x = source_rows(sources[s], row[s], exists, k, config.mlp.source_sizes[s], config)
+            acc = dot(x, source_block(weights_ptr, s, k, n, N, config), acc, config)
     return acc
 
 
 @triton.jit
-def hidden_before(layer: tl.constexpr, scratch_ptr, weights_ptr, n, g: tl.constexpr):
+def hidden_before(layer: tl.constexpr, scratch_ptr, weights_ptr, n, config: tl.constexpr):
     """Outputs n .. n + BH of hidden ``layer`` > 0 before its activation: [R, BH]."""
-    stride: tl.constexpr = g.padded_widths[layer]
-    inputs: tl.constexpr = g.padded_widths[layer - 1]
-    bias = tl.load(weights_ptr + g.bias_at[layer] + n + tl.arange(0, g.block_h))
-    acc = tl.broadcast_to(bias[None, :], (g.rows, g.block_h))
-    for k in range(0, inputs, g.block_h):
-        z = load_block(scratch_ptr + g.hidden_at[layer - 1], 0, k, inputs, g.rows, g.block_h)
-        w = load_block(weights_ptr + g.weight_at[layer], k, n, stride, g.block_h, g.block_h)
-        acc = dot(hidden(z, g), w, acc, g)
+    BH: tl.constexpr = config.mlp.block_h
+    bias = load_bias(weights_ptr, layer, n, BH, config)
+    acc = tl.broadcast_to(bias, (config.rows, BH))
+    for k in range(0, config.mlp.widths[layer - 1], BH):
+        z = _load_units(scratch_ptr + config.scratch.hidden_at[layer - 1], layer - 1, k, config)
+        w = layer_block(weights_ptr, layer, k, n, BH, BH, config)
+        acc = dot(hidden(z, config), w, acc, config)
     return acc
 
 
 @triton.jit
 def hidden_layer(
-    layer: tl.constexpr, parts, sources, row, exists, scratch_ptr, weights_ptr, n, g: tl.constexpr
-):
+    layer: tl.constexpr, parts, sources, row, exists, scratch_ptr, weights_ptr, n,
+    config: tl.constexpr,
+):  # fmt: skip
+    """Outputs n .. n + BH of a hidden layer before its activation: [R, BH]."""
     if layer == 0:
-        z = first_layer(parts, sources, row, exists, weights_ptr, n, g.block_h, g)
+        z = first_layer(parts, sources, row, exists, weights_ptr, n, config.mlp.block_h, config)
     else:
-        z = hidden_before(layer, scratch_ptr, weights_ptr, n, g)
+        z = hidden_before(layer, scratch_ptr, weights_ptr, n, config)
     return z
 
 
 @triton.jit
-def keep_hidden(parts, sources, row, exists, scratch_ptr, weights_ptr, g: tl.constexpr):
+def store_hidden(parts, sources, row, exists, scratch_ptr, weights_ptr, config: tl.constexpr):
     """All hidden layers but the last, before their activation, to scratch."""
-    if g.layers > 2:
+    if config.mlp.layers > 2:
         tl.debug_barrier()  # others may still read those of the block of rows before
-    for layer in tl.static_range(g.layers - 2):
-        for n in range(0, g.padded_widths[layer], g.block_h):
-            z = hidden_layer(layer, parts, sources, row, exists, scratch_ptr, weights_ptr, n, g)
-            rows = tl.arange(0, g.rows)[:, None] * g.padded_widths[layer]
-            at = scratch_ptr + g.hidden_at[layer] + rows + (n + tl.arange(0, g.block_h)[None, :])
-            tl.store(at, z)
+    for i in tl.static_range(config.mlp.layers - 2):
+        for n in range(0, config.mlp.widths[i], config.mlp.block_h):
+            z = hidden_layer(i, parts, sources, row, exists, scratch_ptr, weights_ptr, n, config)
+            _store_units(scratch_ptr + config.scratch.hidden_at[i], i, n, z, config)
         tl.debug_barrier()  # the next layer's threads read what these wrote
 
 
 @triton.jit
-def held_weights(weights_ptr, g: tl.constexpr):
+def load_weights_once(weights_ptr, config: tl.constexpr):
     """What a program loads once, and its products keep in shared memory: those of two layers.
 
     Of the first layer for each part [part, BH], of the last [BH, BC]; or nothing.
     """
-    held = ()
-    if g.held:
-        N: tl.constexpr = g.padded_widths[0]
-        for i in tl.static_range(g.parts):
-            held = held + (load_block(weights_ptr + g.weight_at[0], i * g.part, 0, N, g.part, N),)
-        held = held + (load_block(weights_ptr + g.weight_at[1], 0, 0, g.block_c, N, g.block_c),)
-    return held
+    loaded = ()
+    if config.weights_in_shared_memory:
+        N: tl.constexpr = config.mlp.widths[0]
+        for i in tl.static_range(config.perception.parts):
+            loaded = loaded + (part_block(weights_ptr, i, 0, N, config),)
+        loaded = loaded + (layer_block(weights_ptr, 1, 0, 0, N, config.block_c, config),)
+    return loaded
 
 
 @triton.jit
-def _held_mlp(parts, weights_ptr, held, g: tl.constexpr):
-    N: tl.constexpr = g.padded_widths[0]
-    z = first_bias(weights_ptr, 0, N, g)
-    for i in tl.static_range(g.parts):
-        z = dot(parts[i], held[i], z, g)
-    bias = load_block(weights_ptr + g.bias_at[1], 0, 0, g.block_c, 1, g.block_c)
-    u = tl.broadcast_to(bias, (g.rows, g.block_c))
-    return dot_result(hidden(z, g), held[g.parts], u, g)
+def _mlp_of_loaded(parts, weights_ptr, loaded, config: tl.constexpr):
+    """:func:`mlp` with the weights of :func:`load_weights_once`."""
+    BC: tl.constexpr = config.block_c
+    z = first_bias(weights_ptr, 0, config.mlp.widths[0], config)
+    for i in tl.static_range(config.perception.parts):
+        z = dot(parts[i], loaded[i], z, config)
+    bias = load_block(weights_ptr + config.packed.bias_at[1], 0, 0, BC, 1, BC)
+    u = tl.broadcast_to(bias, (config.rows, BC))
+    return dot_result(hidden(z, config), loaded[config.perception.parts], u, config)
 
 
 @triton.jit
-def mlp(parts, sources, row, exists, scratch_ptr, weights_ptr, held, g: tl.constexpr):
+def mlp(parts, sources, row, exists, scratch_ptr, weights_ptr, loaded, config: tl.constexpr):
     """The update of R cells: [R, BC]."""
-    last: tl.constexpr = g.layers - 1
-    if g.held:
-        u = _held_mlp(parts, weights_ptr, held, g)
+    BH: tl.constexpr = config.mlp.block_h
+    BC: tl.constexpr = config.block_c
+    last: tl.constexpr = config.mlp.layers - 1
+    if config.weights_in_shared_memory:
+        u = _mlp_of_loaded(parts, weights_ptr, loaded, config)
     elif last == 0:
-        u = first_layer(parts, sources, row, exists, weights_ptr, 0, g.block_c, g)
+        u = first_layer(parts, sources, row, exists, weights_ptr, 0, BC, config)
     else:
-        keep_hidden(parts, sources, row, exists, scratch_ptr, weights_ptr, g)
-        bias = tl.load(weights_ptr + g.bias_at[last] + tl.arange(0, g.block_c))
-        u = tl.broadcast_to(bias[None, :], (g.rows, g.block_c))
-        for n in range(0, g.padded_widths[last - 1], g.block_h):
-            z = hidden_layer(last - 1, parts, sources, row, exists, scratch_ptr, weights_ptr, n, g)
-            w = load_block(weights_ptr + g.weight_at[last], n, 0, g.block_c, g.block_h, g.block_c)
-            u = dot_result(hidden(z, g), w, u, g)
+        store_hidden(parts, sources, row, exists, scratch_ptr, weights_ptr, config)
+        u = tl.broadcast_to(load_bias(weights_ptr, last, 0, BC, config), (config.rows, BC))
+        for n in range(0, config.mlp.widths[last - 1], BH):
+            z = hidden_layer(
+                last - 1, parts, sources, row, exists, scratch_ptr, weights_ptr, n, config
+            )
+            w = layer_block(weights_ptr, last, n, 0, BH, BC, config)
+            u = dot_result(hidden(z, config), w, u, config)
     return u
 
 
@@ -286,48 +339,53 @@ def mlp(parts, sources, row, exists, scratch_ptr, weights_ptr, held, g: tl.const
 
 
 @triton.jit
-def _outer(x, d, g: tl.constexpr):
+def _outer(x, d, config: tl.constexpr):
     """``x.T @ d``: the rows' share of a weight's gradient."""
-    return dot(tl.trans(x), d, tl.zeros((x.shape[1], d.shape[1]), tl.float32), g)
+    return dot(tl.trans(x), d, tl.zeros((x.shape[1], d.shape[1]), tl.float32), config)
 
 
 @triton.jit
-def _row_sum(d, g: tl.constexpr):
+def _row_sum(d, config: tl.constexpr):
     """The sum of rows, [R, N] to [N]."""
-    if g.precision == "tf32x3" or g.precision == "ieee":
+    if config.precision == "tf32x3" or config.precision == "ieee":
         total = tl.sum(d, axis=0)
     else:  # as a product: tensor cores have ``d`` at hand for others
         ones = tl.full((d.shape[0], 16), 1.0, tl.float32)
-        total = tl.sum(_outer(d, ones, g), axis=1) * (1.0 / 16)
+        total = tl.sum(_outer(d, ones, config), axis=1) * (1.0 / 16)
     return total
 
 
 @triton.jit
 def first_layer_backward(
-    dz, n, parts, d_parts, sources, row, exists, weights_ptr, grads_ptr, d_sources, g: tl.constexpr
-):
+    dz, n, parts, d_parts, sources, row, exists, weights_ptr, grads_ptr, d_sources,
+    config: tl.constexpr,
+):  # fmt: skip
     """Adds what outputs n .. n + N of the first layer, dz [R, N], mean to parts and sources."""
-    stride: tl.constexpr = g.padded_widths[0]
     N: tl.constexpr = dz.shape[1]
+    BS: tl.constexpr = config.mlp.block_s
     new = ()
-    for i in tl.static_range(g.parts):
-        w = load_block(weights_ptr + g.weight_at[0], i * g.part, n, stride, g.part, N)
-        new = new + (dot_result(dz, tl.trans(w), d_parts[i], g),)
-        if g.weight_grad:
-            # On the left whichever is wide, as Hopper's products want it.
-            dw = _outer(parts[i], dz, g) if g.joined else tl.trans(_outer(dz, parts[i], g))
-            add_block(grads_ptr + g.weight_at[0], i * g.part, n, stride, dw)
+    for i in tl.static_range(config.perception.parts):
+        w = part_block(weights_ptr, i, n, N, config)
+        new = new + (dot_result(dz, tl.trans(w), d_parts[i], config),)
+        if config.wanted.weights:
+            if config.perception.side_by_side:  # on the left whichever is wide: Hopper wants it so
+                dw = _outer(parts[i], dz, config)
+            else:
+                dw = tl.trans(_outer(dz, parts[i], config))
+            add_layer_block(grads_ptr, 0, i * config.perception.part, n, dw, config)
     for s in tl.static_range(2):
-        for k in range(0, g.source_sizes[s], g.block_s):
-            if g.weight_grad:
-                x = source_rows(sources[s], row[s], exists, k, g.source_sizes[s], g)
-                add_block(grads_ptr + g.source_at[s], k, n, stride, _outer(x, dz, g))
-            if g.source_grad[s]:
-                ws = load_block(weights_ptr + g.source_at[s], k, n, stride, g.block_s, N)
-                dx = dot_result(dz, tl.trans(ws), tl.zeros((g.rows, g.block_s), tl.float32), g)
-                _add_source_rows(d_sources[s], row[2], exists, k, dx, g.source_sizes[s])
-    if g.weight_grad and not g.ones:
-        add_vector(grads_ptr + g.bias_at[0], n, _row_sum(dz, g))
+        for k in range(0, config.mlp.source_sizes[s], BS):
+            if config.wanted.weights:
+                x = source_rows(sources[s], row[s], exists, k, config.mlp.source_sizes[s], config)
+                at, stride = grads_ptr + config.packed.source_at[s], config.mlp.widths[0]
+                add_block(at, k, n, stride, _outer(x, dz, config))
+            if config.wanted.sources[s]:
+                w = source_block(weights_ptr, s, k, n, N, config)
+                zeros = tl.zeros((config.rows, BS), tl.float32)
+                dx = dot_result(dz, tl.trans(w), zeros, config)
+                _add_source_rows(d_sources[s], row[2], exists, k, dx, config.mlp.source_sizes[s])
+    if config.wanted.weights and not config.perception.ones:
+        add_vector(grads_ptr + config.packed.bias_at[0], n, _row_sum(dz, config))
     return new
 
 
@@ -340,73 +398,73 @@ def _add_source_rows(ptr, row, exists, k, value, size: tl.constexpr):
 
 
 @triton.jit
-def carried_sums(g: tl.constexpr):
-    """Where a program carries its gradients of the weights in registers: zeros for them.
+def register_sums(config: tl.constexpr):
+    """Gradients of the weights that a program adds up in registers: zeros to begin with.
 
     Of the first layer [BH, part], of the last [BH, BC] and of its bias [BC]; or nothing.
     """
     sums = ()
-    if g.carried:
-        N: tl.constexpr = g.padded_widths[0]
+    if config.weight_gradients_in_registers:
+        N: tl.constexpr = config.mlp.widths[0]
         sums = (
-            tl.zeros((N, g.part), tl.float32),
-            tl.zeros((N, g.block_c), tl.float32),
-            tl.zeros((g.block_c,), tl.float32),
+            tl.zeros((N, config.perception.part), tl.float32),
+            tl.zeros((N, config.block_c), tl.float32),
+            tl.zeros((config.block_c,), tl.float32),
         )
     return sums
 
 
 @triton.jit
-def keep_carried(sums, grads_ptr, g: tl.constexpr):
-    """Writes what a program carried to its partial sums in memory."""
-    if g.carried:
-        N: tl.constexpr = g.padded_widths[0]
+def store_register_sums(sums, grads_ptr, config: tl.constexpr):
+    """Adds the sums of :func:`register_sums` to the program's partial sums in memory."""
+    if config.weight_gradients_in_registers:
         tl.debug_barrier()  # others have cleared the same sums, or added to them
-        add_block(grads_ptr + g.weight_at[0], 0, 0, N, tl.trans(sums[0]))
-        add_block(grads_ptr + g.weight_at[1], 0, 0, g.block_c, sums[1])
-        add_vector(grads_ptr + g.bias_at[1], 0, sums[2])
+        add_layer_block(grads_ptr, 0, 0, 0, tl.trans(sums[0]), config)
+        add_layer_block(grads_ptr, 1, 0, 0, sums[1], config)
+        add_vector(grads_ptr + config.packed.bias_at[1], 0, sums[2])
 
 
 @triton.jit
-def _carried_mlp_backward(
-    du, parts, sources, row, exists, weights_ptr, grads_ptr, sums, g: tl.constexpr
+def _mlp_backward_in_registers(
+    du, parts, sources, row, exists, weights_ptr, grads_ptr, sums, config: tl.constexpr
 ):
     """:func:`mlp_backward` of two layers without sources, whose hidden units are one block."""
-    N: tl.constexpr = g.padded_widths[0]
+    N: tl.constexpr = config.mlp.widths[0]
     d_first, d_last, d_bias = sums
-    z = first_layer(parts, sources, row, exists, weights_ptr, 0, N, g)
-    w_last = load_block(weights_ptr + g.weight_at[1], 0, 0, g.block_c, N, g.block_c)
-    d_out = rounded(du, g)
-    dh = dot(d_out, tl.trans(w_last), tl.zeros((g.rows, N), tl.float32), g)
-    dz = activate_backward(z, dh, g.activation, g)
-    d_last = dot(tl.trans(hidden(z, g)), d_out, d_last, g)
+    z = first_layer(parts, sources, row, exists, weights_ptr, 0, N, config)
+    w_last = layer_block(weights_ptr, 1, 0, 0, N, config.block_c, config)
+    d_out = rounded(du, config)
+    dh = dot(d_out, tl.trans(w_last), tl.zeros((config.rows, N), tl.float32), config)
+    dz = activate_backward(z, dh, config.activation, config)
+    d_last = dot(tl.trans(hidden(z, config)), d_out, d_last, config)
     d_bias += tl.sum(du, axis=0)
-    d_first = dot(tl.trans(dz), parts[0], d_first, g)
-    if not g.ones:
-        add_vector(grads_ptr + g.bias_at[0], 0, _row_sum(dz, g))
-    w_first = load_block(weights_ptr + g.weight_at[0], 0, 0, N, g.part, N)
-    d_part = dot_result(dz, tl.trans(w_first), tl.zeros((g.rows, g.part), tl.float32), g)
+    d_first = dot(tl.trans(dz), parts[0], d_first, config)
+    if not config.perception.ones:
+        add_vector(grads_ptr + config.packed.bias_at[0], 0, _row_sum(dz, config))
+    w_first = part_block(weights_ptr, 0, 0, N, config)
+    zeros = tl.zeros((config.rows, config.perception.part), tl.float32)
+    d_part = dot_result(dz, tl.trans(w_first), zeros, config)
     return (d_part,), (d_first, d_last, d_bias)
 
 
 @triton.jit
 def mlp_backward(
     du, parts, sources, row, exists, scratch_ptr, weights_ptr, grads_ptr, d_sources, sums,
-    g: tl.constexpr,
+    config: tl.constexpr,
 ):  # fmt: skip
     """From the gradient of the update, du [R, BC], to those of the parts, a tuple of [R, part].
 
     ``row``: rows of the two sources, and of their gradients, which are per cell. Adds up the
-    gradients of the weights, in memory or in ``sums``, see :func:`carried_sums`: they are the
+    gradients of the weights, in memory or in ``sums``, see :func:`register_sums`: they are the
     second result.
     """
-    if g.carried:
-        d_parts, sums = _carried_mlp_backward(
-            du, parts, sources, row, exists, weights_ptr, grads_ptr, sums, g
+    if config.weight_gradients_in_registers:
+        d_parts, sums = _mlp_backward_in_registers(
+            du, parts, sources, row, exists, weights_ptr, grads_ptr, sums, config
         )
     else:
         d_parts = _mlp_backward(
-            du, parts, sources, row, exists, scratch_ptr, weights_ptr, grads_ptr, d_sources, g
+            du, parts, sources, row, exists, scratch_ptr, weights_ptr, grads_ptr, d_sources, config
         )
     return d_parts, sums
 
@@ -414,78 +472,80 @@ def mlp_backward(
 @triton.jit
 def _mlp_backward(
     du, parts, sources, row, exists, scratch_ptr, weights_ptr, grads_ptr, d_sources,
-    g: tl.constexpr,
+    config: tl.constexpr,
 ):  # fmt: skip
-    last: tl.constexpr = g.layers - 1
+    BH: tl.constexpr = config.mlp.block_h
+    last: tl.constexpr = config.mlp.layers - 1
     d_parts = ()
-    for _ in tl.static_range(g.parts):
-        d_parts = d_parts + (tl.zeros((g.rows, g.part), tl.float32),)
+    for _ in tl.static_range(config.perception.parts):
+        d_parts = d_parts + (tl.zeros((config.rows, config.perception.part), tl.float32),)
     if last == 0:
         d_parts = first_layer_backward(
-            rounded(du, g), 0, parts, d_parts, sources, row, exists, weights_ptr, grads_ptr,
-            d_sources, g,
+            rounded(du, config), 0, parts, d_parts, sources, row, exists, weights_ptr, grads_ptr,
+            d_sources, config,
         )  # fmt: skip
     else:
-        keep_hidden(parts, sources, row, exists, scratch_ptr, weights_ptr, g)
-        if g.weight_grad:
-            add_vector(grads_ptr + g.bias_at[last], 0, tl.sum(du, axis=0))
-        for n in range(0, g.padded_widths[last - 1], g.block_h):
-            z = hidden_layer(last - 1, parts, sources, row, exists, scratch_ptr, weights_ptr, n, g)
-            h = hidden(z, g)
-            w = load_block(weights_ptr + g.weight_at[last], n, 0, g.block_c, g.block_h, g.block_c)
-            d_out = rounded(du, g)
-            dh = dot(d_out, tl.trans(w), tl.zeros((g.rows, g.block_h), tl.float32), g)
-            dz = activate_backward(z, dh, g.activation, g)
-            if g.weight_grad:
-                add_block(grads_ptr + g.weight_at[last], n, 0, g.block_c, _outer(h, d_out, g))
+        store_hidden(parts, sources, row, exists, scratch_ptr, weights_ptr, config)
+        if config.wanted.weights:
+            add_vector(grads_ptr + config.packed.bias_at[last], 0, tl.sum(du, axis=0))
+        for n in range(0, config.mlp.widths[last - 1], BH):
+            z = hidden_layer(
+                last - 1, parts, sources, row, exists, scratch_ptr, weights_ptr, n, config
+            )
+            h = hidden(z, config)
+            w = layer_block(weights_ptr, last, n, 0, BH, config.block_c, config)
+            d_out = rounded(du, config)
+            dh = dot(d_out, tl.trans(w), tl.zeros((config.rows, BH), tl.float32), config)
+            dz = activate_backward(z, dh, config.activation, config)
+            if config.wanted.weights:
+                add_layer_block(grads_ptr, last, n, 0, _outer(h, d_out, config), config)
             if last == 1:
                 d_parts = first_layer_backward(
                     dz, n, parts, d_parts, sources, row, exists, weights_ptr, grads_ptr,
-                    d_sources, g,
+                    d_sources, config,
                 )  # fmt: skip
             else:
-                _keep_gradient(last - 1, dz, n, scratch_ptr, grads_ptr, g)
-        for i in tl.static_range(g.layers - 2):
+                _store_gradient(last - 1, dz, n, scratch_ptr, grads_ptr, config)
+        for i in tl.static_range(config.mlp.layers - 2):
             tl.debug_barrier()  # these threads read the gradients that others wrote
             d_parts = _hidden_layer_backward(
                 last - 1 - i, parts, d_parts, sources, row, exists, scratch_ptr, weights_ptr,
-                grads_ptr, d_sources, g,
+                grads_ptr, d_sources, config,
             )  # fmt: skip
     return d_parts
 
 
 @triton.jit
-def _keep_gradient(layer: tl.constexpr, dz, n, scratch_ptr, grads_ptr, g: tl.constexpr):
+def _store_gradient(layer: tl.constexpr, dz, n, scratch_ptr, grads_ptr, config: tl.constexpr):
     """The gradient before the activation of hidden ``layer`` to scratch, its bias's added."""
-    rows = tl.arange(0, g.rows)[:, None] * g.padded_widths[layer]
-    tl.store(scratch_ptr + g.gradient_at[layer] + rows + (n + tl.arange(0, g.block_h)[None, :]), dz)
-    if g.weight_grad:
-        add_vector(grads_ptr + g.bias_at[layer], n, tl.sum(dz, axis=0))
+    _store_units(scratch_ptr + config.scratch.gradient_at[layer], layer, n, dz, config)
+    if config.wanted.weights:
+        add_vector(grads_ptr + config.packed.bias_at[layer], n, tl.sum(dz, axis=0))
 
 
 @triton.jit
 def _hidden_layer_backward(
     layer: tl.constexpr, parts, d_parts, sources, row, exists, scratch_ptr, weights_ptr, grads_ptr,
-    d_sources, g: tl.constexpr,
+    d_sources, config: tl.constexpr,
 ):  # fmt: skip
     """From the gradient of hidden ``layer`` > 0, in scratch, to that of the one before it."""
-    inputs: tl.constexpr = g.padded_widths[layer - 1]
-    stride: tl.constexpr = g.padded_widths[layer]
-    for k in range(0, inputs, g.block_h):
-        z = load_block(scratch_ptr + g.hidden_at[layer - 1], 0, k, inputs, g.rows, g.block_h)
-        h = hidden(z, g)
-        dh = tl.zeros((g.rows, g.block_h), tl.float32)
-        for n in range(0, stride, g.block_h):
-            d = load_block(scratch_ptr + g.gradient_at[layer], 0, n, stride, g.rows, g.block_h)
-            w = load_block(weights_ptr + g.weight_at[layer], k, n, stride, g.block_h, g.block_h)
-            dh = dot(d, tl.trans(w), dh, g)
-            if g.weight_grad:
-                add_block(grads_ptr + g.weight_at[layer], k, n, stride, _outer(h, d, g))
-        dz = activate_backward(z, dh, g.activation, g)
+    BH: tl.constexpr = config.mlp.block_h
+    for k in range(0, config.mlp.widths[layer - 1], BH):
+        z = _load_units(scratch_ptr + config.scratch.hidden_at[layer - 1], layer - 1, k, config)
+        h = hidden(z, config)
+        dh = tl.zeros((config.rows, BH), tl.float32)
+        for n in range(0, config.mlp.widths[layer], BH):
+            d = _load_units(scratch_ptr + config.scratch.gradient_at[layer], layer, n, config)
+            w = layer_block(weights_ptr, layer, k, n, BH, BH, config)
+            dh = dot(d, tl.trans(w), dh, config)
+            if config.wanted.weights:
+                add_layer_block(grads_ptr, layer, k, n, _outer(h, d, config), config)
+        dz = activate_backward(z, dh, config.activation, config)
         if layer == 1:
             d_parts = first_layer_backward(
-                dz, k, parts, d_parts, sources, row, exists, weights_ptr, grads_ptr, d_sources, g
-            )
+                dz, k, parts, d_parts, sources, row, exists, weights_ptr, grads_ptr, d_sources,
+                config,
+            )  # fmt: skip
         else:
-            _keep_gradient(layer - 1, dz, k, scratch_ptr, grads_ptr, g)
+            _store_gradient(layer - 1, dz, k, scratch_ptr, grads_ptr, config)
     return d_parts

@@ -1,8 +1,8 @@
 """Pieces of kernels that deal with the perception: the stencil, its transpose, its taps.
 
-Depthwise taps are kept as ``[K, F, BC]``, dense ones as ``[K, BC, BP]``, both padded with zeros.
-Constant taps ``[K, F]`` are part of the program, which leaves out what is zero. A perception is a
-tuple of filters ``[R, BP]``: as many as there are if depthwise, a single one if dense.
+In memory, depthwise taps are ``[K, F, BC]`` and dense ones ``[K, BC, BP]``, both padded with zeros.
+Constant taps ``[K, F]`` are part of the program, which leaves out those that are zero. A perception
+is a tuple of blocks ``[R, BP]``, one for each depthwise filter, or a single one if taps are dense.
 """
 
 import triton
@@ -26,106 +26,136 @@ from nca_kernels.backends.triton.mlp import (
 
 
 @triton.jit
-def has_margin(z0, y0, x0, grid, g: tl.constexpr):
+def _has_margin(first, size, axis: tl.constexpr):
+    return (first >= axis.before) & (first + axis.tile + axis.kernel - 1 - axis.before <= size)
+
+
+@triton.jit
+def has_margin(z0, y0, x0, grid, config: tl.constexpr):
     """Whether all neighbours of a tile's cells are inside the grid."""
-    in_z = (z0 >= g.before_z) & (z0 + g.tile_z + g.kernel_z - 1 - g.before_z <= grid.depth)
-    in_y = (y0 >= g.before_y) & (y0 + g.tile_y + g.kernel_y - 1 - g.before_y <= grid.height)
-    in_x = (x0 >= g.before_x) & (x0 + g.tile_x + g.kernel_x - 1 - g.before_x <= grid.width)
+    in_z = _has_margin(z0, grid.depth, config.z)
+    in_y = _has_margin(y0, grid.height, config.y)
+    in_x = _has_margin(x0, grid.width, config.x)
     return in_z & in_y & in_x
 
 
 @triton.jit
-def neighbours(state_ptr, k, sample, z, y, x, inside: tl.constexpr, grid, g: tl.constexpr):
-    """What lies at position ``k`` of the kernel around each cell: [R, BC].
+def stencil_position(k, config: tl.constexpr):
+    """Position ``k`` of the stencil, counted in C order, to its place on each axis."""
+    kz = k // (config.y.kernel * config.x.kernel)
+    return kz, k // config.x.kernel % config.y.kernel, k % config.x.kernel
 
-    ``inside``: nothing of that is across a border.
+
+@triton.jit
+def neighbours(state_ptr, k, sample, z, y, x, inside: tl.constexpr, grid, config: tl.constexpr):
+    """What lies at position ``k`` of the stencil around each cell: [R, BC].
+
+    ``inside``: no neighbour of any of the cells is across a border.
     """
-    kz, ky, kx = k // (g.kernel_y * g.kernel_x), k // g.kernel_x % g.kernel_y, k % g.kernel_x
-    dz, dy, dx = kz - g.before_z, ky - g.before_y, kx - g.before_x
-    channel, there = channel_offsets(g)
+    kz, ky, kx = stencil_position(k, config)
+    dz, dy, dx = kz - config.z.before, ky - config.y.before, kx - config.x.before
+    channel, there = channel_offsets(config)
     rows, columns = dz * 0, dx * 0
-    if inside or g.padding == "zeros":  # a step of its own, so that all positions share an address
-        rows, columns = (dz * grid.height + dy) * grid.width, dx * g.channels
-    if g.wide:
+    if inside or config.zeros_outside:  # a step of its own, so that all positions share an address
+        rows, columns = (dz * grid.height + dy) * grid.width, dx * config.channels
+    if config.int64_indices:
         rows = rows.to(tl.int64)
     if not inside:
-        cz, there_z = border(z + dz, grid.depth, g.padding, g.near_z)
-        cy, there_y = border(y + dy, grid.height, g.padding, g.near_y)
-        cx, there_x = border(x + dx, grid.width, g.padding, g.near_x)
+        cz, there_z = border(z + dz, grid.depth, config.padding, config.z.near)
+        cy, there_y = border(y + dy, grid.height, config.padding, config.y.near)
+        cx, there_x = border(x + dx, grid.width, config.padding, config.x.near)
         there = (there_z & there_y & there_x)[:, None] & there
-        if g.padding != "zeros":
+        if not config.zeros_outside:
             z, y, x = cz, cy, cx
-    at = cell_number(sample, z, y, x, grid, g)[:, None] * g.channels + channel
-    # Positions of one row differ by a constant: it costs nothing in a load's address.
-    row_ptr = (state_ptr + rows * g.channels) + at
+    at = cell_number(sample, z, y, x, grid, config)[:, None] * config.channels + channel
+    # The addresses of positions of one row differ by a constant, which is free in a load.
+    row_ptr = (state_ptr + rows * config.channels) + at
     return tl.load(row_ptr + columns, mask=there, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def tap_row(weights_ptr, k, f, g: tl.constexpr):
+def tap_row(weights_ptr, k, f, config: tl.constexpr):
     """A depthwise filter's taps at position ``k``, for every channel: [1, BC]."""
-    at = g.taps_at + (k * g.filters + f) * g.block_c + tl.arange(0, g.block_c)[None, :]
+    at = (
+        config.packed.taps_at
+        + (k * config.perception.filters + f) * config.block_c
+        + tl.arange(0, config.block_c)[None, :]
+    )
     return tl.load(weights_ptr + at)
 
 
 @triton.jit
-def tap_block(weights_ptr, k, g: tl.constexpr):
+def tap_block(weights_ptr, k, config: tl.constexpr):
     """The dense taps at position ``k``: [BC, BP]."""
-    row = k * g.block_c
-    return load_block(weights_ptr + g.taps_at, row, 0, g.block_p, g.block_c, g.block_p)
+    row = k * config.block_c
+    return load_block(
+        weights_ptr + config.packed.taps_at,
+        row,
+        0,
+        config.perception.block_p,
+        config.block_c,
+        config.perception.block_p,
+    )
 
 
 @triton.jit
-def perceive(state_ptr, weights_ptr, sample, z, y, x, margin, grid, g: tl.constexpr):
+def perceive(state_ptr, weights_ptr, sample, z, y, x, margin, grid, config: tl.constexpr):
     """The perception of R cells before its activation; each neighbour is loaded once.
 
-    ``margin``: that of their tile, most of which need not look at borders.
+    ``margin``: whether all neighbours of the tile's cells are inside the grid, as of most tiles.
     """
-    if g.filters == 0:
+    if config.perception.filters == 0:
         filters = ()
     elif margin:
-        filters = _perceive(state_ptr, weights_ptr, sample, z, y, x, True, grid, g)
+        filters = _perceive(state_ptr, weights_ptr, sample, z, y, x, True, grid, config)
     else:
-        filters = _perceive(state_ptr, weights_ptr, sample, z, y, x, False, grid, g)
+        filters = _perceive(state_ptr, weights_ptr, sample, z, y, x, False, grid, config)
     return filters
 
 
 @triton.jit
-def _perceive(state_ptr, weights_ptr, sample, z, y, x, inside: tl.constexpr, grid, g: tl.constexpr):
+def _perceive(
+    state_ptr, weights_ptr, sample, z, y, x, inside: tl.constexpr, grid, config: tl.constexpr
+):
     filters = ()
-    for f in tl.static_range(g.filters):
-        start = tl.zeros((g.rows, g.block_p), tl.float32)
-        if g.perception_bias:
-            at = g.perception_bias_at + f * g.block_p + tl.arange(0, g.block_p)
+    for f in tl.static_range(config.perception.filters):
+        start = tl.zeros((config.rows, config.perception.block_p), tl.float32)
+        if config.perception.bias:
+            at = (
+                config.packed.perception_bias_at
+                + f * config.perception.block_p
+                + tl.arange(0, config.perception.block_p)
+            )
             start += tl.load(weights_ptr + at)[None, :]
         filters = filters + (start,)
-    if g.constant_taps:
-        for k in tl.static_range(g.kernel):
-            if g.used[k]:
-                value = neighbours(state_ptr, k, sample, z, y, x, inside, grid, g)
-                filters = _add_seen(filters, value, k, weights_ptr, g)
+    if config.perception.constant:
+        for k in tl.static_range(config.perception.positions):
+            if config.perception.used[k]:
+                value = neighbours(state_ptr, k, sample, z, y, x, inside, grid, config)
+                filters = _add_seen(filters, value, k, weights_ptr, config)
     else:
-        for k in tl.range(0, g.kernel, loop_unroll_factor=g.unroll):
-            value = neighbours(state_ptr, k, sample, z, y, x, inside, grid, g)
-            filters = _add_seen(filters, value, k, weights_ptr, g)
+        for k in tl.range(0, config.perception.positions, loop_unroll_factor=config.unroll):
+            value = neighbours(state_ptr, k, sample, z, y, x, inside, grid, config)
+            filters = _add_seen(filters, value, k, weights_ptr, config)
     return filters
 
 
 @triton.jit
-def _add_seen(filters, value, k, weights_ptr, g: tl.constexpr):
+def _add_seen(filters, value, k, weights_ptr, config: tl.constexpr):
     """Adds what each filter makes of the neighbours at position ``k``, [R, BC]."""
     new = ()
-    for f in tl.static_range(g.filters):
-        if g.constant_taps:
-            if g.taps[k * g.filters + f] != 0.0:
-                new = new + (filters[f] + value * g.taps[k * g.filters + f],)
+    for f in tl.static_range(config.perception.filters):
+        if config.perception.constant:
+            if config.perception.taps[k * config.perception.filters + f] != 0.0:
+                tap = config.perception.taps[k * config.perception.filters + f]
+                new = new + (filters[f] + value * tap,)
             else:
                 new = new + (filters[f],)
-        elif g.dense:
-            taps = tap_block(weights_ptr, k, g)
-            new = new + (dot(rounded(value, g), taps, filters[f], g),)
+        elif config.perception.dense:
+            taps = tap_block(weights_ptr, k, config)
+            new = new + (dot(rounded(value, config), taps, filters[f], config),)
         else:
-            new = new + (filters[f] + value * tap_row(weights_ptr, k, f, g),)
+            new = new + (filters[f] + value * tap_row(weights_ptr, k, f, config),)
     return new
 
 
@@ -143,269 +173,279 @@ def _halves(x):
 
 
 @triton.jit
-def activated(filters, g: tl.constexpr):
+def activated(filters, config: tl.constexpr):
     """The perception as products want it: a part for each filter, or one of all side by side.
 
     The latter ends with two columns of ones, if there is room, and of zeros.
     """
     parts = ()
-    for f in tl.static_range(g.filters):
-        parts = parts + (rounded(activate(filters[f], g.perception_activation, g), g),)
-    if g.joined:
-        column = tl.zeros((g.rows, g.block_p), tl.int32) + tl.arange(0, g.block_p)[None, :]
-        for f in tl.static_range(g.filters, g.part // g.block_p):
-            ones = column < (2 if f == g.filters else 0)
+    for f in tl.static_range(config.perception.filters):
+        value = activate(filters[f], config.perception_activation, config)
+        parts = parts + (rounded(value, config),)
+    if config.perception.side_by_side:
+        BP: tl.constexpr = config.perception.block_p
+        blocks: tl.constexpr = config.perception.part // BP
+        column = tl.zeros((config.rows, BP), tl.int32) + tl.arange(0, BP)[None, :]
+        for f in tl.static_range(config.perception.filters, blocks):
+            ones = column < (2 if f == config.perception.filters else 0)
             parts = parts + (ones.to(tl.float32),)
-        for level in tl.static_range(g.doublings):
+        for level in tl.static_range(config.perception.doublings):
             pairs = ()
-            for i in tl.static_range(g.part // g.block_p >> (level + 1)):
+            for i in tl.static_range(blocks >> (level + 1)):
                 pairs = pairs + (_side_by_side(parts[2 * i], parts[2 * i + 1]),)
             parts = pairs
     return parts
 
 
 @triton.jit
-def activated_backward(filters, d_parts, g: tl.constexpr):
+def activated_backward(filters, d_parts, config: tl.constexpr):
     """From the gradients of the parts to those of the perception before its activation."""
-    if g.joined:
-        for level in tl.static_range(g.doublings):
+    if config.perception.side_by_side:
+        for level in tl.static_range(config.perception.doublings):
             halves = ()
             for i in tl.static_range(1 << level):
                 left, right = _halves(d_parts[i])
                 halves = halves + (left, right)
             d_parts = halves
     new = ()
-    for f in tl.static_range(g.filters):
-        new = new + (activate_backward(filters[f], d_parts[f], g.perception_activation, g),)
+    for f in tl.static_range(config.perception.filters):
+        d = activate_backward(filters[f], d_parts[f], config.perception_activation, config)
+        new = new + (d,)
     return new
 
 
 @triton.jit
-def add_taps_gradient(d_parts, state_ptr, grads_ptr, sample, z, y, x, grid, g: tl.constexpr):
+def add_taps_gradient(d_parts, state_ptr, grads_ptr, sample, z, y, x, grid, config: tl.constexpr):
     """Adds R cells' share of the gradients of taps and perception bias to the partial sums.
 
-    Those of rows that do not exist are zeros.
+    ``d_parts`` is zero in rows that do not exist.
     """
-    if g.perception_bias_grad:
-        for f in tl.static_range(g.filters):
-            add_vector(grads_ptr + g.perception_bias_at, f * g.block_p, tl.sum(d_parts[f], axis=0))
-    if g.taps_grad:
-        for k in range(0, g.kernel):
-            value = neighbours(state_ptr, k, sample, z, y, x, False, grid, g)
-            for f in tl.static_range(g.filters):
-                if g.dense:
-                    zeros = tl.zeros((g.block_c, g.block_p), tl.float32)
-                    seen, d = rounded(value, g), rounded(d_parts[f], g)
-                    d_taps = dot(tl.trans(seen), d, zeros, g)
-                    add_block(grads_ptr + g.taps_at, k * g.block_c, 0, g.block_p, d_taps)
+    BP: tl.constexpr = config.perception.block_p
+    if config.wanted.perception_bias:
+        for f in tl.static_range(config.perception.filters):
+            d_bias = tl.sum(d_parts[f], axis=0)
+            add_vector(grads_ptr + config.packed.perception_bias_at, f * BP, d_bias)
+    if config.wanted.taps:
+        for k in range(0, config.perception.positions):
+            value = neighbours(state_ptr, k, sample, z, y, x, False, grid, config)
+            for f in tl.static_range(config.perception.filters):
+                if config.perception.dense:
+                    zeros = tl.zeros((config.block_c, BP), tl.float32)
+                    seen, d = rounded(value, config), rounded(d_parts[f], config)
+                    d_taps = dot(tl.trans(seen), d, zeros, config)
+                    row = k * config.block_c
+                    add_block(grads_ptr + config.packed.taps_at, row, 0, BP, d_taps)
                 else:
                     d_taps = tl.sum(value * d_parts[f], axis=0)
-                    add_vector(grads_ptr + g.taps_at, (k * g.filters + f) * g.block_c, d_taps)
+                    at = (k * config.perception.filters + f) * config.block_c
+                    add_vector(grads_ptr + config.packed.taps_at, at, d_taps)
 
 
 # ---- the transpose, in two steps: within a tile, then from tile to tile ----
 
 
 @triton.jit
-def keep_contributions(d_parts, first, scratch_ptr, weights_ptr, g: tl.constexpr):
-    """What rows first .. first + R contribute to the state, to this program's scratch.
+def store_contributions(d_parts, first, scratch_ptr, weights_ptr, config: tl.constexpr):
+    """Writes what rows first .. first + R contribute to the state to this program's scratch.
 
-    It is ``[1 + T, K, BC]``, by tap, or where that is too large ``[1 + T, F, BP]``, the gradients
-    of the perceptions. Row 0 is zeros, active cell number n has row 1 + n.
+    The scratch has it tap by tap, ``[1 + T, K, BC]``, or where that is too large as gradients of
+    perceptions, ``[1 + T, F, BP]``. Row 0 is zeros, active cell number n has row 1 + n.
     """
-    row = 1 + first + tl.arange(0, g.rows)[:, None]
-    at = scratch_ptr + row * g.kept
-    if g.by_tap:
-        channel = tl.arange(0, g.block_c)[None, :]
-        for k in tl.static_range(g.kernel):  # a loop breaks Triton 3.6 for sm_100
-            zeros = tl.zeros((g.rows, g.block_c), tl.float32)
-            value = add_tap_transposed(zeros, d_parts, k, weights_ptr, g)
-            tl.store(at + k * g.block_c + channel, value, mask=row <= g.tile)
+    row = 1 + first + tl.arange(0, config.rows)[:, None]
+    at = scratch_ptr + row * config.scratch.contribution
+    if config.contributions_by_tap:
+        channel = tl.arange(0, config.block_c)[None, :]
+        # A loop breaks Triton 3.6 for sm_100.
+        for k in tl.static_range(config.perception.positions):
+            zeros = tl.zeros((config.rows, config.block_c), tl.float32)
+            value = add_tap_transposed(zeros, d_parts, k, weights_ptr, config)
+            tl.store(at + k * config.block_c + channel, value, mask=row <= config.tile_cells)
     else:
-        for f in tl.static_range(g.filters):
-            column = f * g.block_p + tl.arange(0, g.block_p)[None, :]
-            tl.store(at + column, d_parts[f], mask=row <= g.tile)
+        BP: tl.constexpr = config.perception.block_p
+        for f in tl.static_range(config.perception.filters):
+            column = f * BP + tl.arange(0, BP)[None, :]
+            tl.store(at + column, d_parts[f], mask=row <= config.tile_cells)
 
 
 @triton.jit
-def add_tap_transposed(value, d_parts, k, weights_ptr, g: tl.constexpr):
-    """Adds what perceptions mean to the state at position ``k`` of the kernel, [R, BC]."""
-    for f in tl.static_range(g.filters):
-        if g.constant_taps:
-            if g.taps[k * g.filters + f] != 0.0:
-                value += d_parts[f] * g.taps[k * g.filters + f]
-        elif g.dense:
-            taps = tap_block(weights_ptr, k, g)
-            value = dot(rounded(d_parts[f], g), tl.trans(taps), value, g)
+def add_tap_transposed(value, d_parts, k, weights_ptr, config: tl.constexpr):
+    """Adds the gradient that perceptions give the state at position ``k`` of the stencil."""
+    for f in tl.static_range(config.perception.filters):
+        if config.perception.constant:
+            if config.perception.taps[k * config.perception.filters + f] != 0.0:
+                tap = config.perception.taps[k * config.perception.filters + f]
+                value += d_parts[f] * tap
+        elif config.perception.dense:
+            taps = tap_block(weights_ptr, k, config)
+            value = dot(rounded(d_parts[f], config), tl.trans(taps), value, config)
         else:
-            value += d_parts[f] * tap_row(weights_ptr, k, f, g)
+            value += d_parts[f] * tap_row(weights_ptr, k, f, config)
     return value
 
 
 @triton.jit
-def around(z, y, x, g: tl.constexpr):
+def around(z, y, x, config: tl.constexpr):
     """Where a cell's entry lies among those of the tile and of the cells around it."""
-    return (z * g.around_y + y) * g.around_x + x
+    return (z * config.y.around + y) * config.x.around + x
 
 
 @triton.jit
-def keep_rows(active, numbers, lz, ly, lx, scratch_ptr, g: tl.constexpr):
-    """Where each lane's row is in what :func:`keep_contributions` keeps, to the same scratch."""
-    at = around(lz + g.kernel_z - 1, ly + g.kernel_y - 1, lx + g.kernel_x - 1, g)
-    row = tl.where(active, (1 + numbers) * g.kept, 0).to(tl.float32, bitcast=True)
-    tl.store(scratch_ptr + g.active_at + at, row)
+def store_rows(active, numbers, lz, ly, lx, scratch_ptr, config: tl.constexpr):
+    """Writes each lane's row among those of :func:`store_contributions` to the scratch."""
+    z, y, x = lz + config.z.kernel - 1, ly + config.y.kernel - 1, lx + config.x.kernel - 1
+    at = around(z, y, x, config)
+    row = tl.where(active, (1 + numbers) * config.scratch.contribution, 0)
+    tl.store(scratch_ptr + config.scratch.rows_at + at, row.to(tl.float32, bitcast=True))
 
 
 @triton.jit
-def tile_transpose(rz, ry, rx, exists, scratch_ptr, weights_ptr, g: tl.constexpr):
+def tile_transpose(rz, ry, rx, exists, scratch_ptr, weights_ptr, config: tl.constexpr):
     """What the tile's cells contribute to the state at places of its surroundings: [R, BC].
 
     Place ``r`` of an axis is cell ``r - before`` of the tile; tap ``k`` of the cell at ``r - k``
     reaches it.
     """
-    acc = tl.zeros((g.rows, g.block_c), tl.float32)
-    here = around(rz, ry, rx, g)
-    if g.constant_taps:
-        for k in tl.static_range(g.kernel):
-            if g.used[k]:
-                acc = _add_reaching(acc, here, k, exists, scratch_ptr, weights_ptr, g)
+    acc = tl.zeros((config.rows, config.block_c), tl.float32)
+    here = around(rz, ry, rx, config)
+    if config.perception.constant:
+        for k in tl.static_range(config.perception.positions):
+            if config.perception.used[k]:
+                acc = _add_reaching(acc, here, k, exists, scratch_ptr, weights_ptr, config)
     else:
-        for k in tl.range(0, g.kernel, loop_unroll_factor=g.unroll):
-            acc = _add_reaching(acc, here, k, exists, scratch_ptr, weights_ptr, g)
+        for k in tl.range(0, config.perception.positions, loop_unroll_factor=config.unroll):
+            acc = _add_reaching(acc, here, k, exists, scratch_ptr, weights_ptr, config)
     return acc
 
 
 @triton.jit
-def _add_reaching(acc, here, k, exists, scratch_ptr, weights_ptr, g: tl.constexpr):
+def _add_reaching(acc, here, k, exists, scratch_ptr, weights_ptr, config: tl.constexpr):
     """Adds what reaches the places by tap ``k``, [R, BC]."""
-    kz, ky, kx = k // (g.kernel_y * g.kernel_x), k // g.kernel_x % g.kernel_y, k % g.kernel_x
+    kz, ky, kx = stencil_position(k, config)
     # A step of its own, so that all positions share an address.
-    step = around(g.kernel_z - 1 - kz, g.kernel_y - 1 - ky, g.kernel_x - 1 - kx, g)
-    row = tl.load(scratch_ptr + g.active_at + step + here, mask=exists, other=0.0)
-    # A multiple of g.kept, which is one of 16: loads of several numbers at once.
+    z, y, x = config.z.kernel - 1 - kz, config.y.kernel - 1 - ky, config.x.kernel - 1 - kx
+    step = around(z, y, x, config)
+    row = tl.load(scratch_ptr + config.scratch.rows_at + step + here, mask=exists, other=0.0)
+    # Rows lie a multiple of 16 numbers apart: so several are loaded at once.
     row = tl.multiple_of(row.to(tl.int32, bitcast=True), 16)[:, None]
-    if g.by_tap:
-        channel = tl.arange(0, g.block_c)[None, :]
-        acc += tl.load((scratch_ptr + k * g.block_c + channel) + row)
+    if config.contributions_by_tap:
+        channel = tl.arange(0, config.block_c)[None, :]
+        acc += tl.load((scratch_ptr + k * config.block_c + channel) + row)
     else:
-        column = tl.arange(0, g.block_p)[None, :]
+        column = tl.arange(0, config.perception.block_p)[None, :]
         d_parts = ()
-        for f in tl.static_range(g.filters):  # what constant taps make nothing of is not loaded
-            d_parts = d_parts + (tl.load((scratch_ptr + f * g.block_p + column) + row),)
-        acc = add_tap_transposed(acc, d_parts, k, weights_ptr, g)
+        for f in tl.static_range(config.perception.filters):
+            # The compiler leaves out what constant taps make nothing of.
+            d = tl.load((scratch_ptr + f * config.perception.block_p + column) + row)
+            d_parts = d_parts + (d,)
+        acc = add_tap_transposed(acc, d_parts, k, weights_ptr, config)
     return acc
 
 
 @triton.jit
-def overlap(s, j, size, tile: tl.constexpr, kernel: tl.constexpr, before: tl.constexpr,
-            few: tl.constexpr, near: tl.constexpr, g: tl.constexpr):  # fmt: skip
-    """Which tile's surroundings, number ``s`` on one axis, hold something for cell ``j``.
+def overlap(s, j, size, axis: tl.constexpr, config: tl.constexpr):
+    """Along one axis, the ``s``-th place that holds a contribution to cell ``j``.
 
-    Positions outside the grid that show cell ``j`` count as it does; each position lies in the
-    surroundings of up to ``few`` tiles. Returns (tile, place in it, does it exist, is it the
-    cell's own tile).
+    What is contributed to a position outside the grid belongs to the cell that the position shows.
+    Each position lies within reach of up to ``axis.shares`` tiles. Returns (tile, place in it, does
+    it exist, is it the cell's place in its own tile).
     """
-    image = s // few  # 0: the cell itself, 1 .. before: left of the grid, then right of it
-    position = tl.where(image == 0, j, tl.where(image <= before, -image, size - 1 + image - before))
-    shown, there = border(position, size, g.padding, near)
-    nth = (position + before) // tile - s % few
-    place = position + before - nth * tile
-    exists = there & (shown == j) & (nth >= 0) & (nth * tile < size) & (place < tile + kernel - 1)
-    own = (position == j) & (nth == j // tile)
-    return nth, place, exists, own
+    image = s // axis.shares  # 0: the cell itself, 1 .. before: left of the grid, then right of it
+    itself = image == 0
+    outside = tl.where(image <= axis.before, -image, size - 1 + image - axis.before)
+    position = tl.where(itself, j, outside)
+    shown, there = border(position, size, config.padding, axis.near)
+    nth = (position + axis.before) // axis.tile - s % axis.shares
+    place = position + axis.before - nth * axis.tile
+    exists = there & (shown == j) & (nth >= 0) & (nth * axis.tile < size) & (place < axis.places)
+    same = (position == j) & (nth == j // axis.tile)
+    return nth, place, exists, same
 
 
 @triton.jit
-def edge_cells(z0, y0, x0, grid, g: tl.constexpr):
-    """How many of a tile's cells others may contribute to, and whether these are all of them.
+def edge_cells(z0, y0, x0, grid, config: tl.constexpr):
+    """How many of a tile's cells get contributions from elsewhere, and whether that is all of them.
 
-    Near borders that show cells to cells, all; else those that other tiles reach.
+    Those are the cells that other tiles reach; near borders that fold back, all.
     """
-    count, everywhere = z0 * 0 + g.edges, z0 < 0
-    if g.padding != "zeros":
-        near_z = _near_border(z0, grid.depth, g.tile_z, g.kernel_z)
-        near_y = _near_border(y0, grid.height, g.tile_y, g.kernel_y)
-        near_x = _near_border(x0, grid.width, g.tile_x, g.kernel_x)
+    count, everywhere = z0 * 0 + config.edges, z0 < 0
+    if config.borders_fold_back:
+        near_z = _near_border(z0, grid.depth, config.z)
+        near_y = _near_border(y0, grid.height, config.y)
+        near_x = _near_border(x0, grid.width, config.x)
         everywhere = near_z | near_y | near_x
-        count = tl.where(everywhere, g.tile, count)
+        count = tl.where(everywhere, config.tile_cells, count)
     return count, everywhere
 
 
 @triton.jit
-def _near_border(first, size, tile: tl.constexpr, kernel: tl.constexpr):
+def _near_border(first, size, axis: tl.constexpr):
     """Whether positions outside of an axis may show one of a tile's cells."""
-    return ((first < kernel) | (first + tile > size - kernel)) & (kernel > 1)
+    near = (first < axis.kernel) | (first + axis.tile > size - axis.kernel)
+    return near & (axis.kernel > 1)
 
 
 @triton.jit
-def edge_position(number, everywhere, g: tl.constexpr):
-    """Where number n of a tile's cells is: those at an edge in z come first, then in y, then in x.
+def edge_position(number, everywhere, config: tl.constexpr):
+    """The position in its tile of the n-th cell that gets contributions from elsewhere.
 
-    Unless all are asked for, which come in their order.
+    Cells at an edge in z come first, then those in y, then those in x. With ``everywhere`` it is
+    all cells in C order.
     """
-    size_z: tl.constexpr = g.edge_z * g.tile_y * g.tile_x
-    size_y: tl.constexpr = (g.tile_z - g.edge_z) * g.edge_y * g.tile_x
-    lz, ly, lx = lane_position(number, g)
+    size_z: tl.constexpr = config.z.edge * config.y.tile * config.x.tile
+    size_y: tl.constexpr = (config.z.tile - config.z.edge) * config.y.edge * config.x.tile
+    lz, ly, lx = lane_position(number, config)
     z, y, x = lz, ly, lx  # of each part, the cells of an axis in the order of _from_edges
     n = number - size_z
     if size_y > 0:
         in_y = n >= 0
-        z = tl.where(in_y, g.edge_z + n // (g.edge_y * g.tile_x), z)
-        y = tl.where(in_y, n // g.tile_x % g.edge_y, y)
-        x = tl.where(in_y, n % g.tile_x, x)
+        z = tl.where(in_y, config.z.edge + n // (config.y.edge * config.x.tile), z)
+        y = tl.where(in_y, n // config.x.tile % config.y.edge, y)
+        x = tl.where(in_y, n % config.x.tile, x)
     n -= size_y
-    if g.edge_x > 0 and g.edge_y < g.tile_y:
+    if config.x.edge > 0 and config.y.edge < config.y.tile:
         in_x = n >= 0
-        inner: tl.constexpr = g.tile_y - g.edge_y
-        z = tl.where(in_x, g.edge_z + n // (inner * g.edge_x), z)
-        y = tl.where(in_x, g.edge_y + n // g.edge_x % inner, y)
-        x = tl.where(in_x, n % g.edge_x, x)
-    z = _from_edges(z, g.tile_z, g.low_z, g.edge_z)
-    y = _from_edges(y, g.tile_y, g.low_y, g.edge_y)
-    x = _from_edges(x, g.tile_x, g.low_x, g.edge_x)
-    if g.padding != "zeros":
+        inner: tl.constexpr = config.y.tile - config.y.edge
+        z = tl.where(in_x, config.z.edge + n // (inner * config.x.edge), z)
+        y = tl.where(in_x, config.y.edge + n // config.x.edge % inner, y)
+        x = tl.where(in_x, n % config.x.edge, x)
+    z, y, x = _from_edges(z, config.z), _from_edges(y, config.y), _from_edges(x, config.x)
+    if config.borders_fold_back:
         z, y = tl.where(everywhere, lz, z), tl.where(everywhere, ly, y)
         x = tl.where(everywhere, lx, x)
     return z, y, x
 
 
 @triton.jit
-def _from_edges(i, size: tl.constexpr, low: tl.constexpr, edge: tl.constexpr):
-    """Cells of an axis: the ``edge`` first, ``low`` of them at the beginning, then the others."""
-    end = tl.where(i < low, i, size - edge + i)
-    return tl.where(i < edge, end, low + i - edge)
+def _from_edges(i, axis: tl.constexpr):
+    """Cell number ``i`` of an axis, counting the low edge's first, then the high edge's."""
+    at_edge = tl.where(i < axis.low_edge, i, axis.tile - axis.edge + i)
+    return tl.where(i < axis.edge, at_edge, axis.low_edge + i - axis.edge)
 
 
 @triton.jit
-def shares(first, size, tile: tl.constexpr, kernel: tl.constexpr, few: tl.constexpr):
+def shares(first, size, axis: tl.constexpr):
     """How many turns of :func:`share` cells from ``first`` on need on an axis.
 
     Positions outside the grid, images of cells, matter only to cells near its borders.
     """
-    return tl.where(_near_border(first, size, tile, kernel), few * kernel, few)
+    return tl.where(_near_border(first, size, axis), axis.shares * axis.kernel, axis.shares)
 
 
 @triton.jit
-def share(s, turns_y, turns_x, sample, z, y, x, inside, touched_ptr, grid, g: tl.constexpr):
-    """Where tiles hold something for cells, in turn ``s``: (at [R, BC], is there any [R]).
+def share(s, turns_y, turns_x, sample, z, y, x, inside, touched_ptr, grid, config: tl.constexpr):
+    """Where other tiles hold contributions to cells, in turn ``s``: (at [R, BC], is there any [R]).
 
-    Turns of all axes count in C order. Only what is not the cells' own tile.
+    Turns are counted over all axes in C order. What is in the cells' own tile is left out.
     """
     sz, sy, sx = s // (turns_y * turns_x), s // turns_x % turns_y, s % turns_x
-    tz, pz, ok_z, own_z = overlap(
-        sz, z, grid.depth, g.tile_z, g.kernel_z, g.before_z, g.shares_z, g.near_z, g
-    )
-    ty, py, ok_y, own_y = overlap(
-        sy, y, grid.height, g.tile_y, g.kernel_y, g.before_y, g.shares_y, g.near_y, g
-    )
-    tx, px, ok_x, own_x = overlap(
-        sx, x, grid.width, g.tile_x, g.kernel_x, g.before_x, g.shares_x, g.near_x, g
-    )
-    there = inside & ok_z & ok_y & ok_x & ~(own_z & own_y & own_x)
+    tz, pz, ok_z, same_z = overlap(sz, z, grid.depth, config.z, config)
+    ty, py, ok_y, same_y = overlap(sy, y, grid.height, config.y, config)
+    tx, px, ok_x, same_x = overlap(sx, x, grid.width, config.x, config)
+    there = inside & ok_z & ok_y & ok_x & ~(same_z & same_y & same_x)
     tile = ((sample * grid.tiles_z + tz) * grid.tiles_y + ty) * grid.tiles_x + tx
     there = there & (tl.load(touched_ptr + tile, mask=there, other=0) > 0)
-    if g.wide:
+    if config.int64_indices:
         tile = tile.to(tl.int64)
-    channel, _ = channel_offsets(g)
-    place = tile * g.places + (pz * g.places_y + py) * g.places_x + px
-    return place[:, None] * g.channels + channel, there
+    channel, _ = channel_offsets(config)
+    place = tile * config.places + (pz * config.y.places + py) * config.x.places + px
+    return place[:, None] * config.channels + channel, there

@@ -6,15 +6,16 @@ Which arrays the kernels get, and in which order; ``step_kernels.py`` says what 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from nca_kernels.backends.triton.configuration import Engine, step_launch
-from nca_kernels.backends.triton.device import is_hopper
-from nca_kernels.backends.triton.geometry import step_constants
+from nca_kernels.backends.triton.device import has_64_row_products
+from nca_kernels.backends.triton.geometry import Sizes
+from nca_kernels.backends.triton.step_configuration import StepConfiguration, step_configuration
 from nca_kernels.backends.triton.weights import pack, unpack
 from nca_kernels.call import Operands, StepCall
 from nca_kernels.tuning import Launch
@@ -24,34 +25,30 @@ Shape = jax.ShapeDtypeStruct
 
 def forward(engine: Engine, call: StepCall, platform: str, operands: Operands) -> list[Array]:
     """``[new state [G, B, *S, C]]``, and with alive masking the mask ``[G, B, *S]``."""
-    launch, kernels = engine.launch, engine.step_kernels()
-    how = step_launch(engine, "step_forward", call, platform, operands, forward)
-    g = _constants(engine, call, platform, operands, how)
-    groups = operands.groups
+    launch = step_launch(engine, "step_forward", call, platform, operands, forward)
+    config, sizes = _configuration(engine, call, platform, operands, launch)
+    run = partial(engine.run_kernel, config=config, sizes=sizes, launch=launch)
+    kernels, groups = engine.step_kernels(), sizes.groups
     state, fire, given, inputs = _flat_operands(operands)
-    alive = g["alive"]
-    new, plane, mask, _ = launch(
+    cells = sizes.cells if config.alive else 1
+    new, plane, mask, _ = run(
         kernels.step_forward,
-        [state, fire, pack(operands, g), given, inputs],
+        [state, fire, pack(operands, config.packed, config.precision), given, inputs],
         [
             Shape(state.shape, state.dtype),
-            Shape((groups, g["cells"] if alive else 1), jnp.float32),
-            Shape((groups, g["cells"] if alive else 1), jnp.bool_),
-            Shape((groups, g["programs"], g["scratch"]), jnp.float32),
+            Shape((groups, cells), jnp.float32),
+            Shape((groups, cells), jnp.bool_),
+            Shape((groups, sizes.programs, config.scratch.size), jnp.float32),
         ],
-        (g["programs"], groups),
-        g,
-        how,
+        programs=groups * sizes.programs,
     )
-    if not alive:
+    if not config.alive:
         return [new.reshape(operands.state.shape)]
-    new, mask = launch(
+    new, mask = run(
         kernels.clear_dead,
         [plane, mask, new],
         [Shape(new.shape, new.dtype), Shape(mask.shape, mask.dtype)],
-        (g["tiles"], groups),
-        g,
-        how,
+        programs=groups * sizes.tiles,
         aliases={1: 1, 2: 0},
     )
     shape = operands.state.shape
@@ -68,74 +65,69 @@ def backward(
     wrt: tuple[bool, ...],
 ) -> list[Array]:
     """The gradients ``[G, ...]`` of the operands that ``wrt`` (a flag for each array) asks for."""
-    launch, kernels = engine.launch, engine.step_kernels()
-    wanted = jax.tree.unflatten(jax.tree.structure(operands), wrt)
-    how = step_launch(engine, "step_backward", call, platform, operands, backward)
-    g = _constants(engine, call, platform, operands, how, wanted)
-    groups = operands.groups
+    flags = jax.tree.unflatten(jax.tree.structure(operands), wrt)
+    launch = step_launch(engine, "step_backward", call, platform, operands, backward)
+    config, sizes = _configuration(engine, call, platform, operands, launch, flags)
+    run = partial(engine.run_kernel, config=config, sizes=sizes, launch=launch)
+    kernels, groups, wanted = engine.step_kernels(), sizes.groups, config.wanted
+    overlaps = sizes.tiles * config.places * config.channels if config.has_overlaps else 1
     state, fire, given, inputs = _flat_operands(operands)
-    alive = saved[0].reshape(groups, -1) if saved else jnp.zeros((groups, 1), jnp.bool_)
-
-    def each_cell(size: int, if_wanted: bool, dtype: Any = jnp.float32) -> Shape:
-        return Shape((groups, g["cells"] * size if if_wanted else 1), dtype)
-
-    (given_size, inputs_size), source_grad = g["source_sizes"], g["source_grad"]
-    has_overlaps = g["state_grad"] and g["filters"] > 0 and g["places"] > g["tile"]
-    overlaps = g["tiles"] * g["places"] * g["channels"] if has_overlaps else 1
-    d_state, overlap, touched, d_weights, d_given, d_inputs, _ = launch(
+    d_state, overlap, touched, d_weights, d_given, d_inputs, _ = run(
         kernels.step_backward,
         [
-            state, fire, pack(operands, g), given, inputs, alive,
+            state, fire, pack(operands, config.packed, config.precision), given, inputs,
+            saved[0].reshape(groups, -1) if saved else jnp.zeros((groups, 1), jnp.bool_),
             cotangent.reshape(groups, -1),
         ],
         [
-            each_cell(g["channels"], g["state_grad"], state.dtype),
+            Shape((groups, sizes.cells * config.channels if wanted.state else 1), state.dtype),
             Shape((groups, overlaps), jnp.float32),
-            Shape((groups, g["tiles"]), jnp.int32),
-            Shape((groups, g["programs"], g["weights"]), jnp.float32),
-            each_cell(given_size, source_grad[0]),
-            each_cell(inputs_size, source_grad[1]),
-            Shape((groups, g["programs"], g["scratch"]), jnp.float32),
+            Shape((groups, sizes.tiles), jnp.int32),
+            Shape((groups, sizes.programs, config.packed.size), jnp.float32),
+            *(
+                Shape((groups, sizes.cells * size if asked else 1), jnp.float32)
+                for size, asked in zip(config.mlp.source_sizes, wanted.sources, strict=True)
+            ),
+            Shape((groups, sizes.programs, config.scratch.size), jnp.float32),
         ],
-        (g["programs"], groups),
-        g,
-        how,
+        programs=groups * sizes.programs,
     )  # fmt: skip
-    if has_overlaps:
-        (d_state,) = launch(
+    if config.has_overlaps:
+        (d_state,) = run(
             kernels.add_overlaps,
             [overlap, touched, d_state],
             [Shape(d_state.shape, d_state.dtype)],
-            (g["tiles"], groups),
-            g,
-            how,
+            programs=groups * sizes.tiles,
             aliases={2: 0},
         )
     grads = Operands(d_state, operands.fire, d_given, d_inputs, operands.weights)
-    if g["weight_grad"]:
-        (total,) = launch(
+    if wanted.weights:
+        (total,) = run(
             kernels.add_programs,
             [d_weights],
-            [Shape((groups, g["weights"]), jnp.float32)],
-            (-(-g["weights"] // g["add_columns"]), groups),
-            g,
-            how,
+            [Shape((groups, config.packed.size), jnp.float32)],
+            programs=groups * -(-config.packed.size // config.add_columns),
         )
-        grads = grads._replace(weights=unpack(total, operands, g))
-    return _wanted_gradients(grads, operands, wanted)
+        grads = grads._replace(weights=unpack(total, operands, config.packed))
+    return _wanted_gradients(grads, operands, flags)
 
 
-def _constants(
+def _configuration(
     engine: Engine,
     call: StepCall,
     platform: str,
     operands: Operands,
-    how: Launch,
+    launch: Launch,
     wanted: Operands | None = None,
-) -> dict[str, Any]:
-    precision = engine.precision(call.rule.precision, platform)
-    g = step_constants(call, operands, how, precision, wanted)
-    return g | {"hopper": is_hopper(engine.capability())}
+) -> tuple[StepConfiguration, Sizes]:
+    return step_configuration(
+        call,
+        operands,
+        launch,
+        precision=engine.precision(call.rule.precision, platform),
+        rounds_by_instruction=has_64_row_products(engine.capability()),
+        wanted=wanted,
+    )
 
 
 def _flat_operands(operands: Operands) -> tuple[Array, Array, Array, Array]:

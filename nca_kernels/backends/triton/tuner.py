@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,41 +28,56 @@ log = logging.getLogger("nca_kernels")
 _tuned: dict[tuple[str, str, str], Launch] = {}  # once a process and problem
 
 
-def tuned(
-    engine: Any,
-    kernel: str,
-    problem: str,
-    call: Any,
-    platform: str,
-    operands: Operands | AttentionOperands,
-    op: Callable[..., Any],
-    heuristic: Launch,
-) -> Launch:
+class Tunable(NamedTuple):
+    """A kernel of a call; ``op`` runs that, as ``(engine, call, platform, operands, ...)``."""
+
+    engine: Any  # a configuration.Engine
+    kernel: str
+    call: Any
+    platform: str
+    operands: Operands | AttentionOperands
+    op: Callable[..., Any]
+
+
+def tuned(tunable: Tunable, problem: str, heuristic: Launch) -> Launch:
     """The fastest of :func:`nca_kernels.tuning.candidates` around the heuristic's launch.
 
-    What the user's file has is not tuned again, so that a program that was interrupted goes on.
+    Args:
+        problem: the name that the winner is filed under. What the user's file has is not tuned
+            again, so that a program that was interrupted goes on.
+
+    Raises:
+        RuntimeError: none of them runs.
     """
-    key = engine.device(), kernel, problem
+    kernel, operands = tunable.kernel, tunable.operands
+    key = tunable.engine.device(), kernel, problem
     if key not in _tuned:
-        known = winner_of(user_folder(), *key)
-        if known is None:
+        fastest_launch = winner_of(user_folder(), *key)
+        if fastest_launch is None:
             fields = ATTENTION_FIELDS if isinstance(operands, AttentionOperands) else FIELDS
             launches = candidates(heuristic, fields)
             log.warning("tuning %s for %s: %d launches ...", kernel, problem, len(launches))
             with jax.ensure_compile_time_eval():
-                run = _runner(engine, kernel, call, platform, operands, op)
-                known = fastest({how: partial(run, how) for how in launches})
-            if known is None:
+                prepare = _preparation(tunable)
+                fastest_launch = fastest({launch: partial(prepare, launch) for launch in launches})
+            if fastest_launch is None:
                 raise RuntimeError(f"no launch of {kernel} runs on {key[0]} for {problem}")
-            log.warning("%s, written to %s", known, write_winner(*key, known))
-        _tuned[key] = known
+            path = write_winner(*key, fastest_launch)
+            log.warning("%s, written to %s", fastest_launch, path)
+        _tuned[key] = fastest_launch
     return _tuned[key]
 
 
 def fastest(runs: dict[Launch, Callable[[], Callable[[], Any]]]) -> Launch | None:
-    """By the median of rounds in turn, of those that run; each is prepared first."""
-    prepared = {}
-    for how, prepare in runs.items():
+    """The launch with the lowest median time, or None if none of them runs.
+
+    All are timed in turns, round by round, so that none is favoured by when it is measured.
+
+    Args:
+        runs: for each launch a function that prepares it and returns what is timed.
+    """
+    timed = {}
+    for launch, prepare in runs.items():
         try:
             run = prepare()
             jax.block_until_ready(run())
@@ -70,14 +85,14 @@ def fastest(runs: dict[Launch, Callable[[], Callable[[], Any]]]) -> Launch | Non
             log.info("skipped: %s", str(error).splitlines()[-1:])
             continue
         calls = max(1, min(MOST_CALLS, int(LONG_ENOUGH / seconds(run, 1))))
-        prepared[how] = partial(seconds, run, calls)
-    times = [[time_it() for time_it in prepared.values()] for _ in range(ROUNDS)]
+        timed[launch] = partial(seconds, run, calls)
+    times = [[time_it() for time_it in timed.values()] for _ in range(ROUNDS)]
     medians = np.median(np.reshape(times, (ROUNDS, -1)), axis=0)
-    return list(prepared)[int(np.argmin(medians))] if prepared else None
+    return list(timed)[int(np.argmin(medians))] if timed else None
 
 
 def seconds(run: Callable[[], Any], calls: int) -> float:
-    """Of one call, where the device is given so many before it is waited for."""
+    """Seconds of one call, from many that the device is given before it is waited for."""
     start = time.perf_counter()
     for _ in range(calls):
         out = run()
@@ -85,15 +100,9 @@ def seconds(run: Callable[[], Any], calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def _runner(
-    engine: Any,
-    kernel: str,
-    call: Any,
-    platform: str,
-    operands: Operands | AttentionOperands,
-    op: Callable[..., Any],
-) -> Callable[[Launch], Callable[[], Any]]:
+def _preparation(tunable: Tunable) -> Callable[[Launch], Callable[[], Any]]:
     """``launch -> a call of the compiled op`` on random operands, all of whose cells are alive."""
+    engine, kernel, call, platform, operands, op = tunable
     random = np.random.default_rng(0)
 
     def like(array: Any) -> Any:
@@ -103,20 +112,20 @@ def _runner(
             return jnp.asarray(random.integers(0, 2**32, array.shape, np.uint32))
         return jnp.asarray(0.5 + 0.1 * random.normal(size=array.shape), array.dtype)
 
-    own = jax.tree.map(like, operands)
-    avals = [jax.typeof(a) for a in jax.tree.leaves(own)]
+    arrays = jax.tree.map(like, operands)
+    avals = [jax.typeof(a) for a in jax.tree.leaves(arrays)]
     cotangent, *saved = map(like, call.outputs(avals))
-    floating = jax.tree.map(lambda a: jnp.issubdtype(a.dtype, jnp.floating), own)
+    floating = jax.tree.map(lambda a: jnp.issubdtype(a.dtype, jnp.floating), arrays)
     if getattr(call, "constant_taps", None):
         floating = floating._replace(weights=floating.weights._replace(taps=False))
     wrt = tuple(jax.tree.leaves(floating))
 
-    def prepare(how: Launch) -> Callable[[], Any]:
-        fixed = replace(engine, fixed=lambda call: how)
+    def prepare(launch: Launch) -> Callable[[], Any]:
+        fixed = replace(engine, fixed=lambda call: launch)
         if kernel.endswith("_forward"):
-            compiled = jax.jit(lambda own: op(fixed, call, platform, own))
-            return lambda: compiled(own)
-        compiled = jax.jit(lambda own, d: op(fixed, call, platform, own, saved, d, wrt))
-        return lambda: compiled(own, cotangent)
+            compiled = jax.jit(lambda arrays: op(fixed, call, platform, arrays))
+            return lambda: compiled(arrays)
+        compiled = jax.jit(lambda arrays, d: op(fixed, call, platform, arrays, saved, d, wrt))
+        return lambda: compiled(arrays, cotangent)
 
     return prepare

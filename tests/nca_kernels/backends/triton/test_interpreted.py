@@ -15,9 +15,11 @@ import nca_kernels as nk
 from nca_kernels import dispatch
 from nca_kernels.backends.triton.engine import ENGINE
 from nca_kernels.backends.triton.launch import missing
+from nca_kernels.rule import Alive
 from nca_kernels.testing import (
     CONFORMANCE,
     TRANSFORMATION_CHECKS,
+    Case,
 )
 from nca_kernels.testing.compare import assert_close
 from nca_kernels.testing.conformance import check_values_and_gradients
@@ -56,6 +58,26 @@ class TestAttention(AttentionSuite):
     transformations = tuple(
         (check, case) for check, case in AttentionSuite.transformations if check != "export"
     )
+
+
+PADDINGS = dispatch.covers(BACKEND).rule["padding"]
+POOLED = [(padding, (11, 21), radius) for padding in PADDINGS for radius in (2, 3)]
+POOLED += [("zeros", (37,), 2), ("circular", (37,), 4), ("circular", (3,), 3)]
+POOLED += [("zeros", (5, 3, 19), 2), ("circular", (5, 3, 19), 2), ("circular", (1, 7, 5), 3)]
+
+
+@pytest.mark.parametrize(("padding", "grid", "radius"), POOLED, ids=str)
+def test_pools_of_other_radii(padding, grid, radius):
+    """Few cells are above the threshold, so that the radius matters everywhere."""
+    alive = Alive(channel=1, threshold=1.0, radius=radius)
+    rule = replace(CASES["plane"].rule, padding=padding, alive=alive)
+    check_values_and_gradients(BACKEND, Case("pooled", grid, rule), calls=1)
+
+
+def test_a_pool_beyond_a_word_is_refused():
+    case = replace(CASES["plane"], rule=replace(CASES["plane"].rule, alive=Alive(radius=5)))
+    with pytest.raises(nk.BackendUnavailable, match="radius"):
+        check_values_and_gradients(BACKEND, case, calls=1)
 
 
 @pytest.mark.parametrize("name", ["dense", "three_hidden", "inputs_per_cell", "plane_batch_1"])
@@ -124,11 +146,11 @@ def test_constant_taps_are_compiled_in(monkeypatch):
     params, state, key, _ = case.arguments()
     seen = []
 
-    def launch(kernel, inputs, outputs, grid, g, how, aliases=None):
-        seen.append(g["constant_taps"])
-        return triton_host.launch(kernel, inputs, outputs, grid, g, how, aliases)
+    def run_kernel(*arrays, config, **rest):
+        seen.append(config.perception.constant)
+        return triton_host.run_kernel(*arrays, config=config, **rest)
 
-    triton_host.register("triton_seen", "records constants", launch=launch)
+    triton_host.register("triton_seen", "records constants", run_kernel=run_kernel)
 
     def constant(run):
         seen.clear()
@@ -169,10 +191,11 @@ def test_gradients_of_many_programs():
 def test_indices_beyond_32_bits():
     """The kernels of states of more than 2**31 numbers, on a small one."""
 
-    def launch(kernel, inputs, outputs, grid, g, how, aliases=None):
-        return triton_host.launch(kernel, inputs, outputs, grid, {**g, "wide": True}, how, aliases)
+    def run_kernel(*arrays, config, **rest):
+        config = replace(config, int64_indices=True)
+        return triton_host.run_kernel(*arrays, config=config, **rest)
 
-    triton_host.register("triton_wide", "64-bit indices", launch=launch)
+    triton_host.register("triton_wide", "64-bit indices", run_kernel=run_kernel)
     check_values_and_gradients("triton_wide", CASES["plane"], calls=1)
 
 
