@@ -59,7 +59,7 @@ class SystemBase(System):
     config: Any
     learned: Any = None
     measures: tuple[str, ...] = ("log10_error",)
-    mapped = ("log10_error", "after the steps of training")
+    mapped = ("log10_error", "after num_steps steps")
     num_spatial_dims = 2
 
     def film_start(self, key: jax.Array, seed: int) -> jax.Array:

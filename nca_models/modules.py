@@ -1,6 +1,6 @@
 """Flax nnx modules over the public operations of `nca_kernels`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -166,13 +166,9 @@ class NCA(Automaton):
 
     def rule_params(self) -> nk.RuleParams:
         """Return the weights in the form that `nca_kernels` takes."""
-        layers = tuple(
-            (layer.kernel[...], None if layer.bias is None else layer.bias[...])
-            for layer in self.layers
-        )
         taps = self.perception
         array = taps.array if isinstance(taps, Constant) else taps[...]
-        return nk.RuleParams(perception=array, layers=layers)
+        return nk.RuleParams(perception=array, layers=mlp_layers(self.layers))
 
     def cost(self) -> nk.Cost:
         """See `Automaton.cost`."""
@@ -216,6 +212,17 @@ class NCA(Automaton):
             mesh, spec = self.devices
             return nk.sharded_rollout(*args, mesh=mesh, partition_spec=spec(state.ndim), **options)
         return nk.rollout(*args, **options)
+
+
+def mlp_layers(modules: Iterable[Any]) -> tuple[tuple[jax.Array, jax.Array | None], ...]:
+    """Return `(W [in, out], b [out] or None)` of linear layers or convolutions of kernel size 1."""
+    return tuple(
+        (
+            module.kernel[...].reshape(module.kernel.shape[-2:]),
+            None if module.bias is None else module.bias[...],
+        )
+        for module in modules
+    )
 
 
 def position_embeddings(embed: nnx.Embed, state: jax.Array, num_spatial_dims: int) -> list[Any]:

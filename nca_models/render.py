@@ -173,11 +173,13 @@ def save_heat_map(
     title: str,
 ) -> None:
     """Draw a table `[rows, columns]` as colours and numbers; axes are (name, labels)."""
-    with _plot(path, (2 + len(columns[1]), 1.5 + 0.8 * len(rows[1]))) as axes:
+    size = (max(5, 2 + len(columns[1])), 1.5 + 0.8 * len(rows[1]))  # wide enough for the title
+    with _plot(path, size) as axes:
         axes.figure.colorbar(axes.imshow(values, origin="lower"))
         axes.set_xticks(range(len(columns[1])), list(map(str, columns[1])))
         axes.set_yticks(range(len(rows[1])), list(map(str, rows[1])))
-        axes.set(xlabel=columns[0], ylabel=rows[0], title=title)
+        axes.set(xlabel=columns[0], ylabel=rows[0])
+        axes.figure.suptitle(title)
         for (y, x), value in np.ndenumerate(values):
             axes.text(x, y, f"{value:.2f}", ha="center", va="center", color="white")
 

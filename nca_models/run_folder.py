@@ -51,7 +51,7 @@ def configured(request: Request) -> Any:
         RunError: the system has no such setting, or a value is impossible.
     """
     preset = systems.load(request.system).PRESETS[request.preset or "small"]
-    settings = _given(request.settings)
+    settings = _chosen(request.settings)
     if unknown := sorted(settings.keys() - {field.name for field in fields(preset)}):
         raise RunError(f"{request.system} has no setting {', '.join(unknown)}")
     try:
@@ -98,8 +98,8 @@ def resume(folder: Path, request: Request) -> systems.System:
     saved = _read(folder)
     asked = {"system": request.system, "preset": request.preset, "target": request.target}
     steps = request.settings.get("num_train_steps")
-    for name, value in _given(asked | request.settings).items():
-        before = saved[name] if name in saved else saved["config"][name]
+    for name, value in _chosen(asked | request.settings).items():
+        before = saved[name] if name in saved else saved["config"].get(name)
         if value != before and not (name == "num_train_steps" and value > before):
             raise RunError(
                 f"{folder} was started with {name} {before}, not {value}: leave it out to resume, "
@@ -143,7 +143,7 @@ def load(folder: Path, backend: str | None = None, size: int | None = None) -> s
     return system
 
 
-def _given(settings: dict[str, Any]) -> dict[str, Any]:
+def _chosen(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}
 
 

@@ -44,9 +44,9 @@ class Grid:
     Attributes:
         system: name of the system.
         targets: what is learned, as `nca train --target` takes it; None for the default.
-        settings: values by the setting's name, one or several.
+        settings: one or several values of each setting that is not the preset's, by its name.
         seeds: trainings of each combination, with seeds from 0.
-        preset: what says all other settings.
+        preset: the preset of all other settings.
         together: how many models train together at most; None for as many as fit into memory.
     """
 
@@ -69,7 +69,7 @@ class Grid:
 
     @property
     def shared(self) -> dict[str, Any]:
-        """The settings that all models share, beside those of the preset."""
+        """The settings that all models share, apart from those of the preset."""
         return {name: v[0] for name, v in self.settings.items() if name not in self.swept}
 
     @cached_property
@@ -137,10 +137,11 @@ def sweep(grid: Grid, out: Path) -> tuple[Path, list[Path]]:
 
 
 def _draw_maps(grid: Grid, rows: Sequence[tuple[str, ...]], out: Path) -> list[Path]:
-    """Draw the heat map of each target: the first setting down, the second along."""
+    """Draw the heat map of each target; its rows are the first setting, its columns the second."""
     measure, unit = systems.load(grid.system).SystemClass.mapped
     column = grid.header.index(measure)
-    (down, downs), (along, alongs) = [*grid.swept.items(), ("", ("",)), ("", ("",))][:2]
+    none = ("", ("",))  # an axis without a setting
+    rows_axis, columns_axis = [*grid.swept.items(), none, none][:2]
     paths = []
     for target in grid.targets:
         measured = [
@@ -151,9 +152,9 @@ def _draw_maps(grid: Grid, rows: Sequence[tuple[str, ...]], out: Path) -> list[P
         means = np.array([np.mean(values) if values else math.nan for values in finite])
         stem = grid.stem(target)
         path = out / (f"{measure}.png" if len(grid.targets) == 1 else f"{measure}-{stem}.png")
-        values = means.reshape(len(downs), len(alongs))
+        values = means.reshape(len(rows_axis[1]), len(columns_axis[1]))
         title = f"{measure} of {stem}, {unit}"
-        render.save_heat_map(path, values, (along, alongs), (down, downs), title)
+        render.save_heat_map(path, values, columns_axis, rows_axis, title)
         paths.append(path)
     return paths
 

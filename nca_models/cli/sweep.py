@@ -30,10 +30,14 @@ def add(commands: Commands) -> None:
         "--preset",
         choices=systems.PRESET_NAMES,
         default="small",
-        help="what says all other settings (default: small)",
+        help="preset of all other settings (default: small)",
     )
     sweep.add_argument(
-        "--seeds", type=whole(1), default=1, metavar="N", help="trainings of each (default: 1)"
+        "--seeds",
+        type=whole(1),
+        default=1,
+        metavar="N",
+        help="trainings of each combination (default: 1)",
     )
     sweep.add_argument(
         "--together",

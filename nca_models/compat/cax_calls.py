@@ -25,6 +25,7 @@ from nca_models.compat.cax_facts import (
     stencil,
     why_no_alive_mask,
 )
+from nca_models.modules import mlp_layers
 
 # ---- what a perception was computed from ----
 
@@ -127,7 +128,7 @@ def update(self: Any, state: Any, perception: Any, input: Any = None) -> Any:
         source = None
     run = functools.partial(_run, self, state=state, key=key, inputs=input)
     if not isinstance(self, ResidualUpdate):
-        return _without_residual(run, rule, _layers(self), source, state, perception)
+        return _without_residual(run, rule, mlp_layers(self.layers), source, state, perception)
     if not isinstance(self, NCAUpdate):
         return run(rule, source, perception)
     # The pool of an NCAUpdate has no cells beyond the border, whatever the perception has.
@@ -152,7 +153,7 @@ def _run(
     layers: _Layers | None = None,
 ) -> Any:
     """One `nk.step`, or `nk.update` if the source of the perception is not known."""
-    layers = _layers(update) if layers is None else layers
+    layers = mlp_layers(update.layers) if layers is None else layers
     backend, masked = type(update)._nca_backend, " and alive mask" if rule.alive else ""
     if source is None:
         _note(f"update{masked} fused, with the perception as it is given")
@@ -165,17 +166,6 @@ def _run(
     rule = replace(rule, padding=stencil.padding, perception_activation=stencil.activation)
     params = nk.RuleParams(source.taps, source.bias, layers)
     return nk.step(rule, params, state, key, inputs, backend=backend)
-
-
-def _layers(update: Any) -> _Layers:
-    """`(W [in, out], b [out])` of an update's convolutions of kernel size 1."""
-    return tuple(
-        (
-            conv.kernel[...].reshape(conv.kernel.shape[-2:]),
-            None if conv.bias is None else conv.bias[...],
-        )
-        for conv in update.layers
-    )
 
 
 def _without_residual(

@@ -189,12 +189,11 @@ class NCA(nn.Module):
 
 def _sum_sobel(channels: int) -> np.ndarray:
     """Dense taps `[3, 3, C, C + 2]`: the cell, and the Sobel filters of the channels' sum."""
-    across, along = np.meshgrid([1.0, 2.0, 1.0], [-1.0, 0.0, 1.0], indexing="ij")
-    sobel_x = across * along / 8  # [3, 3], the gradient along the second axis
+    along_y, along_x = np.moveaxis(np.asarray(nk.taps(("sobel",), 1)), -1, 0)  # [3, 3, 1] each
     taps = np.zeros((3, 3, channels, channels + 2), np.float32)
     taps[1, 1, :, :channels] = np.eye(channels)
-    taps[..., channels] = sobel_x[..., None]
-    taps[..., channels + 1] = sobel_x.T[..., None]
+    taps[..., channels] = along_x
+    taps[..., channels + 1] = along_y
     return taps
 
 

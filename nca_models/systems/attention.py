@@ -21,7 +21,7 @@ import nca_kernels as nk
 from nca_models import render
 from nca_models.data.digits import DigitsConfig
 from nca_models.learning import LearnsDigits, Samples, dropout_rule
-from nca_models.modules import Automaton, position_embeddings, run
+from nca_models.modules import Automaton, mlp_layers, position_embeddings, run
 from nca_models.training.config import dropout_rate, setting
 from nca_models.training.logging import log10
 
@@ -130,10 +130,7 @@ class AttentionNCA(Automaton):
     def __call__(self, state: jax.Array, key: jax.Array) -> jax.Array:
         """Take one step; see `Automaton`."""
         perception = jax.checkpoint(self.perceive)(state)
-        layers = tuple(
-            (layer.kernel[...], None if layer.bias is None else layer.bias[...])
-            for layer in (self.hidden, self.last)
-        )
+        layers = mlp_layers((self.hidden, self.last))
         return nk.update(self.rule, layers, state, perception, key, backend=self.backend)
 
 

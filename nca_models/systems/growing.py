@@ -45,13 +45,6 @@ class Config(PictureConfig, SampledStepsConfig):
         help="what is done to `--damaged-per-batch` samples",
     )
 
-    def __post_init__(self) -> None:
-        """Refuse settings that cannot be trained with (ValueError)."""
-        super().__post_init__()
-        if self.damage not in DAMAGE_NAMES:
-            names = ", ".join(DAMAGE_NAMES)
-            raise ValueError(f"damage is {self.damage!r}, but must be one of {names}")
-
 
 PRESETS = {
     "paper": Config(

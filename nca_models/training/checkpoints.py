@@ -6,8 +6,9 @@ pytree, so that reading needs no class of the library that wrote them.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -15,7 +16,7 @@ import orbax.checkpoint as ocp
 _PARTS = ("model", "training")
 
 
-class Checkpoints:
+class Checkpoints(AbstractContextManager["Checkpoints"]):
     """The checkpoints of a folder, a context manager."""
 
     def __init__(self, folder: Path, keep: int = 2):
@@ -27,10 +28,6 @@ class Checkpoints:
             enable_async_checkpointing=False,  # saved means on disk
         )
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_names=_PARTS)
-
-    def __enter__(self) -> Self:
-        """Return itself."""
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Close the folder; after an error, without waiting for processes that may be gone."""

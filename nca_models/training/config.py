@@ -95,6 +95,10 @@ class TrainConfig:
             lowest = each.metadata.get("lowest", 1)
             if each.type in (int, "int") and value < lowest:
                 raise ValueError(f"{each.name} is {value}, but must be at least {lowest}")
+            choices = each.metadata.get("choices") or (value,)
+            if value not in choices:
+                names = ", ".join(choices)
+                raise ValueError(f"{each.name} is {value!r}, but must be one of {names}")
         if self.learning_rate <= 0 or self.final_learning_rate <= 0:
             raise ValueError("learning_rate and final_learning_rate must be above 0")
         if self.pool_size and self.pool_size < self.batch_size:

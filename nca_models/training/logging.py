@@ -7,15 +7,16 @@ killed and resumed equals that of an uninterrupted run, byte for byte.
 import csv
 import math
 import os
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from nca_models._files import write_text
 
 _HEADER = "step,loss,log10_loss"
 
 
-class Log:
+class Log(AbstractContextManager["Log"]):
     """The log of a run, a context manager."""
 
     def __init__(self, folder: Path, last_step: int, *, tensorboard: bool = False):
@@ -29,10 +30,6 @@ class Log:
         _cut(path, last_step)
         self._file = path.open("a", buffering=1, encoding="utf-8")  # written line by line
         self._board = _board(folder / "tensorboard", last_step) if tensorboard else None
-
-    def __enter__(self) -> Self:
-        """Return itself."""
-        return self
 
     def __exit__(self, *_: object) -> None:
         """Close the files."""

@@ -76,7 +76,8 @@ class Trainer:
 
     Attributes:
         params: the parameters of a new model.
-        step: jitted `(TrainState, root_key) -> (TrainState, loss)`; it donates its first argument.
+        step: jitted `(TrainState, *arguments) -> (TrainState, loss)`; it donates the state.
+        arguments: what the step takes beside its state: `root_key`, of all random numbers.
     """
 
     def __init__(self, system: System, split: Split | None = None):
@@ -96,6 +97,7 @@ class Trainer:
         if split is not None:
             shardings = split.pool_shardings(jax.eval_shape(fresh, self._pool_key))
             self.root_key, self._pool_key = split.everywhere((self.root_key, self._pool_key))
+        self.arguments: tuple[Any, ...] = (self.root_key,)
         self._fresh_pool = jax.jit(fresh, out_shardings=shardings)
         model = system.model(nnx.Rngs(self.config.seed))
         if split is not None and not isinstance(model, NCA):
@@ -109,8 +111,7 @@ class Trainer:
         if self.split is not None:
             weights = self.split.everywhere(weights)
         pool = self._fresh_pool(self._pool_key) if self.config.pool_size else None
-        step, params, opt_state = weights
-        return TrainState(step, params, opt_state, pool)
+        return TrainState(*weights, pool)
 
     def _initial_weights(self) -> tuple[jax.Array, Any, Any]:
         # Copies: the training step donates its state's buffers, and these are needed again.
@@ -119,11 +120,12 @@ class Trainer:
 
     def abstract_state(self) -> TrainState:
         """Return shapes, dtypes and, where it is split, shardings of `initial_state`."""
-        weights = jax.eval_shape(self._initial_weights)
-        pool = jax.eval_shape(self._fresh_pool, self._pool_key) if self.config.pool_size else None
-        state, split = TrainState(weights[0], weights[1], weights[2], pool), self.split
-        if split is None:
+        if (split := self.split) is None:
+            state: TrainState = jax.eval_shape(self.initial_state)
             return state
+        pool = jax.eval_shape(self._fresh_pool, self._pool_key) if self.config.pool_size else None
+        step, params, opt_state = jax.eval_shape(self._initial_weights)
+        state = TrainState(step, params, opt_state, pool)
         shardings = replace(
             jax.tree.map(lambda _: split.whole, state), pool=split.pool_shardings(pool)
         )
@@ -131,11 +133,11 @@ class Trainer:
 
     def compiled(self) -> Any:
         """Return `step`, compiled: callable, and with XLA's plan for its memory."""
-        return self.step.lower(self.abstract_state(), self.root_key).compile()
+        return self.step.lower(self.abstract_state(), *self.arguments).compile()
 
     def call(self, compiled: Any, state: TrainState) -> tuple[TrainState, jax.Array]:
         """Take a training step; `compiled` is what the method of that name returned."""
-        new: tuple[TrainState, jax.Array] = compiled(state, self.root_key)
+        new: tuple[TrainState, jax.Array] = compiled(state, *self.arguments)
         return new
 
     def compiled_pool(self) -> Any:
@@ -186,22 +188,24 @@ class Trainer:
         return indices, batch
 
 
-class Together:
+class Together(Trainer):
     """Several systems trained at once: a training step is a training step of each of them.
 
-    It has what `train` uses of a `Trainer`; the arrays of its state have a leading axis of the
-    models. The systems' settings differ in the seed only. What they learn may differ if it is all
-    in their attribute `learned`, arrays of the same shapes.
+    The arrays of its state have a leading axis of the models, and its losses are `[models]`. The
+    systems' settings differ in the seed only. What they learn may differ if it is all in their
+    attribute `learned`, arrays of the same shapes.
     """
 
     def __init__(self, systems: Sequence[Any]):
         """Build the models and compile nothing yet."""
+        super().__init__(systems[0])
         self.members = [Trainer(system) for system in systems]
-        self.config = systems[0].config
-        self.root_key = jnp.stack([member.root_key for member in self.members])
         learned = [getattr(system, "learned", None) for system in systems]
-        self._learned = jax.tree.map(lambda *x: jnp.stack(x), *learned)
-        self._step = jax.jit(jax.vmap(self._member_step), donate_argnums=0)
+        self.arguments = (
+            jnp.stack([member.root_key for member in self.members]),
+            jax.tree.map(lambda *x: jnp.stack(x), *learned),
+        )
+        self.step = jax.jit(jax.vmap(self._member_step), donate_argnums=0)
 
     def _member_step(
         self, state: TrainState, root_key: jax.Array, learned: Any
@@ -216,24 +220,6 @@ class Together:
         states = [member.initial_state() for member in self.members]
         stacked: TrainState = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
         return stacked
-
-    def abstract_state(self) -> TrainState:
-        """Return shapes and dtypes of `initial_state`."""
-        state: TrainState = jax.eval_shape(self.initial_state)
-        return state
-
-    def compiled(self) -> Any:
-        """Return the training step, compiled; see `Trainer.compiled`."""
-        return self._step.lower(self.abstract_state(), self.root_key, self._learned).compile()
-
-    def call(self, compiled: Any, state: TrainState) -> tuple[TrainState, jax.Array]:
-        """Take a training step; the losses are `[models]`."""
-        new: tuple[TrainState, jax.Array] = compiled(state, self.root_key, self._learned)
-        return new
-
-    def compiled_pool(self) -> Any:
-        """See `Trainer.compiled_pool`; the members' pools are made one after the other."""
-        return self.members[0].compiled_pool()
 
 
 def train(
@@ -296,7 +282,7 @@ def train_together(systems: Sequence[Any], folder: Path, folders: Sequence[Path]
 
 
 def _train(
-    trainer: Trainer | Together,
+    trainer: Trainer,
     folder: Path,
     log_folders: Sequence[Path],
     *,
@@ -360,7 +346,7 @@ def trained_model(system: System, folder: Path) -> Any:
     """
     trainer = Trainer(system)
     with Checkpoints(folder / "checkpoints") as checkpoints:
-        params = checkpoints.restore_params(jax.eval_shape(trainer.initial_state))
+        params = checkpoints.restore_params(trainer.abstract_state())
     if params is None:
         raise RunError(f"{folder} has no checkpoint yet: let `nca train` run until it saves one")
     return trainer.model(params)
