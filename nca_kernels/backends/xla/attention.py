@@ -27,7 +27,7 @@ from jax import Array, lax
 
 from nca_kernels.backends.xla import stencil
 from nca_kernels.call import AttentionCall, AttentionOperands
-from nca_kernels.rule import compute_dtype
+from nca_kernels.rule import compute_dtype, wraps
 
 
 def forward(call: AttentionCall, platform: str, operands: AttentionOperands) -> list[Array]:
@@ -64,18 +64,19 @@ def nca_xla_attention_forward(
 ) -> list[Array]:
     """``[N, *S, heads, d]`` to the output and the log-sum-exp ``[N, *S, heads]`` of the logits."""
     dtype = compute_dtype(query.dtype)
-    own = query.astype(dtype)
+    wide_query = query.astype(dtype)
 
     def attend(carry: tuple, inside: Array, key: Array, value: Array) -> tuple:
         highest, total, mixed = carry
-        logits = jnp.where(inside, _logits(own, key), -jnp.inf)
-        new = jnp.maximum(highest, logits)
-        kept, weight = jnp.exp(highest - new), jnp.exp(logits - new)
-        return new, kept * total + weight, _times(kept, mixed) + _times(weight, value)
+        logits = jnp.where(inside, _logits(wide_query, key), -jnp.inf)
+        new_highest = jnp.maximum(highest, logits)
+        rescale, weight = jnp.exp(highest - new_highest), jnp.exp(logits - new_highest)
+        mixed = _times(rescale, mixed) + _times(weight, value)
+        return new_highest, rescale * total + weight, mixed
 
     # A cell is its own neighbour: its logit is a finite start for the maximum.
-    start = _logits(own, key.astype(dtype))
-    carry = (start, jnp.zeros_like(start), jnp.zeros_like(own))
+    start = _logits(wide_query, key.astype(dtype))
+    carry = (start, jnp.zeros_like(start), jnp.zeros_like(wide_query))
     highest, total, mixed = window.fold(attend, carry, (key, value), dtype)
     return [_times(1 / total, mixed).astype(query.dtype), highest + jnp.log(total)]
 
@@ -98,7 +99,8 @@ def nca_xla_attention_backward(
     if query_wanted or key_wanted:
         d_query, delta = _query_gradient(query, key, value, lse, cotangent, window)
     if key_wanted or value_wanted:
-        d_key, d_value = _key_value_gradients(query, key, value, lse, cotangent, delta, window)
+        attending = (query, cotangent, lse, delta)
+        d_key, d_value = _key_value_gradients(key, value, attending, window)
     grads = zip((d_query, d_key, d_value), wrt, strict=True)
     return [g.astype(query.dtype) for g, wanted in grads if wanted and g is not None]
 
@@ -108,42 +110,40 @@ def _query_gradient(
 ) -> tuple[Array, Array]:
     """The queries' gradient and ``delta``; a cell's neighbours are what it attends to."""
     dtype = lse.dtype
-    own, given = query.astype(dtype), cotangent.astype(dtype)
+    query, cotangent = query.astype(dtype), cotangent.astype(dtype)
 
     def add(carry: tuple, inside: Array, key: Array, value: Array) -> tuple:
         delta, with_value, without = carry
-        weight = jnp.where(inside, jnp.exp(_logits(own, key) - lse), 0)
-        share = weight * _dot(given, value)
+        weight = jnp.where(inside, jnp.exp(_logits(query, key) - lse), 0)
+        share = weight * _dot(cotangent, value)
         return delta + share, with_value + _times(share, key), without + _times(weight, key)
 
-    carry = (jnp.zeros_like(lse), jnp.zeros_like(own), jnp.zeros_like(own))
+    carry = (jnp.zeros_like(lse), jnp.zeros_like(query), jnp.zeros_like(query))
     delta, with_value, without = window.fold(add, carry, (key, value), dtype)
     return _scale(query) * (with_value - _times(delta, without)), delta
 
 
 def _key_value_gradients(
-    query: Array,
-    key: Array,
-    value: Array,
-    lse: Array,
-    cotangent: Array,
-    delta: Array,
-    window: Window,
+    key: Array, value: Array, attending: tuple[Array, Array, Array, Array], window: Window
 ) -> tuple[Array, Array]:
-    """The gradients of keys and values; a cell's neighbours are those that attend to it."""
-    dtype = lse.dtype
-    own_key, own_value = key.astype(dtype), value.astype(dtype)
+    """The gradients of keys and values; a cell's neighbours are those that attend to it.
 
-    def add(carry: tuple, _: Array, query: Array, given: Array, lse: Array, delta: Array) -> tuple:
+    ``attending``: query, cotangent, log-sum-exp and delta of every cell.
+    """
+    dtype = attending[2].dtype
+    key, value = key.astype(dtype), value.astype(dtype)
+
+    def add(carry: tuple, _: Array, query: Array, cotangent: Array, *scalars: Array) -> tuple:
         d_key, d_value = carry
-        # Not masked: outside, all four are 0, and so is what they add.
-        weight = jnp.exp(_logits(query, own_key) - lse)
-        d_logits = weight * (_dot(given, own_value) - delta)
-        return d_key + _times(d_logits, query), d_value + _times(weight, given)
+        lse, delta = scalars
+        # Not masked: outside the grid all four are 0, and so is what they add.
+        weight = jnp.exp(_logits(query, key) - lse)
+        d_logits = weight * (_dot(cotangent, value) - delta)
+        return d_key + _times(d_logits, query), d_value + _times(weight, cotangent)
 
-    carry = (jnp.zeros_like(own_key), jnp.zeros_like(own_value))
-    d_key, d_value = window.fold(add, carry, (query, cotangent, lse, delta), dtype)
-    return _scale(query) * d_key, d_value
+    carry = (jnp.zeros_like(key), jnp.zeros_like(value))
+    d_key, d_value = window.fold(add, carry, attending, dtype)
+    return _scale(key) * d_key, d_value
 
 
 class Window(NamedTuple):
@@ -177,7 +177,7 @@ class Window(NamedTuple):
         axes = []
         for size, reach in zip(self.grid, self._reach(), strict=True):
             offsets = np.arange(-self.radius, self.radius + 1)
-            if self.padding == "circular":  # a whole grid farther on is the same cell
+            if wraps(self.padding):  # a whole grid farther on is the same cell
                 offsets = np.fmod(offsets, size)
             axes.append(reach + offsets[abs(offsets) <= reach])
         return list(product(*axes))

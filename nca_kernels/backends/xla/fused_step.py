@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from nca_kernels.backends.xla import active_rows, stencil
+from nca_kernels.backends.xla import stencil
+from nca_kernels.backends.xla.active_rows import Mlp
 from nca_kernels.call import Operands, StepCall, Weights
 from nca_kernels.fire_mask import fires
 from nca_kernels.rule import Rule, compute_dtype
@@ -65,15 +66,9 @@ def nca_xla_forward(operands: Operands, *, rule: Rule, platform: str) -> list[Ar
 
     def some() -> list[Array]:
         dtype = compute_dtype(state.dtype)
-        own = _filter_major(operands, dtype)
-        update = active_rows.map_active(
-            rule,
-            own.weights.layers,
-            _rows(rule, own),
-            None if needed is None else needed.reshape(-1),
-            _perception_size(own),
-            platform,
-        )
+        reordered = _filter_major(operands, dtype)
+        mlp = _mlp(rule, reordered, platform)
+        update = mlp.update(_rows(rule, reordered), None if needed is None else needed.reshape(-1))
         new_state = state.astype(dtype) + rule.step_size * update.reshape(state.shape)
         return _clear_dead(rule, new_state.astype(state.dtype), alive)
 
@@ -103,14 +98,10 @@ def nca_xla_backward(
     asked = jax.tree.unflatten(jax.tree.structure(given), wrt)
 
     def some() -> Operands:
-        d_rows, d_layers = active_rows.map_active_backward(
-            rule,
-            operands.weights.layers,
+        d_rows, d_layers = _mlp(rule, operands, platform).gradients(
             _rows(rule, operands),
             rule.step_size * d_new.reshape(-1, d_new.shape[-1]),
             None if active is None else active.reshape(-1),
-            _perception_size(operands),
-            platform,
         )
         grads = _rows_backward(rule, operands, d_rows, d_new, asked.weights.taps is True)
         return grads._replace(weights=grads.weights._replace(layers=tuple(d_layers)))
@@ -191,10 +182,10 @@ def _clear_dead(rule: Rule, state: Array, alive: Array | None) -> list[Array]:
     return [jnp.where(alive[..., None], state, jnp.zeros_like(state)), alive]
 
 
-def _perception_size(operands: Operands) -> int:
-    """Columns of the rows that take the perception's activation: none if it is given."""
+def _mlp(rule: Rule, operands: Operands, platform: str) -> Mlp:
+    """The layers of one group; a perception that the caller computed has its activation already."""
     taps = operands.weights.taps
-    return 0 if taps is None else taps.shape[-1]
+    return Mlp(rule, operands.weights.layers, 0 if taps is None else taps.shape[-1], platform)
 
 
 def _is_alive(rule: Rule, state: Array) -> Array:

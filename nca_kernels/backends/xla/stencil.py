@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from nca_kernels.perception import border_index, offsets, same_margins
-from nca_kernels.rule import dot
+from nca_kernels.rule import copies_cells, dot
 
 Margins = list[tuple[int, int]]
 
@@ -33,9 +33,10 @@ def perceive_transpose(
     kernel = taps.shape[:-2]
     margins = same_margins(kernel)
     flipped = jnp.flip(_transpose_taps(taps, state.shape[-1]), range(len(kernel)))
-    if padding == "zeros":  # what falls outside the grid is dropped
+    if not copies_cells(padding):  # what falls outside the grid is dropped
         reach = [(after, before) for before, after in margins]
         return correlate_adjoint(pad(cotangent, reach, "zeros"), flipped, precision)
+    # What falls outside the grid goes to the cells that were copied there.
     reach = [(k - 1, k - 1) for k in kernel]
     padded = correlate_adjoint(pad(cotangent, reach, "zeros"), flipped, precision)
     _, unpad = jax.vjp(lambda s: pad(s, margins, padding), state)
@@ -107,35 +108,26 @@ def max_pool(plane: Array, padding: str, radius: int) -> Array:
     """The max-pool of ``[B, *S]``, axis by axis; with zeros, nothing lies outside."""
     for axis in range(1, plane.ndim):
         size = plane.shape[axis]
-        padded = _pad_axis(plane, axis, (radius, radius), padding, outside=-jnp.inf)
+        margins = [(0, 0)] * (axis - 1) + [(radius, radius)]
+        padded = pad(plane, margins, padding, outside=-jnp.inf)
         slices = [lax.slice_in_dim(padded, o, o + size, axis=axis) for o in range(2 * radius + 1)]
         plane = reduce(jnp.maximum, slices)
     return plane
 
 
-def pad(array: Array, margins: Margins, padding: str) -> Array:
-    """Pads the spatial axes of ``[B, *S, C]``."""
-    if padding == "zeros":
-        config = [(0, 0, 0), *((low, high, 0) for low, high in margins), (0, 0, 0)]
-        return lax.pad(array, jnp.zeros((), array.dtype), config)
-    for axis, margin in enumerate(margins, start=1):
-        array = _pad_axis(array, axis, margin, padding)
-    return array
-
-
-def _pad_axis(
-    array: Array, axis: int, margin: tuple[int, int], padding: str, outside: float = 0.0
-) -> Array:
-    low, high = margin
-    if padding == "zeros":
+def pad(array: Array, margins: Margins, padding: str, outside: float = 0.0) -> Array:
+    """Pads the spatial axes of ``[B, *S, ...]``; ``outside`` is what zeros stand for."""
+    if not copies_cells(padding):
         config = [(0, 0, 0)] * array.ndim
-        config[axis] = (low, high, 0)
+        config[1 : 1 + len(margins)] = [(low, high, 0) for low, high in margins]
         return lax.pad(array, jnp.array(outside, array.dtype), config)
-    index = border_index(array.shape[axis], low, high, padding)
-    before, after = index[:low], index[len(index) - high :]
-    return jnp.concatenate(
-        [jnp.take(array, before, axis=axis), array, jnp.take(array, after, axis=axis)], axis=axis
-    )
+    for axis, (low, high) in enumerate(margins, start=1):
+        if low or high:
+            index = border_index(array.shape[axis], low, high, padding)
+            before, after = index[:low], index[len(index) - high :]
+            ends = [jnp.take(array, cells, axis=axis) for cells in (before, after)]
+            array = jnp.concatenate([ends[0], array, ends[1]], axis=axis)
+    return array
 
 
 def shift(padded: Array, offset: tuple[int, ...], grid: tuple[int, ...]) -> Array:
