@@ -45,7 +45,7 @@ def update(
     inputs: Array | None,
     num_spatial_dims: int,
 ) -> Array:
-    """MLP, stochastic residual update and alive mask, with the perception given."""
+    """MLP, stochastic residual update and alive mask; ``perception`` ``[*batch, *spatial, P]``."""
     dtype = compute_dtype(state.dtype)
     hidden = perception.astype(dtype)
     if inputs is not None:

@@ -1,9 +1,8 @@
 """The MLP on rows of cells, forward and backward, for the cells that need it.
 
-With a ``block``, the active cells are ranked, gathered a block at a time and run through the
-products while the block is in cache; the number of blocks follows the number of active cells.
-Without, all cells go through at once: on a GPU a loop of data-dependent length would wait for the
-host in every turn.
+On a CPU the active cells are ranked, gathered a block at a time, and run through the products while
+the block is in cache; the number of blocks follows the number of active cells. On a GPU all cells
+go through at once: a loop of data-dependent length would wait for the host in every turn.
 """
 
 from __future__ import annotations
@@ -126,7 +125,7 @@ class _Blocks(NamedTuple):
     """The active cells in the order of their rank, a block at a time."""
 
     active: Array | None  # [N] bool; None: all cells
-    cells: Array  # [slots]: cells by rank; behind the last active one cell 0 fills the block
+    cells: Array  # [slots]: the cells by rank; cell 0 fills the slots behind the active cells
     rank: Array | None  # [N], of each cell among the active ones
     num_active: Array | int
     num_cells: int

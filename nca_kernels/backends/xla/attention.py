@@ -1,16 +1,17 @@
-"""``neighborhood_attention`` for XLA: loops over the window that see one neighbour at a time.
+"""``neighborhood_attention`` for XLA: loops over the window, with a single neighbour at a time.
 
-The forward keeps a running softmax. The backward takes the weights from the logits and their
+The forward updates a running softmax. The backward computes the weights from the logits and their
 log-sum-exp. With ``w_ij`` the weight that cell i gives its neighbour j, ``g_i`` the cotangent of
-its output and ``e_ij = dot(g_i, v_j)``::
+the output of cell i, and ``e_ij = dot(g_i, v_j)``::
 
     delta_i = sum_j w_ij e_ij
     dq_i = scale * (sum_j w_ij e_ij k_j - delta_i * sum_j w_ij k_j)
     dk_j = scale * sum_i w_ij (e_ij - delta_i) q_i
     dv_j = sum_i w_ij g_i
 
-j is a neighbour of i exactly if i is one of j, as often: each sum runs over the window around the
-cell that it belongs to, and nothing is scattered. The first two need one loop, the others a second.
+Cell j is a neighbour of cell i exactly as often as i is a neighbour of j. So each sum runs over the
+window around the cell that it belongs to, and nothing is scattered. A first loop computes the first
+two, a second loop the other two.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def backward(
     cotangent: Array,
     wrt: tuple[bool, ...],
 ) -> list[Array]:
-    """The gradients ``[G, B, *S, heads, d]`` of those of query, key and value in ``wrt``."""
+    """The gradients ``[G, B, *S, heads, d]`` of query, key and value, where ``wrt`` is True."""
     window = Window(call.radius, call.padding, operands.query.shape[2:-2])
     arrays = map(_fold, (*operands, *saved, cotangent))
     grads = nca_xla_attention_backward(*arrays, window=window, wrt=wrt)
@@ -95,7 +96,7 @@ def nca_xla_attention_backward(
     """The gradients ``[N, *S, heads, d]`` that ``wrt`` asks for; ``lse`` ``[N, *S, heads]``."""
     query_wanted, key_wanted, value_wanted = wrt
     d_query = d_key = d_value = None
-    delta = jnp.zeros_like(lse)  # the values' gradient does not need it
+    delta = jnp.zeros_like(lse)  # the gradient of the values does not need it
     if query_wanted or key_wanted:
         d_query, delta = _query_gradient(query, key, value, lse, cotangent, window)
     if key_wanted or value_wanted:
@@ -108,7 +109,7 @@ def nca_xla_attention_backward(
 def _query_gradient(
     query: Array, key: Array, value: Array, lse: Array, cotangent: Array, window: Window
 ) -> tuple[Array, Array]:
-    """The queries' gradient and ``delta``; a cell's neighbours are what it attends to."""
+    """The gradient of the queries and ``delta``; a cell's neighbours are what it attends to."""
     dtype = lse.dtype
     query, cotangent = query.astype(dtype), cotangent.astype(dtype)
 
@@ -157,8 +158,9 @@ class Window(NamedTuple):
         """Runs ``carry = body(carry, inside, *neighbours)`` for every offset of the window.
 
         ``neighbours`` are the ``arrays`` ``[N, *S, ...]`` as seen at that offset, in ``dtype``;
-        ``inside`` ``[1, *S, 1]`` tells the cells of the grid from what lies outside. A loop, not
-        unrolled: compile times do not grow with the window, and one neighbour exists at a time.
+        ``inside`` ``[1, *S, 1]`` tells the cells of the grid from what lies outside. The loop is
+        not unrolled, so that compile times do not grow with the window and a single neighbour is
+        in memory at a time.
         """
         padded = [self._pad(a) for a in (jnp.ones((1, *self.grid, 1), bool), *arrays)]
 
@@ -177,7 +179,7 @@ class Window(NamedTuple):
         axes = []
         for size, reach in zip(self.grid, self._reach(), strict=True):
             offsets = np.arange(-self.radius, self.radius + 1)
-            if wraps(self.padding):  # a whole grid farther on is the same cell
+            if wraps(self.padding):  # a cell that is a whole grid away is the same cell
                 offsets = np.fmod(offsets, size)
             axes.append(reach + offsets[abs(offsets) <= reach])
         return list(product(*axes))

@@ -1,8 +1,8 @@
 """Stencils as sums of shifted slices: perception, its transpose, and the alive pool.
 
-The forward and the backward share one piece, ``correlate``. Depthwise perceptions are kept in
-filter-major order, ``f*C + c``: each filter is then one contiguous sum of slices. The caller
-reorders the first layer's rows to match.
+The forward and the backward share ``correlate``. Depthwise perceptions are in filter-major order,
+``f*C + c``, so that each filter is a contiguous sum of slices. The caller reorders the rows of the
+first layer to match.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def perceive(state: Array, taps: Array, padding: str, precision: str) -> Array:
 def perceive_transpose(
     cotangent: Array, state: Array, taps: Array, padding: str, precision: str
 ) -> Array:
-    """The gradient for the state ``[B, *S, C]``, given that of the perception ``[B, *S, P]``."""
+    """The gradient of the state ``[B, *S, C]`` from that of the perception ``[B, *S, P]``."""
     kernel = taps.shape[:-2]
     margins = same_margins(kernel)
     flipped = jnp.flip(_transpose_taps(taps, state.shape[-1]), range(len(kernel)))
@@ -46,9 +46,9 @@ def perceive_transpose(
 def taps_gradient(
     cotangent: Array, state: Array, taps: Array, padding: str, precision: str
 ) -> Array:
-    """The gradient for the taps ``[*kernel, 1 or C, P]``: one reduction for each position.
+    """The gradient of the taps ``[*kernel, 1 or C, P]``: a reduction for each position.
 
-    The positions are a loop, not unrolled: 27 reductions side by side compile for many seconds.
+    The loop over positions is not unrolled: 27 reductions side by side compile for many seconds.
     """
     kernel, (fan_in, size) = taps.shape[:-2], taps.shape[-2:]
     channels = state.shape[-1]
@@ -105,7 +105,7 @@ def _transpose_taps(taps: Array, channels: int) -> Array:
 
 
 def max_pool(plane: Array, padding: str, radius: int) -> Array:
-    """The max-pool of ``[B, *S]``, axis by axis; with zeros, nothing lies outside."""
+    """The max-pool of ``[B, *S]``, axis by axis; with the padding "zeros", nothing lies outside."""
     for axis in range(1, plane.ndim):
         size = plane.shape[axis]
         margins = [(0, 0)] * (axis - 1) + [(radius, radius)]
