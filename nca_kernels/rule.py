@@ -33,6 +33,20 @@ PRECISIONS = ("default", "float32", "tensorfloat32", "bfloat16")
 Layer = tuple[Any, Any]  # (W [in, out], b [out] or None)
 
 
+def copies_cells(padding: str) -> bool:
+    """Whether copies of cells lie outside the grid, and not nothing.
+
+    The perception and the alive pool see the copies, and the backward adds their gradients to those
+    of the cells.
+    """
+    return padding != "zeros"
+
+
+def wraps(padding: str) -> bool:
+    """Whether the last cell of an axis is the neighbour of its first."""
+    return padding == "circular"
+
+
 @dataclass(frozen=True)
 class Alive:
     """Alive masking: a cell lives while the largest alive value around it exceeds a threshold.

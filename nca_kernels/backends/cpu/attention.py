@@ -33,7 +33,7 @@ def backward(
     cotangent: Array,
     wrt: tuple[bool, ...],
 ) -> list[Array]:
-    """The gradients ``[G, B, *S, heads, d]`` of those of query, key and value in ``wrt``."""
+    """The gradients ``[G, B, *S, heads, d]`` of query, key and value, where ``wrt`` is True."""
     library.load()
     query = operands.query
     shapes = [query.shape if wanted else (0,) for wanted in wrt]

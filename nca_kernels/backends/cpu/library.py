@@ -84,19 +84,20 @@ def path() -> Path:
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """The sets that this machine can run, the best first: of amx, avx512, avx2 and portable."""
+    """Those of amx, avx512, avx2 and portable that this machine can run, the best first."""
     return tuple(load().nca_cpu_instruction_sets().decode().split())
 
 
 @contextmanager
 def using(instruction_set: str) -> Iterator[None]:
-    """Runs that set for everything, in the whole process, while the context lasts.
+    """Runs everything in this process with that instruction set while the context lasts.
 
-    By itself, each call runs the best set, and ``"amx"`` where its products are large enough.
-    JAX's calls return before they have run: wait for their results within the context.
+    Outside such a context each call runs the best set, which is ``"amx"`` only where the products
+    are large enough. JAX's calls return before they have run: wait for their results within the
+    context.
 
     Raises:
-        ValueError: for one that this machine has not.
+        ValueError: this machine does not have that instruction set.
     """
     if not (instruction_set and load().nca_cpu_use(instruction_set.encode())):
         sets = ", ".join(instruction_sets())
@@ -108,9 +109,9 @@ def using(instruction_set: str) -> Iterator[None]:
 
 
 def peak_flops(seconds: float = 0.2) -> float:
-    """FLOP/s of multiply-adds in registers, on all cores at once: this machine's limit now.
+    """FLOP/s of multiply-adds in registers, on all cores at once: the limit of this machine now.
 
-    Under ``using("amx")`` it is what tile registers reach with products of float32.
+    Under ``using("amx")`` they are the FLOP/s that tile registers reach with products of float32.
 
     Args:
         seconds: about how long to measure.

@@ -1,7 +1,7 @@
-"""``step`` and ``update`` as calls of the native kernels: which arrays and numbers they get.
+"""``step`` and ``update`` as calls of the native kernels: their arrays and attributes.
 
-``src/handlers.cpp`` reads them in the same order. Weights and inputs are float32 there, and an
-absent array, or a gradient that nobody asked for, is an empty one.
+``src/handlers.cpp`` reads the arrays in the same order. Weights and inputs are float32 there. An
+empty array stands for an operand that is absent, or for a gradient that is not wanted.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def backward(
     cotangent: Array,
     wrt: tuple[bool, ...],
 ) -> list[Array]:
-    """The gradients ``[G, ...]`` of the operands that ``wrt`` (a flag for each array) asks for."""
+    """The gradients ``[G, ...]`` of the operands whose flag in ``wrt`` is True."""
     library.load()
     groups = operands.state.shape[0]
     wanted = jax.tree.unflatten(jax.tree.structure(operands), wrt)
@@ -47,7 +47,7 @@ def backward(
         shape = (groups, *operand.shape[1:]) if flag is True else (0,)
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    # The order of the operands, without the one that says who fires.
+    # In the order of the operands, without `fire`, which has no gradient.
     pairs = [
         (operands.perception, wanted.perception),
         (operands.inputs, wanted.inputs),
@@ -65,7 +65,11 @@ def backward(
     run = jax.ffi.ffi_call(library.target("step_backward"), results)
     out = run(*_arrays(operands), alive, cotangent, **_attributes(call, operands))
     pairs = [(operands.state, wanted.state), *pairs]
-    return [g.astype(a.dtype) for g, (a, flag) in zip(out, pairs, strict=True) if flag is True]
+    return [
+        grad.astype(operand.dtype)
+        for grad, (operand, flag) in zip(out, pairs, strict=True)
+        if flag is True
+    ]
 
 
 def _arrays(operands: Operands) -> list[Array]:

@@ -9,7 +9,15 @@ from jax import Array, lax
 
 from nca_kernels.fire_mask import drawn
 from nca_kernels.perception import same_margins
-from nca_kernels.rule import Rule, RuleParams, activation, compute_dtype, dot, lax_precision
+from nca_kernels.rule import (
+    Rule,
+    RuleParams,
+    activation,
+    compute_dtype,
+    copies_cells,
+    dot,
+    lax_precision,
+)
 
 PAD_MODES = {
     "zeros": "constant",
@@ -37,7 +45,7 @@ def update(
     inputs: Array | None,
     num_spatial_dims: int,
 ) -> Array:
-    """MLP, stochastic residual update and alive mask, with the perception given."""
+    """MLP, stochastic residual update and alive mask; ``perception`` ``[*batch, *spatial, P]``."""
     dtype = compute_dtype(state.dtype)
     hidden = perception.astype(dtype)
     if inputs is not None:
@@ -104,7 +112,7 @@ def is_alive(rule: Rule, state: Array, num_spatial_dims: int) -> Array:
     grid = alpha.shape[-num_spatial_dims - 1 :]
     flat = alpha.reshape(-1, *grid)
     padding = "SAME"
-    if rule.padding != "zeros":
+    if copies_cells(rule.padding):
         flat, padding = pad(rule, flat, [(radius, radius)] * num_spatial_dims), "VALID"
     window = (1, *(2 * radius + 1,) * num_spatial_dims, 1)
     pooled = lax.reduce_window(flat, -jnp.inf, lax.max, window, (1,) * len(window), padding)

@@ -1,16 +1,17 @@
-"""``neighborhood_attention`` for XLA: loops over the window that see one neighbour at a time.
+"""``neighborhood_attention`` for XLA: loops over the window, with a single neighbour at a time.
 
-The forward keeps a running softmax. The backward takes the weights from the logits and their
+The forward updates a running softmax. The backward computes the weights from the logits and their
 log-sum-exp. With ``w_ij`` the weight that cell i gives its neighbour j, ``g_i`` the cotangent of
-its output and ``e_ij = dot(g_i, v_j)``::
+the output of cell i, and ``e_ij = dot(g_i, v_j)``::
 
     delta_i = sum_j w_ij e_ij
     dq_i = scale * (sum_j w_ij e_ij k_j - delta_i * sum_j w_ij k_j)
     dk_j = scale * sum_i w_ij (e_ij - delta_i) q_i
     dv_j = sum_i w_ij g_i
 
-j is a neighbour of i exactly if i is one of j, as often: each sum runs over the window around the
-cell that it belongs to, and nothing is scattered. The first two need one loop, the others a second.
+Cell j is a neighbour of cell i exactly as often as i is a neighbour of j. So each sum runs over the
+window around the cell that it belongs to, and nothing is scattered. A first loop computes the first
+two, a second loop the other two.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from jax import Array, lax
 
 from nca_kernels.backends.xla import stencil
 from nca_kernels.call import AttentionCall, AttentionOperands
-from nca_kernels.rule import compute_dtype
+from nca_kernels.rule import compute_dtype, wraps
 
 
 def forward(call: AttentionCall, platform: str, operands: AttentionOperands) -> list[Array]:
@@ -46,7 +47,7 @@ def backward(
     cotangent: Array,
     wrt: tuple[bool, ...],
 ) -> list[Array]:
-    """The gradients ``[G, B, *S, heads, d]`` of those of query, key and value in ``wrt``."""
+    """The gradients ``[G, B, *S, heads, d]`` of query, key and value, where ``wrt`` is True."""
     window = Window(call.radius, call.padding, operands.query.shape[2:-2])
     arrays = map(_fold, (*operands, *saved, cotangent))
     grads = nca_xla_attention_backward(*arrays, window=window, wrt=wrt)
@@ -64,18 +65,19 @@ def nca_xla_attention_forward(
 ) -> list[Array]:
     """``[N, *S, heads, d]`` to the output and the log-sum-exp ``[N, *S, heads]`` of the logits."""
     dtype = compute_dtype(query.dtype)
-    own = query.astype(dtype)
+    wide_query = query.astype(dtype)
 
     def attend(carry: tuple, inside: Array, key: Array, value: Array) -> tuple:
         highest, total, mixed = carry
-        logits = jnp.where(inside, _logits(own, key), -jnp.inf)
-        new = jnp.maximum(highest, logits)
-        kept, weight = jnp.exp(highest - new), jnp.exp(logits - new)
-        return new, kept * total + weight, _times(kept, mixed) + _times(weight, value)
+        logits = jnp.where(inside, _logits(wide_query, key), -jnp.inf)
+        new_highest = jnp.maximum(highest, logits)
+        rescale, weight = jnp.exp(highest - new_highest), jnp.exp(logits - new_highest)
+        mixed = _times(rescale, mixed) + _times(weight, value)
+        return new_highest, rescale * total + weight, mixed
 
     # A cell is its own neighbour: its logit is a finite start for the maximum.
-    start = _logits(own, key.astype(dtype))
-    carry = (start, jnp.zeros_like(start), jnp.zeros_like(own))
+    start = _logits(wide_query, key.astype(dtype))
+    carry = (start, jnp.zeros_like(start), jnp.zeros_like(wide_query))
     highest, total, mixed = window.fold(attend, carry, (key, value), dtype)
     return [_times(1 / total, mixed).astype(query.dtype), highest + jnp.log(total)]
 
@@ -94,11 +96,12 @@ def nca_xla_attention_backward(
     """The gradients ``[N, *S, heads, d]`` that ``wrt`` asks for; ``lse`` ``[N, *S, heads]``."""
     query_wanted, key_wanted, value_wanted = wrt
     d_query = d_key = d_value = None
-    delta = jnp.zeros_like(lse)  # the values' gradient does not need it
+    delta = jnp.zeros_like(lse)  # the gradient of the values does not need it
     if query_wanted or key_wanted:
         d_query, delta = _query_gradient(query, key, value, lse, cotangent, window)
     if key_wanted or value_wanted:
-        d_key, d_value = _key_value_gradients(query, key, value, lse, cotangent, delta, window)
+        attending = (query, cotangent, lse, delta)
+        d_key, d_value = _key_value_gradients(key, value, attending, window)
     grads = zip((d_query, d_key, d_value), wrt, strict=True)
     return [g.astype(query.dtype) for g, wanted in grads if wanted and g is not None]
 
@@ -106,44 +109,42 @@ def nca_xla_attention_backward(
 def _query_gradient(
     query: Array, key: Array, value: Array, lse: Array, cotangent: Array, window: Window
 ) -> tuple[Array, Array]:
-    """The queries' gradient and ``delta``; a cell's neighbours are what it attends to."""
+    """The gradient of the queries and ``delta``; a cell's neighbours are what it attends to."""
     dtype = lse.dtype
-    own, given = query.astype(dtype), cotangent.astype(dtype)
+    query, cotangent = query.astype(dtype), cotangent.astype(dtype)
 
     def add(carry: tuple, inside: Array, key: Array, value: Array) -> tuple:
         delta, with_value, without = carry
-        weight = jnp.where(inside, jnp.exp(_logits(own, key) - lse), 0)
-        share = weight * _dot(given, value)
+        weight = jnp.where(inside, jnp.exp(_logits(query, key) - lse), 0)
+        share = weight * _dot(cotangent, value)
         return delta + share, with_value + _times(share, key), without + _times(weight, key)
 
-    carry = (jnp.zeros_like(lse), jnp.zeros_like(own), jnp.zeros_like(own))
+    carry = (jnp.zeros_like(lse), jnp.zeros_like(query), jnp.zeros_like(query))
     delta, with_value, without = window.fold(add, carry, (key, value), dtype)
     return _scale(query) * (with_value - _times(delta, without)), delta
 
 
 def _key_value_gradients(
-    query: Array,
-    key: Array,
-    value: Array,
-    lse: Array,
-    cotangent: Array,
-    delta: Array,
-    window: Window,
+    key: Array, value: Array, attending: tuple[Array, Array, Array, Array], window: Window
 ) -> tuple[Array, Array]:
-    """The gradients of keys and values; a cell's neighbours are those that attend to it."""
-    dtype = lse.dtype
-    own_key, own_value = key.astype(dtype), value.astype(dtype)
+    """The gradients of keys and values; a cell's neighbours are those that attend to it.
 
-    def add(carry: tuple, _: Array, query: Array, given: Array, lse: Array, delta: Array) -> tuple:
+    ``attending``: query, cotangent, log-sum-exp and delta of every cell.
+    """
+    dtype = attending[2].dtype
+    key, value = key.astype(dtype), value.astype(dtype)
+
+    def add(carry: tuple, _: Array, query: Array, cotangent: Array, *scalars: Array) -> tuple:
         d_key, d_value = carry
-        # Not masked: outside, all four are 0, and so is what they add.
-        weight = jnp.exp(_logits(query, own_key) - lse)
-        d_logits = weight * (_dot(given, own_value) - delta)
-        return d_key + _times(d_logits, query), d_value + _times(weight, given)
+        lse, delta = scalars
+        # Not masked: outside the grid all four are 0, and so is what they add.
+        weight = jnp.exp(_logits(query, key) - lse)
+        d_logits = weight * (_dot(cotangent, value) - delta)
+        return d_key + _times(d_logits, query), d_value + _times(weight, cotangent)
 
-    carry = (jnp.zeros_like(own_key), jnp.zeros_like(own_value))
-    d_key, d_value = window.fold(add, carry, (query, cotangent, lse, delta), dtype)
-    return _scale(query) * d_key, d_value
+    carry = (jnp.zeros_like(key), jnp.zeros_like(value))
+    d_key, d_value = window.fold(add, carry, attending, dtype)
+    return _scale(key) * d_key, d_value
 
 
 class Window(NamedTuple):
@@ -157,8 +158,9 @@ class Window(NamedTuple):
         """Runs ``carry = body(carry, inside, *neighbours)`` for every offset of the window.
 
         ``neighbours`` are the ``arrays`` ``[N, *S, ...]`` as seen at that offset, in ``dtype``;
-        ``inside`` ``[1, *S, 1]`` tells the cells of the grid from what lies outside. A loop, not
-        unrolled: compile times do not grow with the window, and one neighbour exists at a time.
+        ``inside`` ``[1, *S, 1]`` tells the cells of the grid from what lies outside. The loop is
+        not unrolled, so that compile times do not grow with the window and a single neighbour is
+        in memory at a time.
         """
         padded = [self._pad(a) for a in (jnp.ones((1, *self.grid, 1), bool), *arrays)]
 
@@ -177,7 +179,7 @@ class Window(NamedTuple):
         axes = []
         for size, reach in zip(self.grid, self._reach(), strict=True):
             offsets = np.arange(-self.radius, self.radius + 1)
-            if self.padding == "circular":  # a whole grid farther on is the same cell
+            if wraps(self.padding):  # a cell that is a whole grid away is the same cell
                 offsets = np.fmod(offsets, size)
             axes.append(reach + offsets[abs(offsets) <= reach])
         return list(product(*axes))

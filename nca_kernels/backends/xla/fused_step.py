@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from nca_kernels.backends.xla import active_rows, stencil
+from nca_kernels.backends.xla import stencil
+from nca_kernels.backends.xla.active_rows import Mlp
 from nca_kernels.call import Operands, StepCall, Weights
 from nca_kernels.fire_mask import fires
 from nca_kernels.rule import Rule, compute_dtype
@@ -22,11 +23,11 @@ from nca_kernels.rule import Rule, compute_dtype
 
 def forward(call: StepCall, platform: str, operands: Operands) -> list[Array]:
     """``[new state [G, B, *S, C]]``, and with alive masking the mask ``[G, B, *S]``."""
-    one = partial(nca_xla_forward, rule=call.rule, platform=platform)
+    run_group = partial(nca_xla_forward, rule=call.rule, platform=platform)
     operands = _draw_mask(call.rule, operands)
     groups = operands.groups
     if operands.weight_groups > 1:
-        return _map_groups(one, (operands,), platform)
+        return _map_groups(run_group, (operands,), platform)
     # With one set of weights, groups are just more samples.
     if operands.fire is not None:
         mask = jnp.broadcast_to(operands.fire, operands.state.shape[:-1])
@@ -35,7 +36,7 @@ def forward(call: StepCall, platform: str, operands: Operands) -> list[Array]:
     state, fire, perception, inputs = jax.tree.map(
         lambda x: x.reshape(-1, *x.shape[2:]), operands[:-1]
     )
-    outs = one(Operands(state, fire, perception, inputs, weights))
+    outs = run_group(Operands(state, fire, perception, inputs, weights))
     return [o.reshape(groups, -1, *o.shape[1:]) for o in outs]
 
 
@@ -48,9 +49,9 @@ def backward(
     wrt: tuple[bool, ...],
 ) -> list[Array]:
     """The gradients ``[G, ...]`` of the operands that ``wrt`` (a flag for each array) asks for."""
-    one = partial(nca_xla_backward, rule=call.rule, platform=platform, wrt=wrt)
+    run_group = partial(nca_xla_backward, rule=call.rule, platform=platform, wrt=wrt)
     operands = _draw_mask(call.rule, operands)
-    return _map_groups(one, (operands, list(saved), cotangent), platform)
+    return _map_groups(run_group, (operands, list(saved), cotangent), platform)
 
 
 @partial(jax.jit, static_argnames=("rule", "platform"))
@@ -63,21 +64,15 @@ def nca_xla_forward(operands: Operands, *, rule: Rule, platform: str) -> list[Ar
         near = stencil.max_pool(alive.astype(jnp.float32), rule.padding, rule.alive.radius) > 0
         needed = near if needed is None else needed & near
 
-    def some() -> list[Array]:
+    def compute() -> list[Array]:
         dtype = compute_dtype(state.dtype)
-        own = _filter_major(operands, dtype)
-        update = active_rows.map_active(
-            rule,
-            own.weights.layers,
-            _rows(rule, own),
-            None if needed is None else needed.reshape(-1),
-            _perception_size(own),
-            platform,
-        )
+        reordered = _filter_major(operands, dtype)
+        mlp = _mlp(rule, reordered, platform)
+        update = mlp.update(_rows(rule, reordered), None if needed is None else needed.reshape(-1))
         new_state = state.astype(dtype) + rule.step_size * update.reshape(state.shape)
         return _clear_dead(rule, new_state.astype(state.dtype), alive)
 
-    return _if_any(needed, platform, some, lambda: _clear_dead(rule, state, alive))
+    return _if_any(needed, platform, compute, lambda: _clear_dead(rule, state, alive))
 
 
 @partial(jax.jit, static_argnames=("rule", "platform", "wrt"))
@@ -91,8 +86,8 @@ def nca_xla_backward(
     wrt: tuple[bool, ...],
 ) -> list[Array]:
     """The gradients of one group that ``wrt`` asks for, in the order of the operands."""
-    given = operands
-    dtype = compute_dtype(given.state.dtype)
+    original = operands
+    dtype = compute_dtype(original.state.dtype)
     operands = _filter_major(operands, dtype)
     d_new = cotangent.astype(dtype)
     active = operands.fire
@@ -100,33 +95,29 @@ def nca_xla_backward(
         (alive,) = saved
         d_new = jnp.where(alive[..., None], d_new, 0)
         active = alive if active is None else active & alive
-    asked = jax.tree.unflatten(jax.tree.structure(given), wrt)
+    asked = jax.tree.unflatten(jax.tree.structure(original), wrt)
 
-    def some() -> Operands:
-        d_rows, d_layers = active_rows.map_active_backward(
-            rule,
-            operands.weights.layers,
+    def compute() -> Operands:
+        d_rows, d_layers = _mlp(rule, operands, platform).gradients(
             _rows(rule, operands),
             rule.step_size * d_new.reshape(-1, d_new.shape[-1]),
             None if active is None else active.reshape(-1),
-            _perception_size(operands),
-            platform,
         )
         grads = _rows_backward(rule, operands, d_rows, d_new, asked.weights.taps is True)
         return grads._replace(weights=grads.weights._replace(layers=tuple(d_layers)))
 
-    def none() -> Operands:
-        shapes = jax.eval_shape(some)
+    def nothing() -> Operands:
+        shapes = jax.eval_shape(compute)
         return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)._replace(state=d_new)
 
-    grads = _if_any(active, platform, some, none)._replace(fire=operands.fire)
-    grads = _channel_major(grads, given)
-    leaves = zip(jax.tree.leaves(grads), jax.tree.leaves(given), wrt, strict=True)
+    grads = _if_any(active, platform, compute, nothing)._replace(fire=operands.fire)
+    grads = _channel_major(grads, original)
+    leaves = zip(jax.tree.leaves(grads), jax.tree.leaves(original), wrt, strict=True)
     return [grad.astype(operand.dtype) for grad, operand, wanted in leaves if wanted]
 
 
 def _rows(rule: Rule, operands: Operands) -> Array:
-    """What the MLP sees of every cell, ``[N, P + I]``: perception without activation, inputs."""
+    """The input of the MLP, ``[N, P + I]``: the perception before its activation, the inputs."""
     state, dtype = operands.state, compute_dtype(operands.state.dtype)
     taps, perception_bias, _ = operands.weights
     if taps is None:
@@ -148,7 +139,13 @@ def _rows(rule: Rule, operands: Operands) -> Array:
 def _rows_backward(
     rule: Rule, operands: Operands, d_rows: Array, d_new: Array, taps_wanted: bool
 ) -> Operands:
-    """Gradients of what makes the rows, and of the state, given those of rows and new state."""
+    """Gradients of what the rows are made of, and of the state.
+
+    Args:
+        d_rows: the gradient of the rows, ``[N, P + I]``.
+        d_new: the gradient of the new state, ``[B, *S, C]``.
+        taps_wanted: whether to compute the gradient of the taps; otherwise it is 0.
+    """
     grid, size = d_new.shape[:-1], d_rows.shape[1]
     if operands.inputs is not None:
         size -= operands.inputs.shape[-1]
@@ -172,29 +169,30 @@ def _rows_backward(
     )
 
 
-def _if_any(active: Array | None, platform: str, some: Callable, none: Callable) -> Any:
-    """``some()`` if any cell is active, else ``none()``; on a CPU only, where branches are cheap.
+def _if_any(active: Array | None, platform: str, compute: Callable, nothing: Callable) -> Any:
+    """``compute()`` if any cell is active, else ``nothing()``; on other platforms ``compute()``.
 
-    XLA fuses nothing across a conditional. Without it, in an unrolled loop of steps, each step
-    would be computed again inside the stencil of the next, and compile times would explode.
+    Branches are cheap on a CPU only. There the branch also separates the steps of an unrolled loop,
+    because XLA fuses nothing across it. Otherwise each step would be computed again inside the
+    stencil of the next, and compile times would explode.
     """
     if active is None or platform != "cpu":
-        return some()
-    return lax.cond(jnp.any(active), some, none)
+        return compute()
+    return lax.cond(jnp.any(active), compute, nothing)
 
 
 def _clear_dead(rule: Rule, state: Array, alive: Array | None) -> list[Array]:
-    """``[new state]``, or ``[new state, alive]`` given who was alive before the update."""
+    """``[new state]``, or ``[new state, alive]``; ``alive`` is the mask before the update."""
     if alive is None:
         return [state]
     alive = alive & _is_alive(rule, state)
     return [jnp.where(alive[..., None], state, jnp.zeros_like(state)), alive]
 
 
-def _perception_size(operands: Operands) -> int:
-    """Columns of the rows that take the perception's activation: none if it is given."""
+def _mlp(rule: Rule, operands: Operands, platform: str) -> Mlp:
+    """The layers of one group; a perception that the caller computed has its activation already."""
     taps = operands.weights.taps
-    return 0 if taps is None else taps.shape[-1]
+    return Mlp(rule, operands.weights.layers, 0 if taps is None else taps.shape[-1], platform)
 
 
 def _is_alive(rule: Rule, state: Array) -> Array:
@@ -220,9 +218,9 @@ def _draw_mask(rule: Rule, operands: Operands) -> Operands:
 
 
 def _map_groups(fun: Callable, args: Any, platform: str) -> Any:
-    """``fun`` on every group: one after another on a CPU, else at once.
+    """``fun`` on every group: in turn on a CPU, else on all groups at once.
 
-    One after another, each group's blocks follow its own number of active cells.
+    In turn, the number of blocks of each group follows its number of active cells.
     """
     leaves, treedef = jax.tree.flatten(args)
     groups = max(a.shape[0] for a in leaves)
@@ -231,13 +229,13 @@ def _map_groups(fun: Callable, args: Any, platform: str) -> Any:
         return jax.tree.map(lambda o: o[None], outs)
     mapped = [a.shape[0] == groups for a in leaves]
 
-    def on_group(own: list[Array]) -> Any:
-        rest = iter(own)
+    def on_group(arrays: list[Array]) -> Any:
+        rest = iter(arrays)
         merged = [next(rest) if m else a[0] for a, m in zip(leaves, mapped, strict=True)]
         return fun(*jax.tree.unflatten(treedef, merged))
 
-    own = [a for a, m in zip(leaves, mapped, strict=True) if m]
-    return lax.map(on_group, own) if platform == "cpu" else jax.vmap(on_group)(own)
+    arrays = [a for a, m in zip(leaves, mapped, strict=True) if m]
+    return lax.map(on_group, arrays) if platform == "cpu" else jax.vmap(on_group)(arrays)
 
 
 # ---- the order of depthwise perceptions ----

@@ -1,8 +1,8 @@
 """Stencils as sums of shifted slices: perception, its transpose, and the alive pool.
 
-The forward and the backward share one piece, ``correlate``. Depthwise perceptions are kept in
-filter-major order, ``f*C + c``: each filter is then one contiguous sum of slices. The caller
-reorders the first layer's rows to match.
+The forward and the backward share ``correlate``. Depthwise perceptions are in filter-major order,
+``f*C + c``, so that each filter is a contiguous sum of slices. The caller reorders the rows of the
+first layer to match.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from nca_kernels.perception import border_index, offsets, same_margins
-from nca_kernels.rule import dot
+from nca_kernels.rule import copies_cells, dot
 
 Margins = list[tuple[int, int]]
 
@@ -29,13 +29,14 @@ def perceive(state: Array, taps: Array, padding: str, precision: str) -> Array:
 def perceive_transpose(
     cotangent: Array, state: Array, taps: Array, padding: str, precision: str
 ) -> Array:
-    """The gradient for the state ``[B, *S, C]``, given that of the perception ``[B, *S, P]``."""
+    """The gradient of the state ``[B, *S, C]`` from that of the perception ``[B, *S, P]``."""
     kernel = taps.shape[:-2]
     margins = same_margins(kernel)
     flipped = jnp.flip(_transpose_taps(taps, state.shape[-1]), range(len(kernel)))
-    if padding == "zeros":  # what falls outside the grid is dropped
+    if not copies_cells(padding):  # what falls outside the grid is dropped
         reach = [(after, before) for before, after in margins]
         return correlate_adjoint(pad(cotangent, reach, "zeros"), flipped, precision)
+    # What falls outside the grid goes to the cells that were copied there.
     reach = [(k - 1, k - 1) for k in kernel]
     padded = correlate_adjoint(pad(cotangent, reach, "zeros"), flipped, precision)
     _, unpad = jax.vjp(lambda s: pad(s, margins, padding), state)
@@ -45,9 +46,9 @@ def perceive_transpose(
 def taps_gradient(
     cotangent: Array, state: Array, taps: Array, padding: str, precision: str
 ) -> Array:
-    """The gradient for the taps ``[*kernel, 1 or C, P]``: one reduction for each position.
+    """The gradient of the taps ``[*kernel, 1 or C, P]``: a reduction for each position.
 
-    The positions are a loop, not unrolled: 27 reductions side by side compile for many seconds.
+    The loop over positions is not unrolled: 27 reductions side by side compile for many seconds.
     """
     kernel, (fan_in, size) = taps.shape[:-2], taps.shape[-2:]
     channels = state.shape[-1]
@@ -104,38 +105,29 @@ def _transpose_taps(taps: Array, channels: int) -> Array:
 
 
 def max_pool(plane: Array, padding: str, radius: int) -> Array:
-    """The max-pool of ``[B, *S]``, axis by axis; with zeros, nothing lies outside."""
+    """The max-pool of ``[B, *S]``, axis by axis; with the padding "zeros", nothing lies outside."""
     for axis in range(1, plane.ndim):
         size = plane.shape[axis]
-        padded = _pad_axis(plane, axis, (radius, radius), padding, outside=-jnp.inf)
+        margins = [(0, 0)] * (axis - 1) + [(radius, radius)]
+        padded = pad(plane, margins, padding, outside=-jnp.inf)
         slices = [lax.slice_in_dim(padded, o, o + size, axis=axis) for o in range(2 * radius + 1)]
         plane = reduce(jnp.maximum, slices)
     return plane
 
 
-def pad(array: Array, margins: Margins, padding: str) -> Array:
-    """Pads the spatial axes of ``[B, *S, C]``."""
-    if padding == "zeros":
-        config = [(0, 0, 0), *((low, high, 0) for low, high in margins), (0, 0, 0)]
-        return lax.pad(array, jnp.zeros((), array.dtype), config)
-    for axis, margin in enumerate(margins, start=1):
-        array = _pad_axis(array, axis, margin, padding)
-    return array
-
-
-def _pad_axis(
-    array: Array, axis: int, margin: tuple[int, int], padding: str, outside: float = 0.0
-) -> Array:
-    low, high = margin
-    if padding == "zeros":
+def pad(array: Array, margins: Margins, padding: str, outside: float = 0.0) -> Array:
+    """Pads the spatial axes of ``[B, *S, ...]``; ``outside`` is what zeros stand for."""
+    if not copies_cells(padding):
         config = [(0, 0, 0)] * array.ndim
-        config[axis] = (low, high, 0)
+        config[1 : 1 + len(margins)] = [(low, high, 0) for low, high in margins]
         return lax.pad(array, jnp.array(outside, array.dtype), config)
-    index = border_index(array.shape[axis], low, high, padding)
-    before, after = index[:low], index[len(index) - high :]
-    return jnp.concatenate(
-        [jnp.take(array, before, axis=axis), array, jnp.take(array, after, axis=axis)], axis=axis
-    )
+    for axis, (low, high) in enumerate(margins, start=1):
+        if low or high:
+            index = border_index(array.shape[axis], low, high, padding)
+            before, after = index[:low], index[len(index) - high :]
+            ends = [jnp.take(array, cells, axis=axis) for cells in (before, after)]
+            array = jnp.concatenate([ends[0], array, ends[1]], axis=axis)
+    return array
 
 
 def shift(padded: Array, offset: tuple[int, ...], grid: tuple[int, ...]) -> Array:

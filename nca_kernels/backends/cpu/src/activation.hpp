@@ -41,7 +41,8 @@ NCA_INLINE Both activate(Activation kind, Vec x, float negative_slope) {
   return {x, splat(1.0f)};
 }
 
-// values [rows, columns of stride] in place; slopes, if wanted, into an array of the same form.
+// Activates values [rows, columns], with rows `stride` apart, in place; writes the slopes to an
+// array of the same form, unless that is null.
 template <Activation kind>
 void activate_rows(float negative_slope, Index rows, Index columns, Index stride, float* values,
                    float* slopes) {

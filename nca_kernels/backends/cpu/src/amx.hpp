@@ -1,12 +1,14 @@
 // Products in the tile registers of AMX, which multiply bfloat16 and add in float32.
 //
 // A float32 is the sum of three bfloat16, its terms. The products of terms i and j with i + j < 3
-// have float32's accuracy (six tile products, and still faster than multiply-adds), those of
-// two terms 16 bits, which is more than tensorfloat32 asks for; bfloat16 is one term.
+// together have the accuracy of float32: six tile products, which are still faster than
+// multiply-adds. Two terms have 16 bits, more than tensorfloat32 asks for, and bfloat16 is a single
+// term.
 //
-// A tile is 16 lines of 32 bfloat16. A line holds two vectors in turn, a0 b0 a1 b1 ..: the pairs
-// that a tile product adds up together are made without a shuffle. The last 16 of an odd multiple
-// of 16 share lines between their own terms, so that half a tile costs half as much.
+// A tile is 16 lines of 32 bfloat16. A line holds the elements of two vectors in turn,
+// a0 b0 a1 b1 .., so that the pairs that a tile product adds up are made without a shuffle. Where a
+// depth is an odd multiple of 16, two terms of the last 16 share a line, so that half a tile costs
+// half as much.
 #pragma once
 
 #include <algorithm>
@@ -19,9 +21,8 @@ static_assert(kLanes == 16, "a tile's line is two vectors");
 using Half = std::uint16_t;
 constexpr Index kTileRows = 16, kTileDepth = 32, kTile = kTileRows * kTileDepth;  // in Halves
 
-// ---- tile registers: by their number R, as instructions name them ----
 
-#if defined(NCA_EMULATE_AMX)  // for machines without, and for sanitizers, which see its accesses
+#if defined(NCA_EMULATE_AMX)  // for machines without AMX, and for sanitizers
 inline thread_local float registers[8][kTileRows * kTileDepth / 2];
 
 class TileRegisters {};
@@ -56,7 +57,7 @@ void tile_multiply() {
               half(registers[A][m * 16 + k], odd) * half(registers[B][k * 16 + n], odd);
 }
 #else
-class TileRegisters {  // of this thread, while it lives
+class TileRegisters {  // configures the registers of this thread while the object lives
  public:
   TileRegisters() {
     struct alignas(64) {
@@ -96,9 +97,9 @@ NCA_INLINE void each(Body&& body) {
   each_of(std::make_integer_sequence<int, N>(), body);
 }
 
-// ---- terms ----
 
-// The first term is rounded to nearest, so that the others have either sign and errors cancel.
+// Splits x into its terms. The first is rounded to nearest, so that the others have either sign and
+// errors cancel.
 template <int terms>
 NCA_INLINE void split(Vec x, Vec (&term)[terms]) {
   if constexpr (terms == 1) {
@@ -111,13 +112,13 @@ NCA_INLINE void split(Vec x, Vec (&term)[terms]) {
   }
 }
 
-// Of vectors of terms, whose lower halves are zero.
+// Writes a line of two vectors of terms, whose lower halves are zero.
 NCA_INLINE void put_line(Half* to, Vec a, Vec b) {
   const Words line = ((Words)a >> 16) | (Words)b;
   std::memcpy(to, &line, sizeof line);
 }
 
-// A line in each of `terms` tiles.
+// Writes a line to each of `terms` tiles.
 template <int terms>
 NCA_INLINE void put_lines(Half* to, Vec a, Vec b) {
   Vec as[terms], bs[terms];
@@ -126,7 +127,7 @@ NCA_INLINE void put_lines(Half* to, Vec a, Vec b) {
   for (int i = 0; i < terms; ++i) put_line(to + i * kTile, as[i], bs[i]);
 }
 
-// The tiles of a depth: whole ones, `terms` for each 32, and what is half a tile deep.
+// The tiles of a depth: `terms` whole tiles for each 32, and tiles for a rest that is half as deep.
 struct Depth {
   Index whole;
   bool half;
@@ -135,7 +136,7 @@ struct Depth {
   Index right_tiles(int terms) const { return terms * (whole + half); }
 };
 
-// Half tiles: the left's (x0 x1) and (x0 x2) meet the right's (y0 y0), (y1 y1) and (y2 y0).
+// Half tiles: (x0 x1) and (x0 x2) of the left meet (y0 y0), (y1 y1) and (y2 y0) of the right.
 template <int terms>
 NCA_INLINE void put_half_left(Half* to, Vec x) {
   Vec term[terms];
@@ -152,7 +153,7 @@ NCA_INLINE void put_half_right(Half* to, Vec y) {
   if constexpr (terms > 2) put_line(to + 2 * kTile, term[2], term[0]);
 }
 
-// Which terms meet in step i, so that few tiles are loaded again: the smallest products first.
+// Which terms meet in step i: the smallest products first, in an order that loads few tiles twice.
 struct Meeting {
   int left, right;
 };
@@ -167,13 +168,13 @@ constexpr Meeting meeting(int i) {
   return terms == 3 ? three[i] : terms == 2 ? two[i] : Meeting{0, 0};
 }
 
-// ---- products ----
 
-struct Apart {  // Halves from one 16 rows of the left, or columns of the right, to the next
+struct Apart {  // distance in Halves between blocks of 16 rows of the left, or columns of the right
   Index left, right;
 };
 
-// M x N tiles of C from step i on: accumulators in the registers 0 to 3, left 4 and 5, right 6, 7.
+// Adds to M x N tiles of C from step i on. The accumulators are in the registers 0 to 3, the left
+// operand in 4 and 5, the right operand in 6 and 7.
 template <int terms, bool half, int M, int N, int i = 0>
 NCA_INLINE void meet(const Half* left, const Half* right, Apart apart) {
   constexpr Meeting at = meeting<terms, half>(i), before = meeting<terms, half>(i - 1);
@@ -224,7 +225,6 @@ void multiply_tiles(Index blocks, Index columns, Depth depth, const Half* left, 
     }
 }
 
-// ---- operands ----
 
 // Reads 16 columns of a matrix.
 template <bool relu>
@@ -233,26 +233,27 @@ NCA_INLINE Vec read(const float* at) {
   return relu ? select(x < 0.0f, Vec{}, x) : x;  // keeps NaN
 }
 
-// A [rows, columns]: a line is 32 columns of a row.
+// Writes the tiles of A [rows, columns]: a line is 32 columns of a row.
 template <int terms, bool relu>
 void put_left(Index rows, Index columns, Matrix a, Half* to) {
   const Depth depth(columns);
   const Index tiles = depth.left_tiles(terms), last = (columns - 1) / kLanes * kLanes;
-  Ints held;  // of the last vector; what is behind may be anything
-  for (int i = 0; i < kLanes; ++i) held[i] = i < columns - last ? -1 : 0;
+  Ints valid;  // lanes of the last vector; the memory behind them may hold anything
+  for (int i = 0; i < kLanes; ++i) valid[i] = i < columns - last ? -1 : 0;
   for (Index r = 0; r < round_up(rows, kTileRows); ++r) {
     Half* line = to + r / kTileRows * tiles * kTile + r % kTileRows * kTileDepth;
     const float* from = a.data + std::min(r, rows - 1) * a.stride;
     for (Index k = 0; k < depth.whole * kTileDepth; k += kTileDepth, line += terms * kTile) {
       Vec second = read<relu>(from + k + kLanes);
-      if (k + kLanes == last) second = select(held, second, Vec{});
+      if (k + kLanes == last) second = select(valid, second, Vec{});
       put_lines<terms>(line, read<relu>(from + k), second);
     }
-    if (depth.half) put_half_left<terms>(line, select(held, read<relu>(from + last), Vec{}));
+    if (depth.half) put_half_left<terms>(line, select(valid, read<relu>(from + last), Vec{}));
   }
 }
 
-// A^T, A [rows, columns]: a line is 32 rows of a column. Rows that are missing are zero.
+// Writes the tiles of A^T for A [rows, columns]: a line is 32 rows of a column. Missing rows are
+// zero.
 template <int terms, bool relu>
 void put_transposed(Index rows, Index columns, Matrix a, Half* to) {
   for (Index n = 0; n < columns; n += kLanes)
@@ -268,7 +269,8 @@ void put_transposed(Index rows, Index columns, Matrix a, Half* to) {
     }
 }
 
-// B [depth, columns]: a line is two rows, 16 apart, of 16 columns. row(k, n): 16 values.
+// Writes the tiles of B [depth, columns]: a line is 16 columns of two rows that are 16 apart.
+// row(k, n) returns the 16 values of row k from column n on.
 template <int terms, class Row>
 void put_right(Depth depth, Index columns, Half* to, Row&& row) {
   for (Index n = 0; n < columns; n += kLanes) {
@@ -282,7 +284,7 @@ void put_right(Depth depth, Index columns, Half* to, Row&& row) {
   }
 }
 
-// The same products as RegisterProducts.
+// The same products as those of RegisterProducts, in tile registers.
 class TileProducts {
  public:
   static constexpr Index kBlock = 64;
@@ -301,16 +303,16 @@ class TileProducts {
   template <class Row>
   void pack(Index depth, Index columns, float* packed, Row&& row) const {
     const auto values = [&](Index k, Index n) {
-      alignas(64) float held[kLanes] = {};
-      if (k < depth) row(k, n, Index{kLanes}, held);
-      return load(held);
+      alignas(64) float columns_of_row[kLanes] = {};
+      if (k < depth) row(k, n, Index{kLanes}, columns_of_row);
+      return load(columns_of_row);
     };
     with_terms([&](auto terms) {
       put_right<terms>(Depth(depth), columns, reinterpret_cast<Half*>(packed), values);
     });
   }
 
-  void round(Index, Index, Index, float*) const {}  // split does
+  void round(Index, Index, Index, float*) const {}  // `split` rounds already
 
   void multiply(Index rows, Index depth, Index columns, Matrix a, const float* packed, float* c,
                 Index c_stride, Start start) const {
@@ -323,11 +325,11 @@ class TileProducts {
       Half* left = local.array<Half>(at_once / kTileRows * tiles * kTile);
       const Half* right = reinterpret_cast<const Half*>(packed);
       for (Index r = 0; r < rows; r += at_once) {
-        const Index some = std::min(at_once, rows - r);
+        const Index size = std::min(at_once, rows - r);
         const auto put = a.relu ? put_left<terms, true> : put_left<terms, false>;
-        put(some, depth, {a.data + r * a.stride, a.stride}, left);
+        put(size, depth, {a.data + r * a.stride, a.stride}, left);
         const float* from = start.data == nullptr ? nullptr : start.data + r * start.stride;
-        multiply_tiles<terms>(round_up(some, kTileRows) / kTileRows, columns, Depth(depth), left,
+        multiply_tiles<terms>(round_up(size, kTileRows) / kTileRows, columns, Depth(depth), left,
                               right, c + r * c_stride, c_stride, {from, start.stride});
       }
     });
@@ -345,14 +347,14 @@ class TileProducts {
       const auto transposed = a.relu ? put_transposed<terms, true> : put_transposed<terms, false>;
       transposed(rows, a_columns, a, left);
       for (Index n = 0; n < b_columns; n += kAtOnce) {
-        const Index some = std::min(kAtOnce, b_columns - n);
+        const Index size = std::min(kAtOnce, b_columns - n);
         const auto put = [&](auto relu) {
-          put_right<terms>(depth, some, right, [&](Index k, Index at) {
+          put_right<terms>(depth, size, right, [&](Index k, Index at) {
             return k < rows ? read<relu>(b.data + k * b.stride + n + at) : Vec{};
           });
         };
         b.relu ? put(std::true_type()) : put(std::false_type());
-        multiply_tiles<terms>(blocks, some, depth, left, right, c + n, b_columns,
+        multiply_tiles<terms>(blocks, size, depth, left, right, c + n, b_columns,
                               {c + n, b_columns});
       }
     });

@@ -1,11 +1,13 @@
 // neighborhood_attention: forward and backward, tile by tile.
 //
-// Arrays become planes, one a channel, in which a neighbour lies equally far from every cell of a
-// tile: vectors run over cells, whatever the head size. The rows of a plane have a margin for the
-// window; what lies between the cells of two rows is computed with them and never kept.
+// Each channel of an array becomes a plane, in which a neighbour has the same distance in memory
+// from every cell of a tile: vectors run over cells, whatever the head size. The rows of a plane
+// have a margin for the window. The positions in the margins between two rows are computed along
+// with the cells, and their results are never stored.
 //
-// Nothing is scattered: j is a neighbour of i exactly if i is one of j, as often, so the gradients
-// of keys and values are sums over the same window. Formulas: backends/xla/attention.py.
+// Nothing is scattered: cell j is a neighbour of cell i exactly as often as i is a neighbour of j,
+// so the gradients of keys and values are sums over the same window. The formulas are in
+// backends/xla/attention.py.
 #pragma once
 
 #include <cmath>
@@ -14,23 +16,23 @@
 
 namespace nca::NCA_ISA {
 
-// ---- from cells to planes and back ----
 
-// n < kLanes elements, in few moves of fixed sizes.
+// Copies n < kLanes elements in a few moves of fixed sizes.
 template <class T, int most = kLanes / 2>
 NCA_INLINE void store_few(T* to, const T* from, Index n) {
   if (n & most) std::memcpy(to, from, most * sizeof(T)), to += most, from += most;
   if constexpr (most > 1) store_few<T, most / 2>(to, from, n);
 }
 
-// Some channels of cells that lie in an array [cells, `apart`], `end` elements from the first.
+// Channels of the cells of an array [cells, `apart`], which ends `end` elements behind `data`.
 template <class T>
 struct Cells {
   T* data;
   Index apart, channels, end;
 };
 
-// `count` cells to planes, from cell `first` on; writes up to kLanes - 1 more.
+// Copies `count` cells, from cell `first` on, to planes; up to kLanes - 1 positions behind them are
+// overwritten.
 template <class T>
 void to_planes(const Cells<const T>& cells, Index first, Index count, float scale, float* to,
                Index plane) {
@@ -61,24 +63,24 @@ void to_cells(const float* from, Index plane, const Cells<T>& cells, Index first
       for (int j = 0; j < kLanes; ++j)
         block[j] = j < channels ? load(from + (c + j) * plane + i) : Vec{};
       transpose(block);
-      T* own = cells.data + (first + i) * cells.apart + c;
+      T* to = cells.data + (first + i) * cells.apart + c;
       for (int j = 0; j < kLanes; ++j) {
         if (i + j >= count) continue;
         if (channels == kLanes) {
-          store(own + j * cells.apart, block[j]);
+          store(to + j * cells.apart, block[j]);
         } else {
           T padded[kLanes];
           store(padded, block[j]);
-          store_few(own + j * cells.apart, padded, channels);
+          store_few(to + j * cells.apart, padded, channels);
         }
       }
     }
 }
 
-// ---- the window ----
 
-// The neighbours on one axis, or in a tile; one that is met several times around a circle stands
-// here once, and its logit grows by the logarithm of how often.
+// The neighbours of a cell, along one axis or in a plane. A neighbour that the window meets several
+// times around a circle is listed once, and the logarithm of the number of times is added to its
+// logit.
 struct Window {
   Index count;
   Index* offset;
@@ -89,7 +91,7 @@ struct Window {
   void add(Index o, float log) { offset[count] = o, log_times[count++] = log; }
 };
 
-// The most that n splits into without parts above `most`, as evenly as it goes: body(first, size).
+// body(first, size) for each part of n, split as evenly as possible into parts of at most `most`.
 template <int most, class Body>
 NCA_INLINE void in_parts(Index n, Body&& body) {
   for (Index first = 0, parts = (n + most - 1) / most; parts > 0; --parts) {
@@ -99,7 +101,7 @@ NCA_INLINE void in_parts(Index n, Body&& body) {
   }
 }
 
-// body(n) with n as a constant, 1 <= n <= most.
+// Calls body with n, 1 <= n <= most, as a compile-time constant.
 template <int most, class Body>
 NCA_INLINE void with_constant(Index n, Body&& body) {
   if constexpr (most > 1)
@@ -107,7 +109,7 @@ NCA_INLINE void with_constant(Index n, Body&& body) {
   body(std::integral_constant<int, most>());
 }
 
-// to[k] = sum over channels of left at a cell times right at neighbour k of the cell.
+// to[k] = the sum over channels of `left` at a cell times `right` at neighbour k of that cell.
 inline void dots(const Window& window, Index channels, const float* left, Index left_plane,
                  const float* right, Index right_plane, Vec* to) {
   in_parts<9>(window.count, [&](Index first, Index size) {
@@ -117,15 +119,15 @@ inline void dots(const Window& window, Index channels, const float* left, Index 
       Vec sum[n];
       for (int k = 0; k < n; ++k) at[k] = right + window.offset[first + k], sum[k] = Vec{};
       for (Index c = 0; c < channels; ++c) {
-        const Vec own = load(left + c * left_plane);
-        for (int k = 0; k < n; ++k) sum[k] += own * load(at[k] + c * right_plane);
+        const Vec value = load(left + c * left_plane);
+        for (int k = 0; k < n; ++k) sum[k] += value * load(at[k] + c * right_plane);
       }
       for (int k = 0; k < n; ++k) to[first + k] = sum[k];
     });
   });
 }
 
-// to = factor * sum over neighbours k of weight[k] times right at k, for every channel.
+// For every channel: to = factor * the sum over neighbours k of weight[k] times `right` at k.
 inline void mix(const Window& window, Index channels, const Vec* weight, const float* right,
                 Index right_plane, Vec factor, float* to, Index to_plane) {
   in_parts<8>(channels, [&](Index first, Index size) {
@@ -142,11 +144,10 @@ inline void mix(const Window& window, Index channels, const Vec* weight, const f
   });
 }
 
-// ---- tiles ----
 
 template <class T>
 struct AttentionKernel {
-  struct Tile {  // a box of cells, and some heads of them
+  struct Tile {  // a box of cells, and a range of their heads
     Index sample, first[3], size[3], first_head, heads;
   };
 
@@ -169,7 +170,7 @@ struct AttentionKernel {
   Scope scope;
   const Padding padding;
   const float factor;  // of the logits
-  Index together;      // heads a tile: enough to fill a vector when cells become planes
+  Index together;      // heads in a tile: enough to fill a vector when cells become planes
   Index reach[3], tile_size[3], tile_count[3], tasks;
   const Window* axes[3];
 
@@ -183,8 +184,8 @@ struct AttentionKernel {
     cut();
   }
 
-  // The neighbours on an axis: no cell of the grid is farther than the grid is long, or around
-  // a circle than half of it.
+  // The neighbours on an axis. No cell is farther away than the grid is long, and around a circle
+  // none is farther away than half of that.
   const Window* make_axis(int axis) {
     const Index size = call.size[axis], radius = call.radius[axis];
     const Index after = std::min(radius, call.circular ? size / 2 : size - 1);
@@ -199,7 +200,8 @@ struct AttentionKernel {
     return window;
   }
 
-  // Tiles whose planes stay in the L2 cache, and enough of them to go round; of the shape alone.
+  // Chooses tiles whose planes stay in the L2 cache, and enough tiles for all threads. The choice
+  // depends on the shape alone, so the bits are the same for any number of threads.
   void cut() {
     constexpr Index kFloats = 1 << 15;
     const Index channels = together * call.head_size;
@@ -207,7 +209,7 @@ struct AttentionKernel {
     const Index most = std::clamp<Index>(all / 32, 256, std::max<Index>(kFloats / channels, 256));
     std::memcpy(tile_size, call.size, sizeof tile_size);
     while (tile_size[0] * tile_size[1] * tile_size[2] > most) {
-      // The longest for its margin; rows are better long.
+      // The axis that is longest compared with its margin is halved; long rows are better.
       double length[3];
       for (int axis = 0; axis < 3; ++axis) length[axis] = tile_size[axis] / (2.0 * reach[axis] + 1);
       length[2] /= 4;
@@ -242,8 +244,8 @@ struct AttentionKernel {
     });
   }
 
-  // A frame with a margin for the window; and one for the tile's own cells, whose rows are as far
-  // apart, so that one loop runs through both.
+  // A frame with a margin for the window, and a frame of the tile's cells alone, whose rows have
+  // the same distance, so that a single loop runs through both.
   Frame frame_around(const Tile& tile) const { return Frame(tile, reach[0], reach[1], reach[2]); }
   Frame frame_of(const Tile& tile) const { return Frame(tile, 0, 0, reach[2]); }
 
@@ -269,7 +271,7 @@ struct AttentionKernel {
     return heads_of(tile, static_cast<const T*>(array), call.head_size);
   }
 
-  // Planes of a tile's cells and its margin; 0 outside of the grid.
+  // Planes of the cells of a frame; 0 outside the grid.
   template <class U>
   float* planes(const Tile& tile, const Frame& frame, const Cells<const U>& cells, Scope& local,
                 float scale = 1) const {
@@ -300,7 +302,7 @@ struct AttentionKernel {
     return all;
   }
 
-  // What a neighbour adds to its logit: minus infinity outside of the grid.
+  // What is added to the logit of each neighbour: minus infinity outside the grid, else 0.
   float* outside_of(const Tile& tile, const Frame& frame, Scope& local) const {
     float* plane = local.floats(frame.plane);
     for (Index p = 0; p < frame.plane; ++p) plane[p] = call.circular ? 0 : -INFINITY;
@@ -313,7 +315,8 @@ struct AttentionKernel {
     return plane;
   }
 
-  // body(z, y, position of its begin) for every row of a frame; z or y is -1 outside of the grid.
+  // body(z, y, position of the row's begin) for every row of a frame; z or y is -1 outside the
+  // grid.
   template <class Body>
   void for_rows(const Tile& tile, const Frame& frame, Body&& body) const {
     for (Index z = 0; z < frame.size[0]; ++z)
@@ -323,27 +326,27 @@ struct AttentionKernel {
              (z * frame.size[1] + y) * frame.size[2]);
   }
 
-  // Planes of a tile's own cells into an array.
+  // Writes the planes of a tile's cells, without margins in z and y, to an array.
   template <class U>
-  void keep(const Tile& tile, const Frame& own, const float* all, const Cells<U>& cells) const {
-    for_rows(tile, own, [&](Index z, Index y, Index at) {
+  void store_planes(const Tile& tile, const Frame& inner, const float* all,
+                    const Cells<U>& cells) const {
+    for_rows(tile, inner, [&](Index z, Index y, Index at) {
       const Index first = (z * call.size[1] + y) * call.size[2] + tile.first[2];
-      to_cells(all + at + own.margin[2], own.plane, cells, first, tile.size[2]);
+      to_cells(all + at + inner.margin[2], inner.plane, cells, first, tile.size[2]);
     });
   }
 
-  // body(head, position among the own cells, position in the frame around) for every vector: the
-  // rows of a layer of cells are one line.
+  // body(head, position in the frame of the tile's cells, position in the frame around them) for
+  // every vector. All rows with the same z are a single line of vectors.
   template <class Body>
-  void for_vectors(const Tile& tile, const Frame& own, const Frame& around, Body&& body) const {
-    const Index line = own.at(0, tile.size[1] - 1, tile.size[2]) - own.at(0, 0, 0);
+  void for_vectors(const Tile& tile, const Frame& inner, const Frame& around, Body&& body) const {
+    const Index line = inner.at(0, tile.size[1] - 1, tile.size[2]) - inner.at(0, 0, 0);
     for (Index head = 0; head < tile.heads; ++head)
       for (Index z = 0; z < tile.size[0]; ++z)
         for (Index i = 0; i < line; i += kLanes)
-          body(head, own.at(z, 0, 0) + i, around.at(z, 0, 0) + i);
+          body(head, inner.at(z, 0, 0) + i, around.at(z, 0, 0) + i);
   }
 
-  // ---- forward ----
 
   void forward() {
     for_tiles([&](const Tile& tile) { forward_tile(tile); });
@@ -351,38 +354,38 @@ struct AttentionKernel {
 
   void forward_tile(const Tile& tile) const {
     Scope local;
-    const Frame own = frame_of(tile), around = frame_around(tile);
+    const Frame inner = frame_of(tile), around = frame_around(tile);
     const Window window = window_in(around, local);
     const Index size = call.head_size;
-    const float* query = planes(tile, own, vectors_of(tile, call.query), local, factor);
+    const float* query = planes(tile, inner, vectors_of(tile, call.query), local, factor);
     const float* key = planes(tile, around, vectors_of(tile, call.key), local);
     const float* value = planes(tile, around, vectors_of(tile, call.value), local);
     const float* outside = outside_of(tile, around, local);
-    float* out = local.floats(tile.heads * size * own.plane);
-    float* log_sum_exp = local.floats(tile.heads * own.plane);
+    float* out = local.floats(tile.heads * size * inner.plane);
+    float* log_sum_exp = local.floats(tile.heads * inner.plane);
     Vec* weight = local.array<Vec>(window.count);
 
-    for_vectors(tile, own, around, [&](Index head, Index at, Index there) {
-      const Index mine = head * size * own.plane + at, near = head * size * around.plane + there;
-      dots(window, size, query + mine, own.plane, key + near, around.plane, weight);
+    for_vectors(tile, inner, around, [&](Index head, Index at, Index there) {
+      const Index mine = head * size * inner.plane + at, near = head * size * around.plane + there;
+      dots(window, size, query + mine, inner.plane, key + near, around.plane, weight);
       Vec highest = splat(-INFINITY), total = Vec{};
       for (Index k = 0; k < window.count; ++k) {
         weight[k] += window.log_times[k] + load(outside + there + window.offset[k]);
         highest = select(weight[k] > highest, weight[k], highest);
       }
       for (Index k = 0; k < window.count; ++k) total += weight[k] = exp(weight[k] - highest);
-      mix(window, size, weight, value + near, around.plane, 1.0f / total, out + mine, own.plane);
-      store(log_sum_exp + head * own.plane + at, highest + log(total));
+      mix(window, size, weight, value + near, around.plane, 1.0f / total, out + mine, inner.plane);
+      store(log_sum_exp + head * inner.plane + at, highest + log(total));
     });
-    keep(tile, own, out, heads_of(tile, static_cast<T*>(call.out), size));
-    keep(tile, own, log_sum_exp, heads_of(tile, call.log_sum_exp, 1));
+    store_planes(tile, inner, out, heads_of(tile, static_cast<T*>(call.out), size));
+    store_planes(tile, inner, log_sum_exp, heads_of(tile, call.log_sum_exp, 1));
   }
 
-  // ---- backward ----
 
-  // delta [samples, cells, heads]: of each cell, the sum of weights times what they are worth.
+  // delta [samples, cells, heads]: the sum over a cell's neighbours of the weight times its
+  // gradient, which is `worth` below.
   void backward() {
-    float* delta = nullptr;  // the values' gradient does not need it
+    float* delta = nullptr;  // the gradient of the values does not need it
     if (call.d_query != nullptr || call.d_key != nullptr) {
       delta = scope.floats(call.samples * call.cells * call.heads);
       for_tiles([&](const Tile& tile) { backward_queries(tile, delta); });
@@ -391,89 +394,90 @@ struct AttentionKernel {
       for_tiles([&](const Tile& tile) { backward_keys(tile, delta); });
   }
 
-  // Around the cells that attend.
+  // The gradients of queries: sums around each cell that attends.
   void backward_queries(const Tile& tile, float* all_delta) const {
     Scope local;
-    const Frame own = frame_of(tile), around = frame_around(tile);
+    const Frame inner = frame_of(tile), around = frame_around(tile);
     const Window window = window_in(around, local);
     const Index size = call.head_size;
-    const float* query = planes(tile, own, vectors_of(tile, call.query), local, factor);
-    const float* given = planes(tile, own, vectors_of(tile, call.cotangent), local);
+    const float* query = planes(tile, inner, vectors_of(tile, call.query), local, factor);
+    const float* cotangent = planes(tile, inner, vectors_of(tile, call.cotangent), local);
     const float* log_sum_exp =
-        planes(tile, own, heads_of<const float>(tile, call.log_sum_exp, 1), local);
+        planes(tile, inner, heads_of<const float>(tile, call.log_sum_exp, 1), local);
     const float* key = planes(tile, around, vectors_of(tile, call.key), local);
     const float* value = planes(tile, around, vectors_of(tile, call.value), local);
     const float* outside = outside_of(tile, around, local);
-    float* delta = local.floats(tile.heads * own.plane);
-    float* d_query = call.d_query ? local.floats(tile.heads * size * own.plane) : nullptr;
+    float* delta = local.floats(tile.heads * inner.plane);
+    float* d_query = call.d_query ? local.floats(tile.heads * size * inner.plane) : nullptr;
     Vec *weight = local.array<Vec>(window.count), *worth = local.array<Vec>(window.count);
 
-    for_vectors(tile, own, around, [&](Index head, Index at, Index there) {
-      const Index mine = head * size * own.plane + at, near = head * size * around.plane + there;
-      dots(window, size, query + mine, own.plane, key + near, around.plane, weight);
-      dots(window, size, given + mine, own.plane, value + near, around.plane, worth);
-      const Vec lse = load(log_sum_exp + head * own.plane + at);
+    for_vectors(tile, inner, around, [&](Index head, Index at, Index there) {
+      const Index mine = head * size * inner.plane + at, near = head * size * around.plane + there;
+      dots(window, size, query + mine, inner.plane, key + near, around.plane, weight);
+      dots(window, size, cotangent + mine, inner.plane, value + near, around.plane, worth);
+      const Vec lse = load(log_sum_exp + head * inner.plane + at);
       Vec sum = Vec{};
       for (Index k = 0; k < window.count; ++k) {
         const Vec extra = window.log_times[k] + load(outside + there + window.offset[k]);
         weight[k] = exp(weight[k] + extra - lse);
         sum += weight[k] * worth[k];
       }
-      store(delta + head * own.plane + at, sum);
+      store(delta + head * inner.plane + at, sum);
       if (d_query == nullptr) return;
       for (Index k = 0; k < window.count; ++k) weight[k] *= worth[k] - sum;
       mix(window, size, weight, key + near, around.plane, splat(factor), d_query + mine,
-          own.plane);
+          inner.plane);
     });
-    keep(tile, own, delta, heads_of(tile, all_delta, 1));
+    store_planes(tile, inner, delta, heads_of(tile, all_delta, 1));
     if (d_query != nullptr)
-      keep(tile, own, d_query, heads_of(tile, static_cast<T*>(call.d_query), size));
+      store_planes(tile, inner, d_query, heads_of(tile, static_cast<T*>(call.d_query), size));
   }
 
-  // Around the cells that are attended to. Outside of the grid all that is read is 0, and so is
-  // what it adds.
+  // The gradients of keys and values: sums around each cell that is attended to. Outside the grid
+  // everything that is read is 0, and so is what it adds.
   void backward_keys(const Tile& tile, const float* all_delta) const {
     Scope local;
-    const Frame own = frame_of(tile), around = frame_around(tile);
+    const Frame inner = frame_of(tile), around = frame_around(tile);
     const Window window = window_in(around, local);
     const Index size = call.head_size;
-    const auto one_a_head = [&](const float* array) {
+    const auto scalars_of = [&](const float* array) {
       return planes(tile, around, heads_of(tile, array, 1), local);
     };
-    const float* key = planes(tile, own, vectors_of(tile, call.key), local);
+    const float* key = planes(tile, inner, vectors_of(tile, call.key), local);
     const float* query = planes(tile, around, vectors_of(tile, call.query), local, factor);
-    const float* given = planes(tile, around, vectors_of(tile, call.cotangent), local);
-    const float* log_sum_exp = one_a_head(call.log_sum_exp);
+    const float* cotangent = planes(tile, around, vectors_of(tile, call.cotangent), local);
+    const float* log_sum_exp = scalars_of(call.log_sum_exp);
     const float *value = nullptr, *delta = nullptr;
     float *d_key = nullptr, *d_value = nullptr;
     if (call.d_key != nullptr) {
-      value = planes(tile, own, vectors_of(tile, call.value), local);
-      delta = one_a_head(all_delta);
-      d_key = local.floats(tile.heads * size * own.plane);
+      value = planes(tile, inner, vectors_of(tile, call.value), local);
+      delta = scalars_of(all_delta);
+      d_key = local.floats(tile.heads * size * inner.plane);
     }
-    if (call.d_value != nullptr) d_value = local.floats(tile.heads * size * own.plane);
+    if (call.d_value != nullptr) d_value = local.floats(tile.heads * size * inner.plane);
     Vec *weight = local.array<Vec>(window.count), *worth = local.array<Vec>(window.count);
 
-    for_vectors(tile, own, around, [&](Index head, Index at, Index there) {
-      const Index mine = head * size * own.plane + at, near = head * size * around.plane + there;
+    for_vectors(tile, inner, around, [&](Index head, Index at, Index there) {
+      const Index mine = head * size * inner.plane + at, near = head * size * around.plane + there;
       const Index scalar = head * around.plane + there;
-      dots(window, size, key + mine, own.plane, query + near, around.plane, weight);
+      dots(window, size, key + mine, inner.plane, query + near, around.plane, weight);
       for (Index k = 0; k < window.count; ++k) {
         const Vec lse = load(log_sum_exp + scalar + window.offset[k]);
         weight[k] = exp(weight[k] + window.log_times[k] - lse);
       }
       if (d_value != nullptr)
-        mix(window, size, weight, given + near, around.plane, splat(1), d_value + mine, own.plane);
+        mix(window, size, weight, cotangent + near, around.plane, splat(1), d_value + mine,
+            inner.plane);
       if (d_key == nullptr) return;
-      dots(window, size, value + mine, own.plane, given + near, around.plane, worth);
+      dots(window, size, value + mine, inner.plane, cotangent + near, around.plane, worth);
       for (Index k = 0; k < window.count; ++k)
         weight[k] *= worth[k] - load(delta + scalar + window.offset[k]);
-      mix(window, size, weight, query + near, around.plane, splat(1), d_key + mine, own.plane);
+      mix(window, size, weight, query + near, around.plane, splat(1), d_key + mine, inner.plane);
     });
     if (d_key != nullptr)
-      keep(tile, own, d_key, heads_of(tile, static_cast<T*>(call.d_key), size));
+      store_planes(tile, inner, d_key, heads_of(tile, static_cast<T*>(call.d_key), size));
     if (d_value != nullptr)
-      keep(tile, own, d_value, heads_of(tile, static_cast<T*>(call.d_value), size));
+      store_planes(tile, inner, d_value, heads_of(tile, static_cast<T*>(call.d_value), size));
   }
 };
 

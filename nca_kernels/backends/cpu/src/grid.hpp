@@ -1,7 +1,8 @@
 // Borders, tiles of cells, and rows of flags.
 //
-// A tile is a box of whole rows along x. Its state is copied into a box with a margin for the
-// taps, in float32 with padded channels: borders, dtypes and odd numbers of channels end there.
+// A tile is a block of whole rows along x. Its state is copied into a box with a margin for the
+// taps, in float32 with padded channels: what reads a box need not know about borders, dtypes and
+// odd numbers of channels.
 #pragma once
 
 #include <algorithm>
@@ -40,9 +41,10 @@ NCA_INLINE Index row_at_border(const Step& step, Index z, Index y) {
 struct Tiles {
   Index size[2] = {1, 1}, count[2], of_sample;  // z, y; cells along x are never split
 
-  // Few enough cells for a tile's box to stay in the L2 cache and for enough tiles to go round,
-  // but more where the margin would be half of the box; of such tiles, those with the smallest
-  // margin. Of the shape alone: the same bits for any number of threads.
+  // Tiles have few enough cells for a box to stay in the L2 cache and for every thread to get
+  // tiles, but more where the margin would be half of the box. Among tiles of that size, those with
+  // the smallest margin are taken. The choice depends on the shape alone, so the bits are the same
+  // for any number of threads.
   explicit Tiles(const Step& step) {
     const Index share = step.groups * step.batch * step.cells / 32;
     Index target = std::clamp<Index>(share, 256, 2048);
@@ -53,7 +55,8 @@ struct Tiles {
   }
 
  private:
-  // Sets the size to about `target` cells; returns the cells of the box to those of the tile.
+  // Sets the size to about `target` cells; returns the ratio of the cells of the box to the cells
+  // of the tile.
   double choose(const Step& step, Index target) {
     double least = 0;
     for (Index z = 1; z <= step.size[0]; ++z) {
@@ -84,7 +87,6 @@ struct Tile {
   }
 };
 
-// ---- boxes ----
 
 struct Box {
   Index size[3], padded;  // positions along z, y, x of the largest tile; floats a cell
@@ -110,7 +112,7 @@ void widen_cells(const T* from, float* to, Index cells, Index channels, Index pa
   for (Index i = 0; i < cells; ++i) widen(from + i * channels, to + i * padded, channels, padded);
 }
 
-// The state of a tile and its margin, borders resolved. sample: [cells, C].
+// Copies the state of a tile and its margin into a box, borders resolved. sample: [cells, C].
 template <class T>
 void fill_box(const Step& step, const Tile& tile, const Box& box, const T* sample, float* to) {
   const Index channels = step.channels, width = step.size[2], padded = box.padded;
@@ -140,7 +142,7 @@ void fill_box(const Step& step, const Tile& tile, const Box& box, const T* sampl
 NCA_INLINE void fold_row(const Step& step, const Box& box, float* row) {
   const Index padded = box.padded, before = step.before[2], width = step.size[2];
   for (Index px = 0; px < box.size[2]; ++px) {
-    if (px == before) px += width;  // the row's own cells
+    if (px == before) px += width;  // the cells of the row itself
     if (px >= box.size[2]) return;
     const Index x = at_border(px - before, width, step.padding);
     if (x < 0) continue;
@@ -149,13 +151,13 @@ NCA_INLINE void fold_row(const Step& step, const Box& box, float* row) {
   }
 }
 
-// ---- flags, a byte a cell ----
 
 NCA_INLINE bool any(const std::uint8_t* flags, Index count) {
   return std::memchr(flags, 1, count) != nullptr;
 }
 
-// Rows of flags are read, and pooled rows written, by whole vectors: with as much room behind them.
+// Rows of flags are read, and pooled rows written, by whole vectors: as much memory has to follow
+// them.
 typedef std::uint8_t Flags __attribute__((vector_size(64)));
 constexpr Index kFlags = sizeof(Flags);
 
@@ -168,8 +170,8 @@ NCA_INLINE Flags load_flags(const std::uint8_t* at) {
 // The pool of flags over the neighbourhood of each cell, a row at a time.
 class FlagPool {
  public:
-  // How far the pool reaches on each axis: the cells at most size - 1 away are all cells of an axis,
-  // for every padding. A grid without a depth has a reach of 0 there.
+  // How far the pool reaches on each axis: the cells at most size - 1 away are all cells of an
+  // axis, for every padding. A grid without a depth has a reach of 0 there.
   Index reach[3];
 
   FlagPool(const Step& step, Scope& scope) : step_(step) {
@@ -220,7 +222,6 @@ class FlagPool {
   const std::uint8_t** rows_;
 };
 
-// ---- who fires ----
 
 NCA_INLINE Words rotate(Words x, int by) { return (x << by) | (x >> (32 - by)); }
 
@@ -241,7 +242,8 @@ NCA_INLINE Words threefry(const std::uint32_t* key, Words high, Words low) {
   return x0 ^ x1;
 }
 
-// Flags of `count` cells from the cell `first` of a sample on; `to` has room for kLanes more.
+// Writes the flags of `count` cells from the cell `first` of a sample on; `to` has room for kLanes
+// more.
 NCA_INLINE void fire_row(const Step& step, Index sample, Index first, Index count,
                          std::uint8_t* to) {
   const Index group = sample / step.batch, cell = sample % step.batch * step.cells + first;
@@ -255,7 +257,7 @@ NCA_INLINE void fire_row(const Step& step, Index sample, Index first, Index coun
     for (Index x = 0; x < count; x += kLanes) {
       const std::uint64_t counter = cell + x;
       const Words low = lanes + (std::uint32_t)counter;
-      const Words carried = (Words)(low < lanes);  // all bits: minus one
+      const Words carried = (Words)(low < lanes);  // all bits set, which is minus one
       const Words bits =
           threefry(step.key.of(group), (std::uint32_t)(counter >> 32) - carried, low);
       const Ints fires = (Ints)((bits >> 9) < step.fire_threshold);

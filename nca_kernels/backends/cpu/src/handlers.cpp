@@ -26,7 +26,6 @@ namespace ffi = xla::ffi;
 namespace nca {
 namespace {
 
-// ---- instruction sets ----
 
 #if defined(NCA_HAS_AMX) && !defined(NCA_EMULATE_AMX)
 // Whether the processor has tile registers for bfloat16, and Linux lets this process use them.
@@ -81,9 +80,11 @@ const Kernels& kernels_for_attention() {
   return *sets().back();
 }
 
-// ---- tasks on XLA's threads; the caller takes its share, so that none waits for an idle pool ----
+//
+// The calling thread takes its share of the tasks, so that it never waits for an idle pool.
 
-// Until `done` or a moment has passed; sleeping and waking take longer than what is waited for.
+// Waits without sleeping until `done` or until a moment has passed: going to sleep and waking up
+// take longer than most waits. Returns done().
 template <class Done>
 bool wait_a_moment(Done&& done) {
   constexpr std::chrono::microseconds kMoment{50};
@@ -99,7 +100,7 @@ bool wait_a_moment(Done&& done) {
   return done();
 }
 
-// The threads of one call. A helper stays from one set of tasks to the next.
+// The threads of a call. A helper stays from each set of tasks to the next.
 class XlaPool : public Pool {
  public:
   explicit XlaPool(ffi::ThreadPool& threads) : threads_(threads) {}
@@ -157,7 +158,7 @@ class XlaPool : public Pool {
     std::atomic<bool> closed{false};
     Index helpers = 0;
 
-    // Returns how many helpers are missing, who count as present from now on.
+    // Returns how many helpers are missing; they count as present from now on.
     Index post(std::shared_ptr<Job> next, Index wanted) {
       std::lock_guard<std::mutex> lock(mutex);
       job = std::move(next);
@@ -171,7 +172,7 @@ class XlaPool : public Pool {
       for (Index seen = 0; std::shared_ptr<Job> newer = next_after(seen);) newer->work();
     }
 
-    // Null if none comes for a while: then the helper has left.
+    // The next job; null if none comes for a while, and then the helper has left.
     std::shared_ptr<Job> next_after(Index& seen) {
       wait_a_moment([&] { return closed || posted != seen; });
       std::lock_guard<std::mutex> lock(mutex);
@@ -185,7 +186,6 @@ class XlaPool : public Pool {
   std::shared_ptr<Team> team_ = std::make_shared<Team>();
 };
 
-// ---- what a call says ----
 
 class Call {
  public:
@@ -207,7 +207,8 @@ class Call {
   ffi::AnyBuffer next_argument() { return take(args_.get<ffi::AnyBuffer>(argument_++)); }
   ffi::AnyBuffer next_result() { return *take(rets_.get<ffi::AnyBuffer>(result_++)); }
 
-  // An array [groups or 1, ...]; null if it is empty, which stands for absent or not wanted.
+  // An array [groups or 1, ...]; null if it is empty, which stands for an array that is absent or
+  // not wanted.
   template <class T>
   static Grouped<T> grouped(const ffi::AnyBuffer& buffer, Index groups) {
     if (buffer.element_count() == 0) return {};
@@ -349,7 +350,7 @@ void attention_backward(Call& call, Pool& pool) {
   kernels_for_attention().attention_backward(attention, pool);
 }
 
-// Runs one of the four; what it throws becomes an error of XLA.
+// Runs one of the four functions above; what it throws becomes an error of XLA.
 template <void (*run)(Call&, Pool&)>
 ffi::Error guarded(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::RemainingRets rets,
                    ffi::Dictionary attrs) {
@@ -390,7 +391,7 @@ NCA_HANDLER(step_backward)
 NCA_HANDLER(attention_forward)
 NCA_HANDLER(attention_backward)
 
-// The instruction sets that this machine can run, the best first, separated by spaces.
+// The names of the instruction sets that this machine can run, the best first, separated by spaces.
 NCA_EXPORT const char* nca_cpu_instruction_sets() {
   static const std::string names = [] {
     std::string all;
@@ -401,8 +402,8 @@ NCA_EXPORT const char* nca_cpu_instruction_sets() {
   return names.c_str();
 }
 
-// Runs the named set from now on, or with an empty name the best for each call; false if there is
-// none of that name here.
+// Runs the named instruction set from now on, or the best for each call if the name is empty.
+// Returns false if this machine has no set of that name.
 NCA_EXPORT bool nca_cpu_use(const char* name) {
   if (*name == '\0') return nca::asked_for = nullptr, true;
   for (const nca::Kernels* each : nca::sets())
@@ -410,8 +411,8 @@ NCA_EXPORT bool nca_cpu_use(const char* name) {
   return false;
 }
 
-// Multiply-adds on the calling thread, with the set in use, else the best that needs no tiles;
-// returns how many FLOPs they were.
+// Runs multiply-adds on the calling thread, with the set that was asked for, or else with the best
+// set that needs no tile registers. Returns how many FLOPs they were.
 NCA_EXPORT double nca_cpu_multiply_add(std::int64_t iterations) {
   const nca::Kernels* asked_for = nca::asked_for;
   return (asked_for ? *asked_for : nca::kernels_for_attention()).multiply_add(iterations);

@@ -1,4 +1,4 @@
-// The kernels for one instruction set: compiled once for each.
+// The kernels for an instruction set: this file is compiled once for each.
 #include "kernels.hpp"
 
 #include "step.hpp"
@@ -21,7 +21,7 @@ static bool pays(const Step& step) {
   return products >= 1024;
 }
 
-// Products of float32 that are split already, in the tile registers and the L1 cache.
+// Products of float32 that are already split into terms, in the tile registers and the L1 cache.
 static double multiply_add(Index iterations) {
   constexpr Index kDepth = 64, kSide = 2 * kTileRows;
   alignas(64) static const Half operand[kDepth / kTileDepth * 3 * kTile] = {};

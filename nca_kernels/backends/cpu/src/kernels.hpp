@@ -1,4 +1,4 @@
-// The kernels as each instruction set offers them.
+// The functions that each instruction set offers.
 #pragma once
 
 #include "parallel.hpp"
@@ -7,12 +7,12 @@ namespace nca {
 
 struct Kernels {
   const char* name;
-  // Multiply-adds in registers, as fast as the machine can: how many FLOPs they were.
+  // Runs multiply-adds in registers, as fast as the machine can; returns how many FLOPs they were.
   double (*multiply_add)(Index iterations);
-  bool (*pays)(const Step&);  // whether it is worth it for a step; null: always
+  bool (*pays)(const Step&);  // whether the set is the fastest for a step; null: always
   void (*step_forward)(const Step&, Pool&);
   void (*step_backward)(const Step&, Pool&);
-  void (*attention_forward)(const Attention&, Pool&);  // null: none of its own
+  void (*attention_forward)(const Attention&, Pool&);  // null: the set has none
   void (*attention_backward)(const Attention&, Pool&);
 };
 

@@ -1,8 +1,8 @@
 // The perception and the MLP of blocks of rows, forward and back.
 //
-// A row is a cell that needs the MLP. Depthwise perceptions are filter-major here, f*padded + c;
-// a dense perception is one more linear map, of the neighbours laid side by side. Packed weights
-// and gradients have padded columns; the mapping to the callers' layout is in pack and unpack.
+// A row is a cell that needs the MLP. Depthwise perceptions are filter-major here, f*padded + c. A
+// dense perception is one more linear map, whose input is the neighbours side by side. Packed
+// weights and gradients have padded columns; pack and unpack map them to the callers' layout.
 #pragma once
 
 #include "activation.hpp"
@@ -26,14 +26,14 @@ constexpr Index kBlock = Products::kBlock;  // rows at a time
 struct Map {  // rows [in] -> activation(rows W + b) [out]
   const Layer* layer;
   Index in, in_padded, out, out_padded;
-  Index in_stride;  // of the rows of its inputs
+  Index in_stride;  // of the rows of inputs
   Activation activation;
   bool has_bias, wants_weight, wants_bias;
-  bool outputs_first;  // the weight's gradient is [out, in]: the shorter operand is transposed
+  bool outputs_first;  // the gradient of the weight is [out, in]: the shorter operand is transposed
   Index packed_at, transposed_at, bias_at, d_weight_at, d_bias_at;
 };
 
-struct Tap {  // of one filter at one position of the kernel
+struct Tap {  // of a filter, at a position of the kernel
   Index delta, filter;
   const float* values;  // [padded channels]
 };
@@ -64,7 +64,7 @@ class Network {
   const Box& box;
   const Products products;
   bool backward;
-  Index positions, filters, padded;  // of the kernel; of a depthwise perception; channels
+  Index positions, filters, padded;  // of the kernel; of a depthwise perception; padded channels
   Index* deltas;                     // of the kernel's positions in the box
   Index width;                       // columns of the perception's rows
   Index inputs_at;                   // column of the inputs in the rows of map `first`
@@ -97,8 +97,8 @@ inline Network::Network(const Step& s, const Box& b, Scope& scope, bool is_backw
   }
   maps = scope.array<Map>(step.layers.size() + 1);
   first = dense ? 1 : 0;
-  wants_rows = step.d_state != nullptr || step.d_precomputed != nullptr || step.d_input != nullptr ||
-               (depthwise && (step.d_taps || step.d_perception_bias));
+  wants_rows = step.d_state != nullptr || step.d_precomputed != nullptr ||
+               step.d_input != nullptr || (depthwise && (step.d_taps || step.d_perception_bias));
   if (depthwise) {
     taps_at = packed_floats, packed_floats += positions * width;
     perception_bias_at = packed_floats, packed_floats += width;
@@ -124,7 +124,7 @@ inline void Network::add_map(const Layer* layer, Index in, Activation activation
   map.layer = layer;
   map.in = in;
   map.in_padded = round_up(in, kLanes);
-  map.in_stride = map.in_padded + (map.in_padded % 64 == 0 ? kLanes : 0);  // other sets of the L1
+  map.in_stride = map.in_padded + (map.in_padded % 64 == 0 ? kLanes : 0);  // spreads over L1's sets
   map.out = layer->out;
   map.out_padded = round_up(layer->out, kLanes);
   map.activation = activation;
@@ -201,7 +201,7 @@ inline TapLists Network::list_taps(const float* packed_taps, bool by_filter, Sco
   return result;
 }
 
-// Gradients of one group to the callers' layout.
+// Copies the gradients of a group to the callers' layout.
 inline void Network::unpack(const float* gradients, Index group) const {
   for (Index i = 0; i < num_maps; ++i) {
     const Map& map = maps[i];
@@ -229,9 +229,9 @@ inline void Network::unpack(const float* gradients, Index group) const {
   }
 }
 
-// ---- a block of rows ----
 
-// Where the rows of a tile are: offsets of their neighbourhoods in the box, cells in the sample.
+// Where the rows of a tile are: the offset of each neighbourhood in the box, each cell in the
+// sample.
 struct Rows {
   Index count;
   const Index *box_at, *cell;
@@ -241,10 +241,11 @@ class Block {
  public:
   Block(const Network& network, Scope& scope);
 
-  // Runs `rows`, of `sample`; returns the updates [rows, update_stride].
+  // Runs the rows of a sample; returns the updates [rows, update_stride].
   const float* forward(const Weights&, Rows rows, Index sample, const float* box);
 
-  // After forward: the gradients. d_update: [kBlock, update_stride], overwritten.
+  // Adds to the gradients, after forward on the same rows. d_update [kBlock, update_stride] is
+  // overwritten.
   void backward(const Weights&, Rows rows, Index sample, const float* box, float* d_update,
                 float* d_box, float* gradients, float* d_sample_inputs);
 
@@ -293,7 +294,7 @@ inline float* Block::slopes_of(Activation kind, float* activated, Index floats,
   return kind == Activation::relu ? activated : scope.floats(floats);
 }
 
-// Whether products are to apply the ReLU to the rows of a map's inputs, which hold nothing else.
+// Whether products apply the ReLU to the inputs of a map; rows with other inputs have it applied.
 inline bool Block::relu_is_due(Index map) const {
   return Products::kAppliesRelu && map > net.first &&
          net.maps[map - 1].activation == Activation::relu;
@@ -323,8 +324,8 @@ NCA_INLINE void perceive_rows(const Network& net, const Weights& weights, const 
     }
 }
 
-// The transpose: adds to the places that N rows see. One position of the kernel after the other: at
-// one, no two cells add to the same place.
+// The transpose: adds to the neighbourhoods of N rows. It takes the positions of the kernel in
+// turn, because at a single position no two cells add to the same values.
 template <int N>
 NCA_INLINE void spread_rows(const Network& net, const Weights& weights, const Index* box_at,
                             const float* d_rows, Index stride, float* d_box) {
@@ -339,7 +340,7 @@ NCA_INLINE void spread_rows(const Network& net, const Weights& weights, const In
       float* to = d_box + net.deltas[o] + c;
       Vec sum[N];
       for (int n = 0; n < N; ++n) sum[n] = load(to + box_at[n]);
-      if (dense)  // behind the channels: of the next position, added to the box's padding
+      if (dense)  // what lies behind the channels is added to the padding of the box
         for (int n = 0; n < N; ++n) sum[n] += load(d_rows + n * stride + o * channels + c);
       for (const Tap* t = tap; t < end; ++t) {
         const Vec value = load(t->values + c);
@@ -363,7 +364,7 @@ inline void Block::perceive(const Weights& weights, Rows rows, Index sample, con
     if (step.perception == Perception::precomputed) {
       const Index cell = sample * step.cells + rows.cell[r];
       std::memcpy(to, step.precomputed + cell * step.perceived, step.perceived * sizeof(float));
-    } else {  // whole vectors: what is too much is overwritten by the next position
+    } else {  // whole vectors: the next position overwrites what lies behind the channels
       for (Index o = 0; o < net.positions; ++o)
         for (Index c = 0; c < net.padded; c += kLanes)
           store(to + o * step.channels + c, load(box + rows.box_at[r] + net.deltas[o] + c));
@@ -408,8 +409,9 @@ inline const float* Block::forward(const Weights& weights, Rows rows, Index samp
   return update;
 }
 
-// values [rows, columns] *= slopes, unless null; sums of columns are added to `sums`, unless null.
-// A ReLU's slopes are 1 where they are given as positive, else 0.
+// Multiplies values [rows, columns] by the slopes, unless those are null, and adds the sums of
+// columns to `sums`, unless that is null. For a ReLU, a positive number stands for a slope of 1 and
+// any other for 0.
 template <bool relu>
 void scale_and_sum(Index rows, Index columns, Index stride, float* values, const float* slopes,
                    float* sums) {
@@ -502,7 +504,8 @@ inline void Block::perceive_backward(const Weights& weights, Rows rows, Index sa
   });
 }
 
-// Adds to the gradients of the taps at N positions from o on, for each output k, in registers.
+// Adds to the gradients of the taps at N positions from o on, for each output k. The sums stay in
+// registers.
 template <int N>
 NCA_INLINE void taps_of_rows(const Network& net, Rows rows, const float* box, const float* d_rows,
                              Index o, float* d_taps) {

@@ -9,9 +9,10 @@ namespace nca {
 namespace {
 
 constexpr std::size_t kAlignment = 64, kSmallest = std::size_t{1} << 20;
-constexpr std::size_t kKept = std::size_t{64} << 20;  // a thread keeps this much between calls
+constexpr std::size_t kLargestIdle = std::size_t{64} << 20;  // what a thread keeps between calls
 
-// To check accesses: each array is a block of its own, with bounds, and holds no numbers at first.
+// Where accesses are checked, each array is a block by itself, with bounds, and every float in it
+// is not a number at first.
 #if defined(__SANITIZE_ADDRESS__) || defined(NCA_EMULATE_AMX)
 constexpr bool kSeparate = true;
 #else
@@ -23,7 +24,7 @@ struct Block {
   std::size_t size;
 };
 
-struct Stack {  // blocks are never moved: what was handed out stays where it is
+struct Stack {  // blocks are never moved, so memory that was handed out stays where it is
   std::vector<Block> blocks;
   std::size_t block = 0, used = 0, depth = 0;
 
@@ -51,7 +52,7 @@ struct Stack {  // blocks are never moved: what was handed out stays where it is
       used = 0;
     }
     void* taken = blocks[block].data + used;
-    if (kSeparate) std::memset(taken, 0xff, count), ++block;  // every float is not a number
+    if (kSeparate) std::memset(taken, 0xff, count), ++block;
     else used += count;
     return taken;
   }
@@ -67,7 +68,7 @@ Scope::~Scope() {
   stack.block = block_;
   stack.used = used_;
   while (kSeparate && stack.blocks.size() > block_) stack.pop();
-  if (--stack.depth == 0) stack.shrink(kKept);
+  if (--stack.depth == 0) stack.shrink(kLargestIdle);
 }
 
 void* Scope::bytes(Index count) { return stack.take(static_cast<std::size_t>(count)); }

@@ -8,7 +8,7 @@
 
 namespace nca {
 
-class Pool {  // what runs the tasks; see handlers.cpp
+class Pool {  // runs tasks on threads; see handlers.cpp
  public:
   virtual ~Pool() = default;
   // Runs body(context, task) for every task below `tasks`, in any order, on any thread.

@@ -1,7 +1,7 @@
-// One call as plain data: what the handlers fill in and the kernels read.
+// A call as plain data, which the handlers fill in and the kernels read.
 //
-// Grids have three axes here, z y x; a plane has depth 1, a line is a column of cells along y, so
-// that tiles can split it. Every array is float32 but states, which may be bfloat16.
+// Grids have three axes here, z y x. A plane has depth 1; a line is a column of cells along y, so
+// that tiles can split it. Every array is float32, except that states may be bfloat16.
 #pragma once
 
 #include <cstdint>
@@ -14,13 +14,14 @@ namespace nca {
 
 using Index = std::int64_t;
 
-// Each enum once, as a list of its names: a call says them as text, and a name that is not in the
-// list is refused. A switch over one has no default, so that the compiler misses no case.
+// Each enum is written once, as a list of its names. A call has the names as text, and a name that
+// is not in the list is refused. A switch over such an enum has no default, so that the compiler
+// warns of a missing case.
 #define NCA_ACTIVATIONS(X) X(relu) X(gelu) X(silu) X(tanh) X(elu) X(leaky_relu) X(identity)
 #define NCA_PADDINGS(X) X(zeros) X(circular) X(replicate) X(reflect)
 #define NCA_FIRES(X) X(all) X(key) X(mask)
 #define NCA_PERCEPTIONS(X) X(depthwise) X(dense) X(precomputed)
-#define NCA_PRECISIONS(X) X(float32) X(tensorfloat32) X(bfloat16)  // of products, at least
+#define NCA_PRECISIONS(X) X(float32) X(tensorfloat32) X(bfloat16)  // the least of products
 
 #define NCA_MEMBER(name) name,
 #define NCA_COMPARE(name) \
@@ -58,7 +59,7 @@ struct Layer {
 };
 
 struct Step {
-  Index groups, batch, size[3], cells, channels;  // cells: of one sample
+  Index groups, batch, size[3], cells, channels;  // cells: of a sample
   bool bfloat16;                                  // the dtype of states
   Padding padding;
   Perception perception;
@@ -86,7 +87,7 @@ struct Step {
   void* new_state;
   std::uint8_t* alive_mask;  // [groups, batch, cells]; read by the backward
 
-  // Backward; null: not asked for.
+  // Backward; a gradient that is null is not asked for.
   const void* cotangent;
   void* d_state;
   float *d_precomputed, *d_input;

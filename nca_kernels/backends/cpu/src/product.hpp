@@ -1,5 +1,5 @@
-// Products of blocks of rows, by multiply-adds in registers of kRows x kVectors. The order of a sum
-// is the same for every element, however rows are grouped.
+// Products of blocks of rows, by multiply-adds that keep kRows x kVectors sums in registers. The
+// order of a sum is the same for every element, however rows are grouped.
 #pragma once
 
 #include <algorithm>
@@ -15,20 +15,21 @@ struct Matrix {  // row-major
   bool relu = false;  // whether its ReLU is still to be applied
 };
 
-// What the sums start from: rows `stride` apart; 0: one row for all; null: zeros.
+// What the sums start from: rows that are `stride` apart. With a stride of 0 all rows start from
+// the same row, and without data they start from zeros.
 struct Start {
   const float* data;
   Index stride;
 };
 
-// A(m, k) = data[m * row + k * column]: transposed, row is 1.
+// A(m, k) = data[m * row + k * column]; `row` is 1 if the matrix is transposed.
 struct Left {
   const float* data;
   Index row, column;
 };
 
-// Columns are cut into panels of up to kVectors vectors. Packed, each panel [K, its columns] is
-// contiguous, `stride` apart from the next row; else B is row-major with that stride.
+// The columns of B are cut into panels of up to kVectors vectors. In a packed B each panel
+// [K, columns of the panel] is contiguous; otherwise B is row-major with this stride.
 struct Right {
   const float* data;
   Index stride;  // 0: packed
@@ -80,22 +81,23 @@ void multiply_panels(Index rows, Index depth, Index columns, Left a, Right b, fl
     const Index vectors = panel(left), width = vectors * kLanes;
     const float* from = b.data + (b.stride ? n : n * depth);
     const Index stride = b.stride ? b.stride : width;
-    const Start own = {start.data ? start.data + n : zeros, start.stride};
+    const Start panel_start = {start.data ? start.data + n : zeros, start.stride};
     const auto run = vectors == 1   ? panel_rows<1, transposed>
                      : vectors == 2 ? panel_rows<2, transposed>
                                     : panel_rows<kVectors, transposed>;
-    run(rows, depth, a, from, stride, c + n, c_stride, own);
+    run(rows, depth, a, from, stride, c + n, c_stride, panel_start);
     n += width;
     left -= vectors;
   }
 }
 
-// Columns of right operands and results are multiples of kLanes.
+// Products in vector registers. The numbers of columns of right operands and of results are
+// multiples of kLanes.
 class RegisterProducts {
  public:
   static constexpr Index kBlock = 72;  // rows at a time: they stay in the L1 and L2 caches
-  static constexpr bool kAppliesRelu = false;  // as it reads its operands
-  struct Registers {};                         // what a thread holds while it multiplies
+  static constexpr bool kAppliesRelu = false;  // whether operands can have their ReLU still due
+  struct Registers {};                         // what a thread sets up while it multiplies
 
   explicit RegisterProducts(Precision precision) : rounds_(precision == Precision::bfloat16) {}
 
@@ -114,7 +116,7 @@ class RegisterProducts {
     round(1, to - packed, 0, packed);
   }
 
-  // A left operand [rows, columns], if it is to be bfloat16; for both kinds of products below.
+  // Rounds a left operand [rows, columns] of the two products below if products are in bfloat16.
   void round(Index rows, Index columns, Index stride, float* at) const {
     for (Index r = 0; rounds_ && r < rows; ++r)
       for (Index c = 0; c < columns; c += kLanes)

@@ -40,8 +40,8 @@ struct StepKernel {
     return static_cast<T*>(states) + sample * step.cells * step.channels;
   }
 
-  // Every tile of every sample, in parallel. Light work is handed out by many cells at a time:
-  // a thread takes longer to wake up than a thousand bytes to pool.
+  // Runs body(tile) for every tile of every sample, in parallel. Light work is handed out many
+  // cells at a time: pooling a thousand bytes takes less time than waking up a thread.
   template <class Body>
   void for_tiles(Body&& body, bool light = false) {
     const Index all = samples() * tiles.of_sample, cells = tiles.size[0] * tiles.size[1] * width();
@@ -53,25 +53,25 @@ struct StepKernel {
   }
   static constexpr Index kLightCells = 4096;
 
-  // body(z, y, first cell in the sample) for every row of a tile.
+  // Runs body(z, y, first cell of the row in the sample) for every row of a tile.
   template <class Body>
   void for_rows(const Tile& tile, Body&& body) const {
     for (Index z = 0; z < tile.size[0]; ++z)
       for (Index y = 0; y < tile.size[1]; ++y) body(z, y, tile.row(step, z, y));
   }
 
-  // body(rows) for the rows of one block after the other.
+  // Runs body(rows) for the rows of a block at a time.
   template <class Body>
   void for_blocks(const Rows& rows, Body&& body) const {
     for (Index first = 0; first < rows.count; first += kBlock)
       body(Rows{std::min(kBlock, rows.count - first), rows.box_at + first, rows.cell + first});
   }
 
-  // ---- forward ----
 
   void forward() {
     const Index all = samples() * step.cells;
-    std::uint8_t *lives = nullptr, *lives_after = nullptr;  // by its own value, [samples, cells]
+    // Whether the value of each cell alone exceeds the threshold, [samples, cells].
+    std::uint8_t *lives = nullptr, *lives_after = nullptr;
     if (step.alive) {
       lives = scope.array<std::uint8_t>(all + kFlags);
       lives_after = scope.array<std::uint8_t>(all + kFlags);
@@ -93,8 +93,9 @@ struct StepKernel {
     });
   }
 
-  // Who is alive before the step, into alive_mask; and the cells whose update matters: those that
-  // fire and have a living cell around them, for a dead one can keep a living neighbour alive.
+  // Writes to alive_mask which cells are alive before the step, and to `needed` the cells whose
+  // update matters. Those are the cells that fire and have a living cell around them: the update of
+  // a dead cell can keep a living neighbour alive.
   void mark_needed(const Tile& tile, const std::uint8_t* plane, std::uint8_t* needed) const {
     Scope local;
     const FlagPool flags(step, local);
@@ -155,7 +156,7 @@ struct StepKernel {
     std::uint8_t* needed = local.array<std::uint8_t>(tile.cells(step) + kFlags);
     mark_needed(tile, lives_before, needed);
     const Rows rows = compact(tile, needed, local);
-    keep(tile, lives_before, lives_after);
+    write_unfired(tile, lives_before, lives_after);
     if (rows.count == 0) return;
     float* window = local.floats(box.floats());
     if (step.perception != Perception::precomputed)
@@ -167,8 +168,8 @@ struct StepKernel {
     });
   }
 
-  // The new state as if no cell fired.
-  void keep(const Tile& tile, const std::uint8_t* before, std::uint8_t* after) const {
+  // Writes the new state as if no cell fired.
+  void write_unfired(const Tile& tile, const std::uint8_t* before, std::uint8_t* after) const {
     const T* state = sample_of(step.state, tile.sample);
     T* to = sample_of(step.new_state, tile.sample);
     for_rows(tile, [&](Index, Index, Index cell) {
@@ -198,7 +199,7 @@ struct StepKernel {
       });
       if (!step.alive) continue;
       lives_after[sample * step.cells + cell] = lives(to);
-      if (!step.alive_mask[sample * step.cells + cell])  // its value mattered to neighbours only
+      if (!step.alive_mask[sample * step.cells + cell])  // it mattered only to its neighbours
         std::memset(to, 0, channels() * sizeof(T));
     }
   }
@@ -220,18 +221,17 @@ struct StepKernel {
     });
   }
 
-  // ---- backward ----
 
-  // Partial gradients of weights: each belongs to the same tiles for any number of threads, and
-  // they are added up in a fixed order.
+  // Partial gradients of weights. Each is the sum over the same tiles for any number of threads,
+  // and they are added up in a fixed order.
   struct Partials {
-    Index count;       // of a group
+    Index count;       // of partial gradients in a group
     float* sums;       // [groups, count, gradient_floats]
     std::uint8_t* used;
   };
 
-  // What a tile adds to cells of other tiles, or across a border: the rows of its box that are
-  // not its own, folded along x. [tiles, margin rows, x, padded]
+  // What each tile adds to the gradients of cells in other tiles or across a border: the rows of
+  // its box outside the tile, folded along x. [tiles, margin rows, x, padded]
   struct Margins {
     Index rows;
     float* sums;
@@ -289,7 +289,7 @@ struct StepKernel {
     return partials;
   }
 
-  // The cells that fired and stay alive: no other contributes to gradients of weights.
+  // Marks the cells that fired and stay alive: no others contribute to the gradients of weights.
   void mark_active(const Tile& tile, std::uint8_t* active) const {
     for_rows(tile, [&](Index z, Index y, Index cell) {
       Scope local;
@@ -341,7 +341,7 @@ struct StepKernel {
     if (d_state == nullptr) return;
     finish_rows(tile, d_state, d_window);
     if (d_window != nullptr && margins.rows > 0) {
-      keep_margins(tile, d_window, margins.sums + index * margins.rows * width() * box.padded);
+      copy_margins(tile, d_window, margins.sums + index * margins.rows * width() * box.padded);
       margins.used[index] = 1;
     }
   }
@@ -358,7 +358,8 @@ struct StepKernel {
     });
   }
 
-  // Gradient of the state: the cotangent where the cell stays alive, and what the box holds.
+  // Writes the gradient of the state: the cotangent where the cell stays alive, plus the gradient
+  // in the box.
   void finish_rows(const Tile& tile, float* d_state, float* d_window) const {
     const T* cotangent = static_cast<const T*>(step.cotangent);
     for_rows(tile, [&](Index z, Index y, Index row) {
@@ -384,8 +385,8 @@ struct StepKernel {
     });
   }
 
-  // The rows of a box that are not the tile's own, in the order of margin_row.
-  void keep_margins(const Tile& tile, float* d_window, float* to) const {
+  // Copies the rows of a box that lie outside the tile, in the order of margin_row.
+  void copy_margins(const Tile& tile, float* d_window, float* to) const {
     const Index floats = width() * box.padded;
     for (Index z = 0; z < tile.size[0] + step.kernel[0] - 1; ++z)
       for (Index y = 0; y < tile.size[1] + step.kernel[1] - 1; ++y) {
@@ -397,7 +398,7 @@ struct StepKernel {
       }
   }
 
-  // Which margin row lies at (z, y) of the box of a tile; -1 for the tile's own.
+  // The number of the margin row at (z, y) of the box of a tile; -1 for a row of the tile itself.
   Index margin_row(const Index* size, Index z, Index y) const {
     const Index tile_z = z - step.before[0], tile_y = y - step.before[1];
     if (tile_z < 0 || tile_z >= size[0]) return (tile_z < 0 ? z : z - size[0]) * box.size[1] + y;

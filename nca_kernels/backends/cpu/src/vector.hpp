@@ -1,6 +1,6 @@
-// Vectors as wide as the instruction set that this file is compiled for, by GCC's and Clang's
-// vector extensions. Everything lies in namespace NCA_ISA, once for each set: no inline function
-// of one may stand in for that of another.
+// Vectors as wide as those of the instruction set that this file is compiled for, written with the
+// vector extensions of GCC and Clang. Everything lies in namespace NCA_ISA, once for each set, so
+// that no inline function of a set can stand in for that of another.
 #pragma once
 
 #include <cstdint>
@@ -50,7 +50,6 @@ NCA_INLINE void in_groups(Index count, Body&& body) {
   for (; first < count; ++first) body(std::integral_constant<int, 1>(), first);
 }
 
-// ---- bfloat16: the upper half of a float32, rounded to nearest even ----
 
 struct bfloat16 {
   std::uint16_t bits;
@@ -75,7 +74,7 @@ NCA_INLINE void store(bfloat16* at, Vec v) {
   std::memcpy(at, &halves, sizeof halves);
 }
 
-// The first n < kLanes elements; the others are zero when loaded, and not stored.
+// Loads or stores the first n < kLanes elements; the others are zero when loaded, and not stored.
 template <class T>
 NCA_INLINE Vec load_part(const T* at, Index n) {
   T padded[kLanes] = {};
@@ -89,7 +88,7 @@ NCA_INLINE void store_part(T* at, Vec v, Index n) {
   std::memcpy(at, padded, n * sizeof(T));
 }
 
-// A cell's channels, [n] in memory, [round_up(n)] float32 with zeros behind.
+// body(c, vector) for the n channels of a cell, a vector at a time; the last is filled with zeros.
 template <class T, class Body>
 NCA_INLINE void for_channels(Index n, T* at, Body&& body) {
   Index c = 0;
@@ -119,10 +118,9 @@ NCA_INLINE void copy(const T* from, T* to, Index n) {
   std::memcpy(to + i, from + i, (n - i) * sizeof(T));
 }
 
-// ---- transposition of kLanes vectors ----
 
-// Which lane of a and b, one after the other, comes to a lane when the halves of two rows change
-// places that are `by` apart. The first turn interleaves quads instead: one instruction on x86.
+// The lane of (a, b) that comes to `lane` when two rows that are `by` apart exchange halves. With
+// by = 1 quads are interleaved instead, which is a single instruction on x86.
 constexpr int shuffled_lane(int by, bool second, int lane) {
   if (by == 1) return (lane & ~3) + (lane & 2) / 2 + (second ? 2 : 0) + (lane & 1) * kLanes;
   const bool from_b = lane & by;
@@ -148,13 +146,12 @@ NCA_INLINE void transpose(Vec (&rows)[kLanes]) {
     rows[r + by] = shuffled<by, true>(a, b, lanes);
   }
   if constexpr (2 * by < kLanes) return transpose<2 * by>(rows);
-  for (int r = 0; r < kLanes; r += 4) {  // what the interleaving has left
+  for (int r = 0; r < kLanes; r += 4) {  // the interleaving has left these two rows exchanged
     const Vec second = rows[r + 2];
     rows[r + 2] = rows[r + 1], rows[r + 1] = second;
   }
 }
 
-// ---- functions ----
 
 // A polynomial by Horner's rule; the coefficient of the highest power comes first.
 template <class... Rest>
@@ -189,7 +186,7 @@ NCA_INLINE Vec log(Vec x) {
   return select(x == x, y, x);
 }
 
-// Near zero by Cephes' polynomial, elsewhere from e^2|x|.
+// By Cephes' polynomial near zero, elsewhere from e^2|x|.
 NCA_INLINE Vec tanh(Vec x) {
   const Vec size = (Vec)((Ints)x & 0x7fffffff);
   const Vec s = x * x;
