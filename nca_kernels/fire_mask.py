@@ -127,7 +127,7 @@ def threefry_bits(key0: Any, key1: Any, high: Any, low: Any) -> Any:
 
 def cell_index(shape: tuple[int, ...]) -> tuple[Array, Array]:
     """The C-order index of every cell as two uint32 ``[*shape]``: (high, low) words."""
-    if math.prod(shape) <= 2**32:
+    if _fits_a_word(shape):
         return jnp.zeros(shape, jnp.uint32), lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
     return _index(shape, [lax.broadcasted_iota(jnp.uint32, shape, a) for a in range(len(shape))])
 
@@ -137,12 +137,17 @@ def _index(shape: tuple[int, ...], positions: Sequence[Array]) -> tuple[Array, A
     high = low = jnp.zeros_like(positions[0])
     stride = 1
     for position, size in zip(reversed(positions), reversed(shape), strict=True):
-        if math.prod(shape) <= 2**32:
+        if _fits_a_word(shape):
             low = low + position * np.uint32(stride)
         else:
             high, low = multiply_add(high, low, position, stride)
         stride *= size
     return high, low
+
+
+def _fits_a_word(shape: tuple[int, ...]) -> bool:
+    """Whether all indices fit 32 bits, which is not known of a symbolic batch."""
+    return not any(map(jax.export.is_symbolic_dim, shape)) and math.prod(shape) <= 2**32
 
 
 def multiply_add(high: Array, low: Array, position: Array, stride: int) -> tuple[Array, Array]:

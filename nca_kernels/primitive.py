@@ -78,7 +78,12 @@ def differentiable_op(op: str) -> Callable[..., list[Array]]:
 def _primitive(name: str) -> Primitive:
     primitive = Primitive(f"nca_{name}")
     primitive.multiple_results = True
-    primitive.def_impl(lambda *args, **params: _compiled(primitive, tuple(params.items()))(*args))
+
+    def run(*args: Any, **params: Any) -> Any:
+        with jax.disable_jit(False):  # kernels exist compiled only, also for people who debug
+            return _compiled(primitive, tuple(params.items()))(*args)
+
+    primitive.def_impl(run)
     return primitive
 
 

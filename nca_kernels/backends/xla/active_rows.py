@@ -137,7 +137,8 @@ def _block_size(platform: str, layers: Layers, num_cells: int) -> int | None:
     if platform != "cpu":
         return None
     width = max(max(weight.shape) for weight, _ in layers)
-    return min(max(BLOCK_ELEMENTS // width, 64), 4096, num_cells)
+    block = min(max(BLOCK_ELEMENTS // width, 64), 4096)
+    return block if jax.export.is_symbolic_dim(num_cells) else min(block, num_cells)
 
 
 def _compact(
