@@ -1,7 +1,7 @@
 """The command `nca bench`: times our backends and the peers on this machine, with progress.
 
-The suites are the files bench_*.py, run by pytest; this asks for them, shows how far they are, and
-prints what they found.
+The suites are the files in benchmarks/suites, run by pytest; this asks for them, shows how far they
+are, and prints what they found. `pytest benchmarks/` times one contestant after another instead.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _run(options: argparse.Namespace) -> int:
         value = getattr(options, flag)
         arguments += [] if value is None else [f"--{flag}", str(value)]
     progress = Progress()
-    suites = sorted(map(str, ROOT.glob("bench_*.py")))
+    suites = sorted(map(str, (ROOT / "suites").glob("[a-z]*.py")))
     code = int(pytest.main([*arguments, "--rootdir", str(ROOT), *suites], plugins=[progress]))
     for text in progress.failures:
         print(text, file=sys.stderr)

@@ -88,15 +88,15 @@ def timed(suite: str, case: Case, kind: str, mode: str, steps: int, chosen: Chos
     row |= {"shape": [*case.batch, *case.grid, case.channels], "steps": steps, "not_run": not_run}
     if not ours:
         return row
+    times = interleaved(runs, chosen.rounds, patience=chosen.longest / 12)
+    return row | {"best": ours[0], "ours": ours, "seconds": times} | facts(case, mode, steps)
+
+
+def facts(case: Case, mode: str, steps: int) -> Row:
+    """Of a call: its cell-steps, what one of these costs at least, and this machine's limit."""
     work = roofline.work(case, mode)
-    return row | {
-        "work": cells(case) * steps,
-        "best": ours[0],
-        "ours": ours,
-        "seconds": interleaved(runs, chosen.rounds, patience=chosen.longest / 12),
-        "cost": {"flops": work.flops, "bytes": work.bytes, "fires": case.rule.fire_rate},
-        "limit": machine_limit(),
-    }
+    cost = {"flops": work.flops, "bytes": work.bytes, "fires": case.rule.fire_rate}
+    return {"work": cells(case) * steps, "cost": cost, "limit": machine_limit()}
 
 
 @cache

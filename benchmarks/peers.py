@@ -8,6 +8,7 @@ run a case.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from typing import Any, NamedTuple
@@ -67,7 +68,8 @@ def _plain(case: Case) -> bool:
 # ---- CAX ----
 
 
-def _cax_system(case: Case, fire_rate: float) -> Any:
+def _cax_system(case: Case, fire_rate: float, products: bool) -> Any:
+    """``products``: whether its 1x1 convolutions are written as matrix products."""
     from cax.core import ComplexSystem
     from cax.core.perceive import ConvPerceive
     from cax.core.update import NCAUpdate, ResidualUpdate
@@ -101,18 +103,30 @@ def _cax_system(case: Case, fire_rate: float) -> Any:
         def _step(self, state: Any, input: Any = None, *, sow: bool = False) -> Any:
             return self.update(state, self.perceive(state), input)
 
+    class Product(nnx.Module):
+        """A 1x1 convolution as a matrix product, with the same weights."""
+
+        def __init__(self, conv: Any):
+            self.kernel, self.bias = conv.kernel, conv.bias
+
+        def __call__(self, x: Any) -> Any:
+            kernel = self.kernel[...]
+            return x @ kernel.reshape(kernel.shape[-2:]) + self.bias[...]
+
     system = System(nnx.Rngs(0))
     system.perceive.conv.kernel[...] = params.perception
     for conv, (weight, bias) in zip(system.update.layers, params.layers, strict=True):
         conv.kernel[...] = weight.reshape(conv.kernel.shape)
         conv.bias[...] = bias
+    if products:
+        system.update.layers = nnx.List(map(Product, system.update.layers))
     return system
 
 
-def cax_run(case: Case, mode: str, steps: int) -> Callable[[], Any]:
+def cax_run(case: Case, mode: str, steps: int, products: bool = False) -> Callable[[], Any]:
     from flax import nnx
 
-    system = _cax_system(case, case.rule.fire_rate)
+    system = _cax_system(case, case.rule.fire_rate, products)
     state = case.arguments().state
     update_only = nnx.All(nnx.Param, nnx.PathContains("update"))
 
@@ -127,8 +141,8 @@ def cax_run(case: Case, mode: str, steps: int) -> Callable[[], Any]:
     return lambda: jax.block_until_ready(compiled(system, state))
 
 
-def cax_step(case: Case) -> np.ndarray:
-    return np.asarray(_cax_system(case, 1.0)(case.arguments().state, num_steps=1))
+def cax_step(case: Case, products: bool = False) -> np.ndarray:
+    return np.asarray(_cax_system(case, 1.0, products)(case.arguments().state, num_steps=1))
 
 
 # ---- plain JAX, as a careful user writes it: shifted slices and one product a layer ----
@@ -305,6 +319,14 @@ def _jax_nca(case: JaxNcaCase) -> Any:
 PEERS = {
     "slices": Peer("JAX, slices", "jax", "", slices_run, slices_step, _plain),
     "cax": Peer("CAX", "cax", "pip install cax", cax_run, cax_step, _plain),
+    "cax_matmul": Peer(
+        "CAX, 1x1 as matmul",
+        "cax",
+        "pip install cax",
+        partial(cax_run, products=True),
+        partial(cax_step, products=True),
+        _plain,
+    ),
     "jax_nca": Peer(
         "jax-nca",
         "jax_nca",

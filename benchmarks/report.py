@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import halo, plots, rows
-from benchmarks.bench_quality import MINUTES, QUALITIES
 from benchmarks.cases import MODES, TITLES
 from benchmarks.compare import TOLERANCE
 from benchmarks.measure import ROOT, markdown_table
 from benchmarks.peers import PEERS
 from benchmarks.rows import Row
+from benchmarks.suites.quality import MINUTES, QUALITIES
 from nca_kernels.files import write_text
 
 DOCS = ROOT.parent / "docs"

@@ -11,7 +11,7 @@ costs at least.
 
 import nca_kernels.backends as _backends  # registers every backend
 from nca_kernels.cost import Cost, cost
-from nca_kernels.dispatch import BackendUnavailable, backends
+from nca_kernels.dispatch import BackendUnavailable, backends, export_checks
 from nca_kernels.ops.neighborhood_attention import neighborhood_attention
 from nca_kernels.ops.rollout import rollout
 from nca_kernels.ops.sharded_rollout import sharded_rollout
@@ -23,7 +23,12 @@ from nca_kernels.rule import Alive, Rule, RuleParams
 
 __version__ = "0.1.0"
 
+# For jax.export.export(..., disabled_checks=nk.DISABLE_JAX_EXPORT_CHECKS). JAX cannot promise that
+# an exported module with custom calls still runs with later versions, and wants to be told of them.
+DISABLE_JAX_EXPORT_CHECKS = export_checks()
+
 __all__ = [
+    "DISABLE_JAX_EXPORT_CHECKS",
     "Alive",
     "BackendUnavailable",
     "Cost",
@@ -40,4 +45,4 @@ __all__ = [
     "tiled_rollout",
     "update",
 ]
-del _backends
+del _backends, export_checks

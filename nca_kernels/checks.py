@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nca_kernels.rule import Rule, RuleParams, require_choice, require_int
+from nca_kernels.rule import Controls, Rule, RuleParams, require_choice, require_int
 
 KEEPS = ("exact", "bfloat16", "host")  # how a rollout's states wait for the backward
 ATTENTION_PADDINGS = ("zeros", "circular")
@@ -19,9 +19,12 @@ STATE_DTYPES = ("float32", "bfloat16", "float64")
 
 
 def check_step(
-    rule: Rule, params: RuleParams, state: Any, key: Any, inputs: Any
+    rule: Rule, params: RuleParams, state: Any, key: Any, inputs: Any, *, num_steps: Any = None
 ) -> tuple[int, ...]:
-    """Checks the arguments of ``step``; returns the shape of the batch."""
+    """Checks the arguments of ``step``; returns the shape of the batch.
+
+    ``num_steps``: of a rollout, whose masks may take the place of the key for each step.
+    """
     _require_type("rule", rule, Rule)
     _require_type("params", params, RuleParams)
     _require_array("params.perception", params.perception)
@@ -36,7 +39,8 @@ def check_step(
     perception_size = _check_taps(params.perception, channels)
     _check_floating("params.perception", params.perception)
     _check_vector("params.perception_bias", params.perception_bias, perception_size)
-    batch_shape = _check_update_operands(rule, state, key, num_spatial_dims)
+    batch_shape = _check_rule(rule, state, num_spatial_dims)
+    _check_key(key, np.shape(state)[:-1], num_steps)
     input_size = _check_inputs(inputs, np.shape(state), batch_shape)
     _check_layers("params.layers", params.layers, perception_size, input_size, channels)
     return batch_shape
@@ -63,10 +67,34 @@ def check_update(
             "perception must be [*batch, *spatial, P] with the batch and spatial shape of the "
             f"state, {np.shape(state)[:-1]}, got shape {np.shape(perception)}"
         )
-    batch_shape = _check_update_operands(rule, state, key, num_spatial_dims)
+    batch_shape = _check_rule(rule, state, num_spatial_dims)
+    _check_key(key, np.shape(state)[:-1])
     input_size = _check_inputs(inputs, np.shape(state), batch_shape)
     _check_layers("layers", layers, np.shape(perception)[-1], input_size, np.shape(state)[-1])
     return batch_shape
+
+
+def check_num_steps(num_steps: Any, max_steps: Any = None) -> None:
+    """Checks the number of steps: static, or an integer that may be traced and its bound."""
+    if max_steps is None:
+        if isinstance(num_steps, jax.core.Tracer):
+            raise TypeError(
+                "num_steps is traced here: pass max_steps, the most steps that it can be, to "
+                "rollout, or make num_steps a Python int (static_argnums of jax.jit)"
+            )
+        require_int("num_steps", num_steps)
+        if num_steps < 0:
+            raise ValueError(f"num_steps must be at least 0, got {num_steps}")
+        return
+    require_int("max_steps", max_steps)
+    if max_steps < 0:
+        raise ValueError(f"max_steps must be at least 0, got {max_steps}")
+    if np.shape(num_steps) != () or not jnp.issubdtype(_dtype(num_steps), jnp.integer):
+        raise TypeError(f"num_steps must be one integer, got {num_steps!r}")
+    if not isinstance(num_steps, jax.core.Tracer) and not 0 <= int(num_steps) <= max_steps:
+        raise ValueError(
+            f"num_steps must be between 0 and max_steps={max_steps}, got {int(num_steps)}"
+        )
 
 
 def check_rollout(
@@ -78,9 +106,6 @@ def check_rollout(
     batch: tuple[int, ...],
 ) -> None:
     """Checks the arguments that ``rollout`` has beyond those of ``step``."""
-    require_int("num_steps", num_steps)
-    if num_steps < 0:
-        raise ValueError(f"num_steps must be at least 0, got {num_steps}")
     _require_type("return_states", return_states, bool)
     is_int = isinstance(checkpoint, int) and not isinstance(checkpoint, bool)
     if not (checkpoint in ("all", "sqrt") if isinstance(checkpoint, str) else is_int):
@@ -182,10 +207,8 @@ def _check_taps(taps: Any, channels: int) -> int:
     return size
 
 
-def _check_update_operands(
-    rule: Rule, state: Any, key: Any, num_spatial_dims: int
-) -> tuple[int, ...]:
-    """Checks the rule and the key against the state; returns the shape of the batch."""
+def _check_rule(rule: Rule, state: Any, num_spatial_dims: int) -> tuple[int, ...]:
+    """Checks the rule against the state; returns the shape of the batch."""
     shape = np.shape(state)
     batch_shape = shape[: len(shape) - num_spatial_dims - 1]
     channels = shape[-1]
@@ -194,7 +217,12 @@ def _check_update_operands(
             f"Rule.alive.channel must be between {-channels} and {channels - 1} for a state of "
             f"{channels} channels, got {rule.alive.channel}"
         )
-    _check_key(key, shape[:-1])
+    for name, value in Controls.split(rule)[1]._asdict().items():
+        if value is not None and np.shape(value) not in ((), batch_shape):
+            raise ValueError(
+                f"Rule.{name} must be a scalar or have the shape of the batch, {batch_shape}, "
+                f"got shape {np.shape(value)}"
+            )
     return batch_shape
 
 
@@ -240,13 +268,22 @@ def _check_layers(
         )
 
 
-def _check_key(key: Any, cells: tuple[int, ...]) -> None:
-    """``cells``: the shape of a mask that may take the place of the key."""
-    if isinstance(key, (jax.Array, np.ndarray)) and key.dtype == np.bool_:
-        if key.shape != cells:
+def _check_key(key: Any, cells: tuple[int, ...], num_steps: Any = None) -> None:
+    """``cells``: ``[*batch, *spatial]`` of the mask that may take the place of the key."""
+    if num_steps is not None and callable(key):
+        mask = jax.eval_shape(key, jax.ShapeDtypeStruct((), jnp.int32))
+        if getattr(mask, "shape", None) != cells or mask.dtype != jnp.bool_:
             raise ValueError(
-                f"a mask in place of the key must be [*batch, *spatial], {cells} for this state, "
-                f"got shape {key.shape}"
+                f"a function in place of the key must return bool {list(cells)}, the mask of a "
+                f"step, got {mask}"
+            )
+        return
+    if isinstance(key, (jax.Array, np.ndarray)) and key.dtype == np.bool_:
+        wanted = cells if num_steps is None else (int(num_steps), *cells)
+        if key.shape != wanted:
+            axes = "[*batch, *spatial]" if num_steps is None else "[num_steps, *batch, *spatial]"
+            raise ValueError(
+                f"a mask in place of the key must be {axes}, {wanted} here, got shape {key.shape}"
             )
         return
     is_typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)

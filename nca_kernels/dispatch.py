@@ -14,6 +14,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 
 ENVIRONMENT = "NCA_BACKEND"
 
@@ -44,6 +45,7 @@ class Covers:
         attention: by field of ``AttentionCall``, ``radius`` and ``padding``, the values.
         dtypes: of states, queries, keys and values.
         spatial_dims: how many axes a grid may have.
+        symbolic_batch: whether ``jax.export`` may leave the number of samples open.
         width: why the widths of a call ``(call, avals)`` are too large, or None.
     """
 
@@ -52,6 +54,7 @@ class Covers:
     attention: Mapping[str, Values] = field(default_factory=dict)
     dtypes: Collection[str] = ("float32", "bfloat16")
     spatial_dims: Collection[int] = (1, 2, 3)
+    symbolic_batch: bool = False
     width: Callable[[Any, Sequence[Any]], str | None] = field(default=lambda call, avals: None)
 
     def why_not(self, call: Any, avals: Sequence[Any]) -> str | None:
@@ -61,6 +64,11 @@ class Covers:
             return f"it takes {' or '.join(self.dtypes)}, and this is {dtype}: cast it"
         if dims not in self.spatial_dims:
             return f"it takes grids of {_any_of(self.spatial_dims)} axes, got {dims}"
+        groups, samples, *sizes = avals[0].shape
+        if any(map(jax.export.is_symbolic_dim, sizes)):
+            return f"it takes grids of known size, and this is {sizes}"
+        if not self.symbolic_batch and any(map(jax.export.is_symbolic_dim, (groups, samples))):
+            return "it takes a known number of samples, and this one is symbolic"
         if rule := getattr(call, "rule", None):
             reason = _uncovered(rule, "Rule", self.rule)
             if reason is None and rule.alive is not None:
@@ -111,6 +119,7 @@ class Backend:
         missing: why it cannot run in this process (a missing package, ...), or None.
         covers: the calls that it does right.
         markers: by op, what the lowered module of its gradient contains if the kernels run.
+        custom_calls: the custom calls of its lowered modules, which ``jax.export`` must be told of.
         plain: whether it is ordinary JAX code, which JAX differentiates; "auto" passes it by.
     """
 
@@ -121,6 +130,7 @@ class Backend:
     missing: Callable[[], str | None] = field(default=lambda: None)
     covers: Covers = field(default_factory=Covers)
     markers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    custom_calls: tuple[str, ...] = ()
     plain: bool = False
 
 
@@ -200,6 +210,12 @@ def markers(name: str, op: str) -> tuple[str, ...]:
 def covers(name: str) -> Covers:
     """The calls that backend ``name`` does right."""
     return _registry[name].covers
+
+
+def export_checks() -> tuple[jax.export.DisabledSafetyCheck, ...]:
+    """The checks of ``jax.export`` to switch off: those of the backends' custom calls."""
+    names = dict.fromkeys(name for b in _registry.values() for name in b.custom_calls)
+    return tuple(map(jax.export.DisabledSafetyCheck.custom_call, names))
 
 
 def kernels(call: Any, avals: Sequence[Any], platform: str, name: str) -> Kernels:

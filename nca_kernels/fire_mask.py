@@ -41,25 +41,33 @@ def fire_operand(key: Any, fire_rate: float, shape: tuple[int, ...]) -> Array | 
     return jax.random.bernoulli(key, fire_rate, shape)
 
 
-def drawn(key: Any, fire_rate: float, shape: tuple[int, ...]) -> Array:
-    """The mask ``bool [*shape]``, drawn by ``jax.random`` unless it takes the place of the key."""
+def drawn(key: Any, fire_rate: Any, shape: tuple[int, ...]) -> Array:
+    """The mask ``bool [*shape]``, drawn by ``jax.random`` unless it takes the place of the key.
+
+    ``fire_rate``: a number, or an array whose axes are the first of ``shape``.
+    """
     if key.dtype == jnp.bool_:
         return jnp.asarray(key)
-    return jax.random.bernoulli(key, fire_rate, shape)
+    return jax.random.bernoulli(key, _broadcast(fire_rate, len(shape)), shape)
 
 
-def drawn_at(
-    key: Any, fire_rate: float, shape: tuple[int, ...], positions: Sequence[Array]
-) -> Array:
+def _broadcast(fire_rate: Any, ndim: int) -> Any:
+    """An array of rates with axes of 1 for the cells; numbers as they are."""
+    shape = np.shape(fire_rate)
+    return jnp.reshape(fire_rate, (*shape, *(1,) * (ndim - len(shape)))) if shape else fire_rate
+
+
+def drawn_at(key: Any, fire_rate: Any, shape: tuple[int, ...], positions: Sequence[Array]) -> Array:
     """A part of the mask of ``shape``: ``bool [n, m, ...]`` at ``positions``, int32 for each axis.
 
-    Equivalent to ``jax.random.bernoulli(key, fire_rate, shape)[jnp.ix_(*positions)]``. If the bits
-    are threefry's of the cell index, those of no other cell are drawn.
+    Equivalent to ``drawn(key, fire_rate, shape)[jnp.ix_(*positions)]``. If the bits are threefry's
+    of the cell index, those of no other cell are drawn. ``fire_rate``: a number, or an array whose
+    axes are the first of the part.
     """
-    key = _typed(key)
+    key, fire_rate = _typed(key), _broadcast(fire_rate, len(shape))
     if not _counted(key):
-        whole = jax.random.bernoulli(key, fire_rate, shape)
-        return whole.at[jnp.ix_(*positions)].get(mode="clip")
+        uniform = jax.random.uniform(key, shape, jnp.asarray(fire_rate).dtype)
+        return uniform.at[jnp.ix_(*positions)].get(mode="clip") < fire_rate
     part = tuple(position.size for position in positions)
     words = [p.astype(jnp.uint32).reshape(-1, *(1,) * (len(part) - a - 1))
              for a, p in enumerate(positions)]  # fmt: skip
@@ -90,7 +98,11 @@ def fires(key_data: Array, fire_rate: float, shape: tuple[int, ...]) -> Array:
     return _below_rate(bits, fire_rate)
 
 
-def _below_rate(bits: Array, fire_rate: float) -> Array:
+def _below_rate(bits: Array, fire_rate: Any) -> Array:
+    """Whether the uniform numbers in [0, 1) that ``bits`` stand for are below ``fire_rate``."""
+    if isinstance(fire_rate, (jax.Array, np.ndarray)):
+        uniform = (bits >> np.uint32(9)).astype(jnp.float32) * np.float32(2**-23)
+        return uniform < fire_rate.astype(jnp.float32)
     return (bits >> np.uint32(9)) < np.uint32(threshold(fire_rate))
 
 
@@ -115,7 +127,7 @@ def threefry_bits(key0: Any, key1: Any, high: Any, low: Any) -> Any:
 
 def cell_index(shape: tuple[int, ...]) -> tuple[Array, Array]:
     """The C-order index of every cell as two uint32 ``[*shape]``: (high, low) words."""
-    if math.prod(shape) <= 2**32:
+    if _fits_a_word(shape):
         return jnp.zeros(shape, jnp.uint32), lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
     return _index(shape, [lax.broadcasted_iota(jnp.uint32, shape, a) for a in range(len(shape))])
 
@@ -125,12 +137,17 @@ def _index(shape: tuple[int, ...], positions: Sequence[Array]) -> tuple[Array, A
     high = low = jnp.zeros_like(positions[0])
     stride = 1
     for position, size in zip(reversed(positions), reversed(shape), strict=True):
-        if math.prod(shape) <= 2**32:
+        if _fits_a_word(shape):
             low = low + position * np.uint32(stride)
         else:
             high, low = multiply_add(high, low, position, stride)
         stride *= size
     return high, low
+
+
+def _fits_a_word(shape: tuple[int, ...]) -> bool:
+    """Whether all indices fit 32 bits, which is not known of a symbolic batch."""
+    return not any(map(jax.export.is_symbolic_dim, shape)) and math.prod(shape) <= 2**32
 
 
 def multiply_add(high: Array, low: Array, position: Array, stride: int) -> tuple[Array, Array]:

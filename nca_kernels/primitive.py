@@ -44,8 +44,8 @@ class Call(Protocol):
         ...
 
 
-def differentiable_op(op: str) -> Callable[..., Array]:
-    """Makes the primitives of one op; returns ``bind(call, backend, operands) -> value``."""
+def differentiable_op(op: str) -> Callable[..., list[Array]]:
+    """Makes the primitives of one op; returns ``bind(call, backend, operands) -> outputs``."""
     forward = _primitive(f"{op}_forward")
     tangent = _primitive(f"{op}_tangent")
     backward = _primitive(f"{op}_backward")
@@ -68,9 +68,9 @@ def differentiable_op(op: str) -> Callable[..., Array]:
     mlir.register_lowering(tangent, _no_forward_mode)
     tangent.def_impl(_no_forward_mode)
 
-    def bind(call: Call, backend: str, operands: Any) -> Array:
+    def bind(call: Call, backend: str, operands: Any) -> list[Array]:
         flat = _match_varying(jax.tree.leaves(operands))
-        return forward.bind(*flat, call=call, backend=backend)[0]
+        return forward.bind(*flat, call=call, backend=backend)
 
     return bind
 
@@ -78,7 +78,12 @@ def differentiable_op(op: str) -> Callable[..., Array]:
 def _primitive(name: str) -> Primitive:
     primitive = Primitive(f"nca_{name}")
     primitive.multiple_results = True
-    primitive.def_impl(lambda *args, **params: _compiled(primitive, tuple(params.items()))(*args))
+
+    def run(*args: Any, **params: Any) -> Any:
+        with jax.disable_jit(False):  # kernels exist compiled only, also for people who debug
+            return _compiled(primitive, tuple(params.items()))(*args)
+
+    primitive.def_impl(run)
     return primitive
 
 

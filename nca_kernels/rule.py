@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,8 +79,11 @@ class Rule:
         perception_activation: applied to the perception before the inputs join; the same names.
         padding: what lies outside the grid, for the perception and the alive pool: zeros (for
             the pool: nothing), circular, replicate (the edge cell) or reflect (without the edge).
-        fire_rate: probability that a cell updates in a step, 0 < fire_rate <= 1.
-        step_size: multiplies the update.
+        fire_rate: probability that a cell updates in a step, 0 < fire_rate <= 1. A Python float is
+            the fast way. A JAX or NumPy array, scalar or ``[*batch]``, may be traced and changes
+            without recompilation; a rule that holds one is not hashable.
+        step_size: multiplies the update; a float or an array, as ``fire_rate``. An array is
+            differentiable.
         alive: an :class:`Alive`, or None for no alive masking.
         precision: of the matrix products: default (what XLA does on the platform), float32,
             tensorfloat32 (float32 on hardware that lacks it or gains nothing from it) or bfloat16
@@ -94,8 +97,8 @@ class Rule:
     activation: str = "relu"
     perception_activation: str = "identity"
     padding: str = "zeros"
-    fire_rate: float = 0.5
-    step_size: float = 1.0
+    fire_rate: Any = 0.5
+    step_size: Any = 1.0
     alive: Alive | None = field(default_factory=Alive)
     precision: str = "default"
     negative_slope: float = 0.01
@@ -105,18 +108,39 @@ class Rule:
         require_choice("Rule.perception_activation", self.perception_activation, ACTIVATIONS)
         require_choice("Rule.padding", self.padding, PADDINGS)
         require_choice("Rule.precision", self.precision, PRECISIONS)
-        require_real("Rule.fire_rate", self.fire_rate)
-        if not 0.0 < self.fire_rate <= 1.0:
+        require_control("Rule.fire_rate", self.fire_rate)
+        rates = () if isinstance(self.fire_rate, jax.core.Tracer) else np.ravel(self.fire_rate)
+        if not all(0.0 < rate <= 1.0 for rate in rates):
             raise ValueError(
                 f"Rule.fire_rate must be greater than 0 and at most 1, got {self.fire_rate!r}"
             )
-        require_real("Rule.step_size", self.step_size)
+        require_control("Rule.step_size", self.step_size)
         require_real("Rule.negative_slope", self.negative_slope)
         if self.alive is not None and not isinstance(self.alive, Alive):
             raise TypeError(
                 f"Rule.alive must be an Alive or None, got {type(self.alive).__name__}; "
                 "write alive=nk.Alive(channel=-1, threshold=0.1)"
             )
+
+
+class Controls(NamedTuple):
+    """Numbers of a rule that are arrays, scalar or ``[*batch]``; None for those that are static."""
+
+    fire_rate: Any = None
+    step_size: Any = None
+
+    @classmethod
+    def split(cls, rule: Rule) -> tuple[Rule, Controls]:
+        """The rule with what is static, and its arrays."""
+        values = {name: getattr(rule, name) for name in cls._fields}
+        arrays = {n: v for n, v in values.items() if isinstance(v, (jax.Array, np.ndarray))}
+        defaults: Any = {field.name: field.default for field in fields(Rule)}
+        return replace(rule, **{name: defaults[name] for name in arrays}), cls(**arrays)
+
+    def join(self, rule: Rule) -> Rule:
+        """The rule that was split."""
+        arrays: Any = {name: value for name, value in self._asdict().items() if value is not None}
+        return replace(rule, **arrays)
 
 
 def activation(rule: Rule, name: str) -> Callable[[Array], Array]:
@@ -183,6 +207,16 @@ def require_choice(name: str, value: Any, allowed: Any) -> None:
 def require_int(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} must be an int, got {value!r}")
+
+
+def require_control(name: str, value: Any) -> None:
+    """A real number, or an array of them that may be traced."""
+    if not isinstance(value, (jax.Array, np.ndarray)):
+        require_real(name, value)
+    elif not jnp.issubdtype(value.dtype, jnp.floating):
+        raise TypeError(f"{name} must be a float or an array of floats, got {value.dtype}")
+    elif not isinstance(value, jax.core.Tracer) and not np.isfinite(value).all():
+        raise ValueError(f"{name} must be finite, got {value!r}")
 
 
 def require_real(name: str, value: Any) -> None:

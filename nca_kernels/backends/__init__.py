@@ -63,6 +63,7 @@ for backend in (
                 "@nca_triton_attention_backward_query",
             ),
         },
+        custom_calls=("triton_kernel_call_ffi",),
     ),
     Backend(
         name="pallas",
@@ -75,6 +76,7 @@ for backend in (
             "step": ("nca_pallas_step", "@nca_xla_backward"),
             "neighborhood_attention": ("nca_pallas_attention", "@nca_xla_attention_backward"),
         },
+        custom_calls=("__gpu$xla.gpu.triton",),
     ),
     Backend(
         name="cpu",
@@ -90,13 +92,21 @@ for backend in (
                 "@nca_cpu_attention_backward",
             ),
         },
+        custom_calls=tuple(
+            f"nca_cpu_{op}_{kind}"
+            for op in ("step", "attention")
+            for kind in ("forward", "backward")
+        ),
     ),
     Backend(
         name="xla",
         summary="fused by XLA: shifted slices and matrix products, hand-written backward",
         load=_loader("xla"),
         covers=replace(
-            COMMON, alive=ALIVE | {"radius": EVERY}, dtypes=("float32", "bfloat16", "float64")
+            COMMON,
+            alive=ALIVE | {"radius": EVERY},
+            dtypes=("float32", "bfloat16", "float64"),
+            symbolic_batch=True,
         ),
         markers={
             "step": ("@nca_xla_forward", "@nca_xla_backward"),

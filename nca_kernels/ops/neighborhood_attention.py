@@ -88,7 +88,7 @@ def nca_neighborhood_attention(
         return jnp.zeros_like(q)
     operands = AttentionOperands(*(a.reshape(1, samples, *per_sample) for a in (q, k, v)))
     call = replace(statics, treedef=jax.tree.structure(operands))
-    return bind(call, backend, operands).reshape(q.shape)
+    return bind(call, backend, operands)[0].reshape(q.shape)
 
 
 bind = differentiable_op(OP)

@@ -16,10 +16,10 @@ from jax import Array
 
 from nca_kernels.dispatch import requested
 from nca_kernels.fire_mask import drawn_at
-from nca_kernels.ops.rollout import AfterStep, broadcast_positions
+from nca_kernels.ops.rollout import AfterStep, AfterStepCaller
 from nca_kernels.ops.step import step
 from nca_kernels.perception import ConstantTaps, constant_taps, depthwise, same_margins
-from nca_kernels.rule import Rule, RuleParams
+from nca_kernels.rule import Controls, Rule, RuleParams
 
 
 def reach(rule: Rule, params: RuleParams) -> list[int]:
@@ -59,7 +59,7 @@ class PartStep:
     """The step of a part: calling it equals ``nk.step`` on the whole, seen through a window.
 
     Args:
-        rule: what a step computes.
+        rule: what a step computes, but for its arrays.
         backend: the name that was asked for.
         bank: the taps, if they are constant, see :func:`nca_kernels.perception.constant_taps`.
         after_step: as for :func:`nca_kernels.rollout`.
@@ -82,28 +82,36 @@ class PartStep:
         shape = np.shape(state)
         bank = constant_taps(params.perception, shape[-1])
         num_batch_dims = len(shape) + 1 - np.ndim(params.perception)
+        rule, _ = Controls.split(rule)
         return cls(rule, requested(backend), bank, after_step, shape[:-1], num_batch_dims)
 
     def __call__(
         self,
-        params: RuleParams,
+        learned: tuple[RuleParams, Controls],
         state: Array,
-        key: Any,
+        at: tuple[Array, Any],
         inputs: Array | None,
         positions: Sequence[Array],
     ) -> Array:
-        """The part after a step; ``positions``: by dim, which cells of the whole it shows.
+        """The part after a step.
 
         Right for cells that lie at least ``reach`` away from an end of the part, and up to those
         ends that are borders of the whole.
+
+        Args:
+            learned: the weights, and the arrays of the rule for the part's samples.
+            at: the number of the step, and its key or the part's mask.
+            positions: by dim, which cells of the whole the part shows.
         """
+        params, controls = learned
+        rule, (t, source) = controls.join(self.rule), at
         if self.bank is not None:  # constant, although the caller's jit has traced the weights
             kernel = params.perception.shape[:-2]
             bank = np.reshape(np.asarray(self.bank, np.float32), (*kernel, -1))
             params = replace(params, perception=depthwise(bank, state.shape[-1]))
-        if self.rule.fire_rate < 1.0:
-            key = drawn_at(key, self.rule.fire_rate, self.shape, positions)
-        new = step(self.rule, params, state, key, inputs, self.backend)
-        if self.after_step is not None:
-            new = self.after_step(state, new, broadcast_positions(positions[self.num_batch_dims :]))
-        return new
+        fire = source
+        if source.dtype != jnp.bool_ and (controls.fire_rate is not None or rule.fire_rate < 1.0):
+            fire = drawn_at(source, rule.fire_rate, self.shape, positions)
+        new = step(rule, params, state, fire, inputs, self.backend)
+        end_step = AfterStepCaller(self.after_step)
+        return end_step(state, new, positions[self.num_batch_dims :], t, source)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from nca_kernels.checks import check_rollout, check_step
+from nca_kernels.checks import check_num_steps, check_rollout, check_step
 from nca_kernels.ops.step import step
 from nca_kernels.rule import Rule, RuleParams
 
-AfterStep = Callable[[Array, Array, Sequence[Array]], Array]
+AfterStep = Callable[..., Array]
 
 
 def rollout(
@@ -23,7 +25,7 @@ def rollout(
     params: RuleParams,
     state: Array,
     key: Any,
-    num_steps: int,
+    num_steps: Any,
     inputs: Array | None = None,
     checkpoint: str | int = "sqrt",
     return_states: bool = False,
@@ -31,6 +33,8 @@ def rollout(
     backend: str = "auto",
     after_step: AfterStep | None = None,
     keep: str = "exact",
+    *,
+    max_steps: int | None = None,
 ) -> Any:
     """``num_steps`` steps; step ``t`` (from 0) uses ``jax.random.fold_in(key, t)``.
 
@@ -41,8 +45,10 @@ def rollout(
             state = new if after_step is None else after_step(state, new, positions)
 
     Args:
-        rule, params, state, key, inputs, backend: as for :func:`nca_kernels.step`.
-        num_steps: T, at least 0; static.
+        rule, params, state, inputs, backend: as for :func:`nca_kernels.step`.
+        key: a JAX random key; or which cells fire, as masks ``[T, *batch, *spatial]``, or as a
+            function of the step's number (int32, traced) that returns ``[*batch, *spatial]``; bool.
+        num_steps: T, at least 0; static, or with ``max_steps`` an int32 that may be traced.
         checkpoint: which states the backward keeps: "all" (T of them), "sqrt" (about 2*sqrt(T),
             for one more forward) or an int n (one in n, and n more while going back). Never
             perceptions or hidden layers.
@@ -51,45 +57,97 @@ def rollout(
             that many steps, without keeping the trajectory.
         after_step: what happens to the state after each step, cell by cell, such as a wall:
             ``(state before the step, state after it, positions) -> state``. ``positions`` has for
-            each grid dim the indices of the cells, int32, shaped to broadcast with the states.
+            each grid dim the indices of the cells, int32, shaped to broadcast with the states. A
+            function of five arguments, or with keyword arguments ``step`` and ``key``, also gets
+            the step's number t, int32, and a key for noise of its own,
+            ``fold_in(fold_in(key, t), 1)`` (None where masks take the place of the key).
         keep: how the states of ``checkpoint`` wait for the backward: "exact"; "bfloat16" (float32
             states take half the memory; values are untouched, gradients within a few percent); or
             "host" (in the memory of the host, from where they come back one by one). The last two
             run a step's forward again even with ``checkpoint="all"``.
+        max_steps: the most that ``num_steps`` can be, static, so that a program for any number of
+            steps is compiled once. Steps beyond ``num_steps`` are skipped, not computed, unless
+            ``num_steps`` is mapped over by ``jax.vmap``; ``return_states`` repeats the final state
+            for them.
 
     Returns:
-        The final state; ``(final, states [T, *batch, *spatial, C])`` with ``return_states``;
+        The final state; ``(final, states [T, *batch, *spatial, C])`` with ``return_states``
+        (``[max_steps, ...]`` if that is given);
         ``(final, sampled [*batch, *spatial, C])`` with ``sample_steps``.
 
     Raises:
         ValueError, TypeError, BackendUnavailable: as :func:`nca_kernels.step`.
     """
-    batch_shape = check_step(rule, params, state, key, inputs)
-    check_rollout(num_steps, checkpoint, keep, sample_steps, return_states, batch_shape)
+    most = num_steps if max_steps is None else max_steps
+    check_num_steps(num_steps, max_steps)
+    batch_shape = check_step(rule, params, state, key, inputs, num_steps=most)
+    check_rollout(most, checkpoint, keep, sample_steps, return_states, batch_shape)
     grid = state.shape[len(batch_shape) : -1]
+    end_step = AfterStepCaller(after_step)
 
     def one_step(carry: tuple[Array, Any], at: Any) -> tuple[tuple[Array, Any], Array | None]:
-        (before, sampled), (t, step_key) = carry, at
-        state = step(rule, params, before, step_key, inputs, backend)
-        if after_step is not None:
-            state = after_step(before, state, broadcast_positions(map(jnp.arange, grid)))
+        (before, sampled), (t, source) = carry, at
+
+        def advance(before: Array) -> Array:
+            fire = key(t) if callable(key) else source
+            after = step(rule, params, before, fire, inputs, backend)
+            return end_step(before, after, list(map(jnp.arange, grid)), t, source)
+
+        if max_steps is None:
+            state = advance(before)
+        else:
+            state = lax.cond(t < num_steps, advance, lambda before: before, before)
         if sample_steps is not None:
             sampled = where_sample(sample_steps == t + 1, state, sampled)
         return (state, sampled), state if return_states else None
 
     state = jnp.asarray(state)
     carry = (state, state if sample_steps is not None else None)
-    steps = numbers_and_keys(key, num_steps)
+    steps = scanned_steps(key, most)
     (final, sampled), states = checkpointed_scan(one_step, carry, steps, checkpoint, keep)
     if return_states:
         return final, states
     return final if sample_steps is None else (final, sampled)
 
 
-def numbers_and_keys(key: Any, num_steps: int) -> tuple[Array, Array]:
-    """The number of every step, ``int32 [T]``, and its key ``[T]``, all drawn at once."""
-    steps = jnp.arange(num_steps)
-    return steps, jax.vmap(partial(jax.random.fold_in, key))(steps)
+def scanned_steps(key: Any, num_steps: int) -> tuple[Array, Any]:
+    """The number of every step, ``int32 [T]``, and its key or its mask, ``[T, ...]``.
+
+    None if a function says which cells fire.
+    """
+    numbers = jnp.arange(num_steps)
+    if callable(key):
+        return numbers, None
+    if key.dtype == jnp.bool_:
+        return numbers, jnp.asarray(key)
+    return numbers, jax.vmap(partial(jax.random.fold_in, key))(numbers)
+
+
+@dataclass(frozen=True)
+class AfterStepCaller:
+    """Calls ``after_step``, if there is one, with as many of its arguments as it takes."""
+
+    after_step: AfterStep | None
+
+    def __call__(
+        self, before: Array, after: Array, positions: Sequence[Array], t: Array, source: Any
+    ) -> Array:
+        """The state that a step ends with; ``source``: the step's key, a mask or None."""
+        if self.after_step is None:
+            return after
+        is_key = source is not None and source.dtype != jnp.bool_
+        own_key = jax.random.fold_in(source, 1) if is_key else None
+        parameters = inspect.signature(self.after_step).parameters.values()
+        required = [p for p in parameters if p.kind in _POSITIONAL and p.default is p.empty]
+        arguments = [before, after, broadcast_positions(positions)]
+        if len(required) == 5:
+            return self.after_step(*arguments, t, own_key)
+        by_name = {"step": t, "key": own_key}
+        named = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+        return self.after_step(*arguments, **{n: v for n, v in by_name.items() if n in named})
+
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 def checkpointed_scan(
@@ -181,10 +239,9 @@ def _length(steps: Any) -> int:
     return int(jax.tree.leaves(steps)[0].shape[0])
 
 
-def broadcast_positions(positions: Iterable[Array]) -> list[Array]:
+def broadcast_positions(positions: Sequence[Array]) -> list[Array]:
     """The positions ``[n]`` along each grid dim, shaped to broadcast with ``[*spatial, C]``."""
-    listed = list(positions)
-    return [p.reshape(-1, *(1,) * (len(listed) - dim)) for dim, p in enumerate(listed)]
+    return [p.reshape(-1, *(1,) * (len(positions) - dim)) for dim, p in enumerate(positions)]
 
 
 def _saves_kernel_outputs(primitive: Any, *args: Any, **params: Any) -> bool:

@@ -25,16 +25,16 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
-from nca_kernels.checks import check_rollout, check_step
+from nca_kernels.checks import check_num_steps, check_rollout, check_step
 from nca_kernels.ops.parts import PartAxis, PartStep, reach
 from nca_kernels.ops.rollout import (
     AfterStep,
     checkpointed_scan,
-    numbers_and_keys,
     scan_steps,
+    scanned_steps,
     where_sample,
 )
-from nca_kernels.rule import Rule, RuleParams
+from nca_kernels.rule import Controls, Rule, RuleParams
 
 
 def sharded_rollout(
@@ -90,7 +90,8 @@ def sharded_rollout(
     The states move between neighbours only, by ``lax.ppermute``; of the weights' gradients there is
     one ``lax.psum``. With ``checkpoint``, "step" stands for ``steps_per_exchange`` steps.
     """
-    batch_shape = check_step(rule, params, state, key, inputs)
+    check_num_steps(num_steps)
+    batch_shape = check_step(rule, params, state, key, inputs, num_steps=num_steps)
     check_rollout(num_steps, checkpoint, keep, sample_steps, return_states, batch_shape)
     _check_split(np.shape(state), mesh, partition_spec, steps_per_exchange)
     plan = _Plan(
@@ -104,7 +105,10 @@ def sharded_rollout(
         return_states=return_states,
         overlap=bool(overlap),
     )
-    return _run(plan, params, jnp.asarray(state), key, inputs, sample_steps)
+    if callable(key):
+        key = lax.map(key, jnp.arange(num_steps))
+    learned = (params, Controls.split(rule)[1])
+    return _run(plan, learned, jnp.asarray(state), key, inputs, sample_steps)
 
 
 @dataclass(frozen=True)
@@ -237,7 +241,7 @@ def _axes_of(
 @partial(jax.jit, static_argnums=0)
 def _run(
     plan: _Plan,
-    params: RuleParams,
+    learned: tuple[RuleParams, Controls],
     state: Array,
     key: Any,
     inputs: Array | None,
@@ -248,22 +252,34 @@ def _run(
     names = [axis.names or None for axis in axes]
     cells, samples = PartitionSpec(*names), PartitionSpec(*names[: plan.step.num_batch_dims])
     per_cell = inputs is not None and inputs.ndim == state.ndim
-    second_spec = PartitionSpec(None, *cells) if return_states else cells
+    stacked = PartitionSpec(None, *cells)  # a state, or a mask, for each step
+    is_mask = key.dtype == jnp.bool_
+    params, controls = learned
+    by_sample = jax.tree.map(lambda c: samples if c.ndim else PartitionSpec(), controls)
     mapped = jax.shard_map(
         partial(_on_each_device, plan),
         mesh=mesh,
-        in_specs=(PartitionSpec(), cells, PartitionSpec(), cells if per_cell else samples, samples),
-        out_specs=(cells, second_spec),
+        in_specs=(
+            (PartitionSpec(), by_sample),
+            cells,
+            stacked if is_mask else PartitionSpec(),
+            cells if per_cell else samples,
+            samples,
+        ),
+        out_specs=(cells, stacked if return_states else cells),
     )
     place = partial(_place, mesh)
     blocks = place(_in_blocks(state, axes), cells)
+    learned = (params, jax.tree.map(place, controls, by_sample))
+    if is_mask:
+        key = place(_in_blocks(jnp.asarray(key), axes, leading=1), stacked)
     if inputs is not None and per_cell:
         inputs = place(_in_blocks(inputs, axes), cells)
     elif inputs is not None:
         inputs = place(inputs, samples)
     if sample_steps is not None:
         sample_steps = place(sample_steps, samples)
-    final, second = mapped(params, blocks, key, inputs, sample_steps)
+    final, second = mapped(learned, blocks, key, inputs, sample_steps)
     whole = PartitionSpec(*(name if axis.even else None for name, axis in zip(names, axes)))
     final = _whole(place(final, whole), axes)
     if return_states:
@@ -274,13 +290,13 @@ def _run(
 
 
 def _on_each_device(
-    plan: _Plan, params: RuleParams, block: Array, key: Any, inputs: Any, sample_steps: Any
+    plan: _Plan, learned: Any, block: Array, key: Any, inputs: Any, sample_steps: Any
 ) -> Any:
     """A device's block after all steps, and its states or samples."""
     axes, num_steps = plan.axes, plan.num_steps
     used = tuple(name for axis in axes for name in axis.names)
-    if used:  # once, so that their gradients are summed over the devices once
-        params = jax.tree.map(lambda w: lax.pcast(w, used, to="varying"), params)
+    # Marked here, and not in each step, so that gradients are summed over the devices only once.
+    learned = jax.tree.map(lambda w: _varying(w, used), learned)
     parts = _parts(axes, plan.overlap)
     inputs_of_parts = [inputs] * len(parts)
     if inputs is not None and inputs.ndim == block.ndim:
@@ -288,10 +304,17 @@ def _on_each_device(
         inputs_of_parts = [part.take(inputs, window) for part in parts]
 
     def one_step(carry: tuple[list[Array], Any], at: Any) -> tuple[Any, Any]:
-        (states, sampled), (t, key) = carry, at
+        (states, sampled), (t, source) = carry, at
+        sources = [source] * len(parts)
+        if source.dtype == jnp.bool_:
+            mask = source[..., None]
+            mask_window = _window(mask, axes)
+            sources = [part.take(mask, mask_window)[..., 0] for part in parts]
         states = [
-            plan.step(params, state, key, inputs, part.positions)
-            for part, state, inputs in zip(parts, states, inputs_of_parts, strict=True)
+            plan.step(learned, state, (t, fire), inputs, part.positions)
+            for part, state, fire, inputs in zip(
+                parts, states, sources, inputs_of_parts, strict=True
+            )
         ]
         block = _whole_block(parts, states)
         if sample_steps is not None:
@@ -306,7 +329,7 @@ def _on_each_device(
         return (_whole_block(parts, states), sampled), outs
 
     carry = (block, block if sample_steps is not None else None)
-    steps = numbers_and_keys(key, num_steps)
+    steps = scanned_steps(key, num_steps)
 
     def exchanges(carry: Any, first: int, last: int, each: int) -> Any:
         grouped = jax.tree.map(lambda s: s[first:last].reshape(-1, each, *s.shape[1:]), steps)
@@ -424,9 +447,18 @@ def _whole_block(parts: list[_Part], states: list[Array]) -> Array:
     return block
 
 
-def _in_blocks(array: Array, axes: Sequence[_Axis]) -> Array:
-    """The whole grid as blocks of equal size in a row, overlapping where they must."""
-    for dim, axis in enumerate(axes):
+def _varying(array: Array, names: tuple[str, ...]) -> Array:
+    """``array``, marked as one that differs over the mesh axes ``names``."""
+    missing = tuple(n for n in names if n not in jax.typeof(array).manual_axis_type.varying)
+    return lax.pcast(array, missing, to="varying") if missing else array
+
+
+def _in_blocks(array: Array, axes: Sequence[_Axis], leading: int = 0) -> Array:
+    """The whole grid as blocks of equal size in a row, overlapping where they must.
+
+    ``leading`` dims come before those of ``axes``.
+    """
+    for dim, axis in enumerate(axes, start=leading):
         if not axis.even:
             starts = np.arange(axis.shards)[:, None] * axis.size // axis.shards
             array = jnp.take(array, (starts + np.arange(axis.core)).ravel(), axis=dim)
@@ -440,7 +472,7 @@ def _place(mesh: Any, array: Array, spec: PartitionSpec) -> Array:
 
 
 def _whole(array: Array, axes: Sequence[_Axis], leading: int = 0) -> Array:
-    """What :func:`_in_blocks` took apart; ``leading`` dims come before those of ``axes``."""
+    """The whole grid again, from what :func:`_in_blocks` gives."""
     for dim, axis in enumerate(axes, start=leading):
         if not axis.even:
             starts = np.arange(axis.shards) * axis.size // axis.shards

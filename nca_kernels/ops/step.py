@@ -13,7 +13,7 @@ from nca_kernels.checks import check_step
 from nca_kernels.dispatch import plain, requested
 from nca_kernels.ops.bind import bind
 from nca_kernels.perception import ConstantTaps, constant_taps
-from nca_kernels.rule import Rule, RuleParams
+from nca_kernels.rule import Controls, Rule, RuleParams
 
 
 def step(
@@ -23,7 +23,9 @@ def step(
     key: Any,
     inputs: Array | None = None,
     backend: str = "auto",
-) -> Array:
+    *,
+    return_alive: bool = False,
+) -> Any:
     """One step: perception, an MLP per cell, a stochastic update and an alive mask, fused.
 
     Per cell i, with ``taps = params.perception``::
@@ -51,9 +53,12 @@ def step(
         inputs: ``[*batch, *spatial, I]`` per cell or ``[*batch, I]`` per sample, joined to the
             perception; differentiable.
         backend: "auto", or a name of ``nk.backends()``; a named backend runs or raises.
+        return_alive: also return which cells are alive after the step, bool ``[*batch, *spatial]``:
+            those that were not set to 0. All are where the rule has no alive mask.
 
     Returns:
-        The next state, ``[*batch, *spatial, C]``, in the dtype of ``state``.
+        The next state, ``[*batch, *spatial, C]``, in the dtype of ``state``; with ``return_alive``
+        ``(state, alive)``.
 
     Raises:
         ValueError, TypeError: for bad arguments, before anything is traced.
@@ -65,25 +70,38 @@ def step(
     Source: Mordvintsev et al., "Growing Neural Cellular Automata", Distill, 2020.
     """
     check_step(rule, params, state, key, inputs)
+    rule, controls = Controls.split(rule)
     constant = constant_taps(params.perception, state.shape[-1])
     statics = {"rule": rule, "backend": requested(backend), "constant": constant}
-    return nca_step(params, state, key, inputs, **statics)
+    return nca_step(params, state, key, inputs, controls, return_alive=return_alive, **statics)
 
 
-@partial(jax.jit, static_argnames=("rule", "backend", "constant"))
+@partial(jax.jit, static_argnames=("rule", "backend", "constant", "return_alive"))
 def nca_step(
     params: RuleParams,
     state: Array,
     key: Any,
     inputs: Array | None,
+    controls: Controls,
     *,
     rule: Rule,
     backend: str,
     constant: ConstantTaps,
-) -> Array:
+    return_alive: bool,
+) -> Any:
     ordinary = plain(backend, "step")
     if ordinary is not None:
-        return ordinary(rule, params, state, key, inputs)
+        new, alive = ordinary(controls.join(rule), params, state, key, inputs)
+        return (new, alive) if return_alive else new
     weights = Weights(params.perception, params.perception_bias, tuple(params.layers))
     statics = StepCall("step", rule, params.perception.ndim - 2, None, constant)
-    return bind(statics, backend, state, key, weights, inputs=inputs)
+    return bind(
+        statics,
+        backend,
+        state,
+        key,
+        weights,
+        inputs=inputs,
+        controls=controls,
+        return_alive=return_alive,
+    )

@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.random import fold_in
 
-from nca_kernels.checks import check_rollout, check_step
+from nca_kernels.checks import check_num_steps, check_rollout, check_step
 from nca_kernels.ops.parts import PartAxis, PartStep, reach
-from nca_kernels.ops.rollout import AfterStep, numbers_and_keys, scan_steps
-from nca_kernels.rule import Rule, RuleParams
+from nca_kernels.ops.rollout import AfterStep, scan_steps
+from nca_kernels.rule import Controls, Rule, RuleParams
 
 
 def tiled_rollout(
@@ -72,23 +73,26 @@ def tiled_rollout(
     for name, value in (("tile", tile), ("steps_per_pass", steps_per_pass)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-    batch_shape = check_step(rule, params, state, key, inputs)
+    check_num_steps(num_steps)
+    batch_shape = check_step(rule, params, state, key, inputs, num_steps=num_steps)
     check_rollout(num_steps, "all", "exact", None, False, batch_shape)
     step = PartStep.of(rule, params, state, backend, after_step)
     grid, reaches = state.shape[len(batch_shape) : -1], reach(rule, params)
-    numbered_keys = numbers_and_keys(key, num_steps)
+    learned = (params, Controls.split(rule)[1])
     may_write, spare = donate and state.flags.writeable, None
     for first in range(0, num_steps, steps_per_pass):
-        steps = tuple(s[first : first + steps_per_pass] for s in numbered_keys)
+        numbers = np.arange(first, min(first + steps_per_pass, num_steps), dtype=np.int32)
         axes = tuple(
-            _Axis(size, min(tile, size), len(steps[0]) * reached, rule.padding == "circular")
+            _Axis(size, min(tile, size), len(numbers) * reached, rule.padding == "circular")
             for size, reached in zip(grid, reaches, strict=True)
         )
-        run = partial(_steps, _Plan(step, axes), params, steps)
+        sources = _Sources(state, inputs, _masks(key, numbers))
+        keys = None if sources.masks is not None else jax.vmap(partial(fold_in, key))(numbers)
+        run = partial(_steps, _Plan(step, axes), learned, (numbers, keys))
         new = np.empty(state.shape, state.dtype) if spare is None else spare
-        for cells in _pass(run, axes, state, new, inputs):
+        for cells in _pass(run, axes, sources, new):
             if progress is not None:
-                progress(len(steps[0]) * cells)
+                progress(len(numbers) * cells)
         spare = state if may_write else None
         state, may_write = new, True
     return state if num_steps or donate else state.copy()
@@ -123,11 +127,27 @@ class _Plan:
     axes: tuple[_Axis, ...]  # of the grid
 
 
+class _Sources(NamedTuple):
+    """What the host has of the whole, or a device of a window."""
+
+    state: Any  # [*batch, *spatial, C]
+    inputs: Any  # [*batch, *spatial, I], [*batch, I] or None
+    masks: Any  # which cells fire in each step of a pass, [k, *batch, *spatial, 1], or None
+
+
+def _masks(key: Any, numbers: np.ndarray) -> np.ndarray | None:
+    """The masks of the steps ``numbers``, ``[k, *batch, *spatial, 1]``; None if they are drawn."""
+    if callable(key):
+        return np.stack([np.asarray(key(jnp.int32(t))) for t in numbers])[..., None]
+    if key.dtype == np.bool_:
+        return np.asarray(key[numbers[0] : numbers[-1] + 1])[..., None]
+    return None
+
+
 class _Tile(NamedTuple):
     """What a device gets to step a tile."""
 
-    window: Array | np.ndarray  # [*batch, *window, C]
-    inputs: Any  # [*batch, *window, I], [*batch, I] or None
+    window: _Sources
     corners: np.ndarray  # int [dims]: the first cell of the window, in the whole
     starts: np.ndarray  # int [dims]: the first cell of the tile, in the whole
 
@@ -135,20 +155,16 @@ class _Tile(NamedTuple):
 def _pass(
     run: Callable[[_Tile], Array],
     axes: Sequence[_Axis],
-    state: np.ndarray,
+    sources: _Sources,
     new: np.ndarray,
-    inputs: Any,
 ) -> Iterator[int]:
     """Fills ``new`` tile by tile; yields the number of cells done."""
-    per_cell = inputs is not None and np.ndim(inputs) == state.ndim
-    inputs = np.asarray(inputs) if per_cell else inputs
     finish: Callable[[], None] | None = None
     for tiles in itertools.product(*(axis.tiles() for axis in axes)):
         starts = [start for start, _ in tiles]
         corners = [axis.corner(start) for axis, start in zip(axes, starts, strict=True)]
-        tile_inputs = _cut(inputs, axes, corners) if per_cell else inputs
-        window = _cut(state, axes, corners)
-        out = run(_Tile(window, tile_inputs, np.array(corners), np.array(starts)))
+        window = _Sources(*(_cut(array, new.ndim, axes, corners) for array in sources))
+        out = run(_Tile(window, np.array(corners), np.array(starts)))
         if finish is not None:  # the device has work while the tile before comes back
             finish()
         finish = partial(_put, new, axes, starts, out)
@@ -160,8 +176,14 @@ def _pass(
         finish()
 
 
-def _cut(array: np.ndarray, axes: Sequence[_Axis], corners: Sequence[int]) -> np.ndarray:
-    """The windows that begin at ``corners``, of an array ``[*batch, *spatial, channels]``."""
+def _cut(array: Any, ndim: int, axes: Sequence[_Axis], corners: Sequence[int]) -> Any:
+    """The windows that begin at ``corners``, of an array ``[..., *batch, *spatial, channels]``.
+
+    Arrays that have fewer than ``ndim`` dims, and so no grid, as they are.
+    """
+    if array is None or np.ndim(array) < ndim:
+        return array
+    array = np.asarray(array)
     for dim, (axis, corner) in enumerate(zip(axes, corners, strict=True), -len(axes) - 1):
         window = range(corner, corner + axis.window)
         if window.start >= 0 and window.stop <= axis.size:
@@ -177,17 +199,20 @@ def _put(new: np.ndarray, axes: Sequence[_Axis], starts: Sequence[int], tile: Ar
 
 
 @partial(jax.jit, static_argnums=0)
-def _steps(plan: _Plan, params: RuleParams, steps: Any, tile: _Tile) -> Array:
-    """The cells of a tile after some steps."""
+def _steps(plan: _Plan, learned: Any, steps: Any, tile: _Tile) -> Array:
+    """The cells of a tile after some steps, whose numbers and keys (or None) are ``steps``."""
     num_batch_dims = plan.step.num_batch_dims
     positions = [jnp.arange(size) for size in plan.step.shape[:num_batch_dims]]
     for axis, corner in zip(plan.axes, tile.corners, strict=True):
         positions.append(axis.positions(corner, axis.window))
 
-    def one_step(state: Array, at: Any) -> tuple[Array, None]:
-        return plan.step(params, state, at[1], tile.inputs, positions), None
+    state, inputs, masks = tile.window
+    sources = steps[1] if masks is None else masks[..., 0]
 
-    state, _ = scan_steps(one_step, jnp.asarray(tile.window), steps)
+    def one_step(state: Array, at: Any) -> tuple[Array, None]:
+        return plan.step(learned, state, at, inputs, positions), None
+
+    state, _ = scan_steps(one_step, jnp.asarray(state), (steps[0], sources))
     offsets = tile.starts - tile.corners
     for dim, (axis, offset) in enumerate(zip(plan.axes, offsets, strict=True), num_batch_dims):
         state = lax.dynamic_slice_in_dim(state, offset, axis.core, dim)

@@ -23,18 +23,6 @@ from nca_kernels.testing.cases import Arguments, Case
 from nca_kernels.testing.compare import assert_close, assert_same_bits, tolerance
 
 ORACLE = "reference"
-# JAX promises nothing about how these calls will be read in later versions of it.
-KERNEL_CALLS = [
-    jax.export.DisabledSafetyCheck.custom_call(name)
-    for name in (
-        "triton_kernel_call_ffi",
-        "__gpu$xla.gpu.triton",
-        "nca_cpu_step_forward",
-        "nca_cpu_step_backward",
-        "nca_cpu_attention_forward",
-        "nca_cpu_attention_backward",
-    )
-]
 
 
 def value_and_gradients(
@@ -385,6 +373,32 @@ def check_shard_map(backend: str, case: Case) -> None:
     assert_close(total(sharded)(params), total(many)(params), _limit(case), "sharded gradient ")
 
 
+def check_symbolic_batch(backend: str, case: Case) -> None:
+    """``jax.export`` with an open number of samples, for backends that cover it, and "auto"."""
+    assert case.batch, "for cases with a batch"
+    params, state, key, inputs = case.arguments()
+    (size,) = jax.export.symbolic_shape("samples")
+
+    def loss(state: Any, inputs: Any) -> Any:
+        return _loss(backend, case, inputs)(params, state, key)
+
+    run = jax.jit(jax.value_and_grad(loss))
+    shapes = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype), (state, inputs)
+    )
+    export = jax.export.export(run, disabled_checks=nk.DISABLE_JAX_EXPORT_CHECKS)
+    refuses = backend not in ("auto", ORACLE) and not dispatch.covers(backend).symbolic_batch
+    reason = ""
+    try:
+        exported = export(*shapes)
+    except nk.BackendUnavailable as error:
+        reason = str(error)
+    assert ("it takes a known number of samples" in reason) == refuses
+    for count in () if refuses else (1, 2, 5):
+        arrays = jax.tree.map(lambda a: jnp.concatenate([a] * count), (state, inputs))  # noqa: B023
+        assert_close(exported.call(*arrays), run(*arrays), _limit(case), f"{count} batches ")
+
+
 def check_export(backend: str, case: Case) -> None:
     """``jax.export`` round trip of a step and its gradient."""
     args = case.arguments()
@@ -400,7 +414,9 @@ def check_export(backend: str, case: Case) -> None:
         value, grads = run(jax.tree.unflatten(tree, flat), state, key_data)
         return value, jax.tree.leaves(grads)
 
-    exported = jax.export.export(jax.jit(run_flat), disabled_checks=KERNEL_CALLS)(*operands)
+    exported = jax.export.export(jax.jit(run_flat), disabled_checks=nk.DISABLE_JAX_EXPORT_CHECKS)(
+        *operands
+    )
     again = jax.export.deserialize(exported.serialize())
     assert_same_bits(again.call(*operands), jax.jit(run_flat)(*operands), "exported")
 
@@ -417,4 +433,5 @@ TRANSFORMATION_CHECKS: dict[str, Callable[[str, Case], None]] = {
     "kernel_ran": check_kernel_ran,
     "shard_map": check_shard_map,
     "export": check_export,
+    "symbolic_batch": check_symbolic_batch,
 }

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks import compare, contestants, instructions, measure, peers, report, rows
+from benchmarks import agree, compare, contestants, instructions, measure, peers, report, rows
 from benchmarks.cases import FULL, QUICK
 
 
@@ -183,3 +183,41 @@ def test_children_inherit_no_peak():
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(child.stdout) < peak_rss()
     assert ballast.sum() == ballast.size
+
+
+def test_what_both_ways_of_timing_say():
+    """Ratios of `nca bench` beside those of pytest-benchmark."""
+    names = {"case_name": "growing", "kind": "rollout", "mode": "forward"}
+
+    def entry(contestant, median):
+        stats = {"q1": 0.9 * median, "median": median, "q3": 1.1 * median}
+        return {"params": {**names, "contestant": contestant}, "stats": stats}
+
+    found = row({"cpu": [1.0, 1.1], "slices": [4.0, 4.0], "torch": [9.0, 9.0]})
+    alone = [entry("cpu", 2.0), entry("slices", 8.0), entry("torch", 40.0), entry("cax", 1.0)]
+    same, other = agree.agreements([found], alone)
+    assert same.what == "growing rollout forward slices"
+    assert same.alone == pytest.approx((7.2 / 2.2, 4.0, 8.8 / 1.8))
+    assert same.overlap
+    assert not other.overlap
+    assert "| yes |" in agree.table([same, other])
+    assert "| no |" in agree.table([same, other])
+
+
+def test_pytest_benchmarks(tmp_path):
+    """`pytest benchmarks/` through pytest-benchmark, with what each contestant reaches."""
+    out = tmp_path / "alone.json"
+    asked = ["--cases=growing", "--backends=xla", "--peers=slices", "--benchmark-max-time=0.1"]
+    command = [sys.executable, "-m", "pytest", "benchmarks/bench_step.py", "--quick", "-q", *asked]
+    command += [f"--benchmark-json={out}", f"--json={tmp_path / 'rows.json'}", "-k", "forward"]
+    done = subprocess.run(command, cwd=measure.ROOT.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    entries = json.loads(out.read_text())["benchmarks"]
+    assert {e["params"]["contestant"] for e in entries} == {"xla", "slices"}
+    assert {e["group"] for e in entries} == {"growing, rollout, forward", "growing, step, forward"}
+    for e in entries:
+        info = e["extra_info"]
+        rate = 8 * 32**2 * (8 if e["params"]["kind"] == "rollout" else 1) / e["stats"]["median"]
+        assert info["cell_steps_per_second"] == pytest.approx(rate)
+        assert 0 < info["percent_of_roofline"] < 100
+        assert info["bytes_moved_at_least"] == 128

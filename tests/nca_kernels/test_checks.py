@@ -56,7 +56,17 @@ WRONG = {
     "fire rate 0": (lambda: nk.Rule(fire_rate=0.0), ValueError, "fire_rate greater than 0 0.0"),
     "fire rate 2": (lambda: nk.Rule(fire_rate=2), ValueError, "fire_rate at most 1 2"),
     "fire rate nan": (lambda: nk.Rule(fire_rate=float("nan")), ValueError, "fire_rate finite nan"),
-    "fire rate array": (lambda: nk.Rule(fire_rate=jnp.ones(())), TypeError, "fire_rate float"),
+    "fire rate array": (
+        lambda: nk.Rule(fire_rate=jnp.full(2, 1.5)),
+        ValueError,
+        "fire_rate at most 1",
+    ),
+    "fire rate ints": (lambda: nk.Rule(fire_rate=np.ones(2, int)), TypeError, "fire_rate int64"),
+    "step size of others": (
+        lambda: step(rule=nk.Rule(step_size=jnp.ones(7))),
+        ValueError,
+        "Rule.step_size scalar batch (7,)",
+    ),
     "step size": (lambda: nk.Rule(step_size="1"), TypeError, "step_size float str"),
     "alive": (lambda: nk.Rule(alive=0.1), TypeError, "alive Alive None float"),
     "alive channel": (lambda: nk.Alive(channel=1.5), TypeError, "channel int 1.5"),

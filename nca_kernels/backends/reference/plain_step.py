@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from nca_kernels.fire_mask import drawn
@@ -29,7 +30,7 @@ PAD_MODES = {
 
 def step(
     rule: Rule, params: RuleParams, state: Array, key: Any, inputs: Array | None = None
-) -> Array:
+) -> tuple[Array, Array]:
     """One step: perception, then ``update``. ``state`` ``[*batch, *spatial, C]``."""
     num_spatial_dims = params.perception.ndim - 2
     perception = perceive(rule, params, state)
@@ -44,8 +45,11 @@ def update(
     key: Any,
     inputs: Array | None,
     num_spatial_dims: int,
-) -> Array:
-    """MLP, stochastic residual update and alive mask; ``perception`` ``[*batch, *spatial, P]``."""
+) -> tuple[Array, Array]:
+    """MLP, stochastic residual update and alive mask; ``perception`` ``[*batch, *spatial, P]``.
+
+    Returns the new state and the cells that are alive, bool ``[*batch, *spatial]``.
+    """
     dtype = compute_dtype(state.dtype)
     hidden = perception.astype(dtype)
     if inputs is not None:
@@ -61,12 +65,15 @@ def update(
         if i < len(layers) - 1:
             hidden = activation(rule, rule.activation)(hidden)
     fires = drawn(key, rule.fire_rate, state.shape[:-1])
-    change = jnp.where(fires[..., None], rule.step_size * hidden, 0)
+    step_size = rule.step_size
+    if np.ndim(step_size):  # [*batch], the same for every cell and channel
+        step_size = step_size.reshape(*step_size.shape, *(1,) * (num_spatial_dims + 1))
+    change = jnp.where(fires[..., None], step_size * hidden, 0)
     new_state = (state.astype(dtype) + change).astype(state.dtype)
     if rule.alive is None:
-        return new_state
+        return new_state, jnp.ones(state.shape[:-1], bool)
     alive = is_alive(rule, state, num_spatial_dims) & is_alive(rule, new_state, num_spatial_dims)
-    return jnp.where(alive[..., None], new_state, jnp.zeros_like(new_state))
+    return jnp.where(alive[..., None], new_state, jnp.zeros_like(new_state)), alive
 
 
 def perceive(rule: Rule, params: RuleParams, state: Array) -> Array:

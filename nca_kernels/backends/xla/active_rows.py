@@ -68,7 +68,8 @@ class Mlp(NamedTuple):
         if self.platform != "cpu":
             return None
         width = max(max(weight.shape) for weight, _ in self.layers)
-        return min(max(BLOCK_ELEMENTS // width, 64), 4096, num_cells)
+        block = min(max(BLOCK_ELEMENTS // width, 64), 4096)
+        return block if jax.export.is_symbolic_dim(num_cells) else min(block, num_cells)
 
     def _forward(self, rows: Array) -> Array:
         """``rows [R, P + I]`` to the update ``[R, C]``."""
@@ -162,7 +163,7 @@ class _Blocks(NamedTuple):
             out = lax.dynamic_update_slice_in_dim(out, rows, start, axis=0)
             return out, jax.tree.map(jnp.add, total, terms)
 
-        out = jnp.zeros((len(self.cells), *example[0].shape[1:]), example[0].dtype)
+        out = jnp.zeros((self.cells.shape[0], *example[0].shape[1:]), example[0].dtype)
         blocks = (self.num_active + (self.size - 1)) // self.size
         out, total = lax.fori_loop(0, blocks, turn, (out, zeros))
         if self.rank is None or self.active is None:

@@ -68,3 +68,16 @@ def test_wrong_keep():
     params, state, key, _ = CASE.arguments()
     with pytest.raises(ValueError, match=r"keep must be one of .*bfloat16.*, got 'float16'"):
         nk.rollout(CASE.rule, params, state, key, 2, keep="float16")
+
+
+@pytest.mark.parametrize("backend", ["auto", "xla", "reference"])
+def test_without_jit_for_people_who_debug(backend):
+    params, state, key, _ = CASE.arguments()
+
+    def loss(state):
+        return nk.rollout(CASE.rule, params, state, key, 2, backend=backend).sum()
+
+    expected = jax.grad(loss)(state)
+    with jax.disable_jit():
+        found = jax.grad(loss)(state)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)

@@ -18,6 +18,7 @@ os.environ["NCA_CUDA_ARCH"] = sys.argv[2]
 import jax
 from jax import export
 
+import nca_kernels as nk
 from nca_models.systems import growing
 from nca_models.training.trainer import Trainer
 
@@ -37,7 +38,7 @@ def main() -> None:
         state, loss = trainer._step(jax.tree.unflatten(tree, flat), jax.random.wrap_key_data(key))
         return jax.tree.leaves(state), loss
 
-    checks = [export.DisabledSafetyCheck.custom_call("triton_kernel_call_ffi")]
+    checks = nk.DISABLE_JAX_EXPORT_CHECKS
     exported = export.export(jax.jit(step), platforms=["cuda"], disabled_checks=checks)(flat, key)
     text = exported.mlir_module()
     # Each function of the module is a piece of the program: a step, or a part of its gradient.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import jax
 import pytest
@@ -20,24 +22,33 @@ CASES = (
 NAME = "neighborhood_attention"
 
 
+def attention_run(case: AttentionCase, backend: str, mode: str) -> Callable[[], Any]:
+    """A compiled call: "forward", or "training" with gradients of query, key and value."""
+    arrays, fun = case.arguments(), attention(backend, case)
+    compiled = jax.jit(fun if mode == "forward" else jax.grad(loss(backend, case), (0, 1, 2)))
+    return lambda: jax.block_until_ready(compiled(*arrays))
+
+
+def check_conforms(case: AttentionCase, backend: str) -> None:
+    """Values and gradients of a small piece of the case: what is wrong is not timed."""
+    small = replace(case, grid=tuple(min(n, 12) for n in case.grid), batch=(1,))
+    ATTENTION_CHECKS["values_and_gradients"](backend, small)
+
+
+def cells_and_heads(case: AttentionCase) -> int:
+    return math.prod((*case.batch, *case.grid)) * case.heads
+
+
 @pytest.mark.parametrize("mode", ["forward", "training"])
 @pytest.mark.parametrize("attention_case", CASES, ids=str)
 def test_against_others(attention_case, mode, chosen, record, thorough):
     case = attention_case
     if record.has("attention", NAME, case.name, mode):
         pytest.skip("measured before")
-    for backend in chosen.backends:  # nothing that computes something else is timed
-        small = replace(case, grid=tuple(min(n, 12) for n in case.grid), batch=(1,))
-        ATTENTION_CHECKS["values_and_gradients"](backend, small)
-    arrays = case.arguments()
-
-    def run(backend):
-        fun = attention(backend, case)
-        compiled = jax.jit(fun if mode == "forward" else jax.grad(loss(backend, case), (0, 1, 2)))
-        return lambda: jax.block_until_ready(compiled(*arrays))
-
-    times = interleaved({backend: run(backend) for backend in chosen.backends}, chosen.rounds)
+    for backend in chosen.backends:
+        check_conforms(case, backend)
+    runs = {backend: attention_run(case, backend, mode) for backend in chosen.backends}
+    times = interleaved(runs, chosen.rounds)
     row = {"suite": "attention", "case": NAME, "kind": case.name, "mode": mode}
     row |= {"best": chosen.backends[0], "ours": list(chosen.backends), "unit": "cell and head"}
-    work = math.prod((*case.batch, *case.grid)) * case.heads
-    record.add({**row, "work": work, "seconds": times})
+    record.add({**row, "work": cells_and_heads(case), "seconds": times})

@@ -1,7 +1,7 @@
 """Time to quality: how long Growing NCA's small preset trains to log10 MSE -2, -3 and -3.5.
 
 Ours is trained, by the command's own trainer, until it is there or its time is up. The others would
-take the same steps: a CAX training has the same loss curve (bench_dropin.py holds it to that), so
+take the same steps: a CAX training has the same loss curve (dropin.py holds it to that), so
 theirs is the number of steps times the time of one, measured in turns with ours.
 """
 

@@ -1,0 +1,87 @@
+"""Whether `nca bench` and `pytest benchmarks/` say the same: the ratios of both, side by side.
+
+    nca bench --quick --json out/interleaved.json
+    pytest benchmarks/ --quick --benchmark-json out/alone.json
+    python -m benchmarks.agree out/interleaved.json out/alone.json
+
+The first times contestants in turn, the second one after another. They agree on a contestant if the
+quartiles of its ratio to the best backend overlap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks import rows
+from benchmarks.measure import markdown_table
+
+
+class Agreement(NamedTuple):
+    """The quartiles (low, median, high) of a contestant's ratio to the best, both ways."""
+
+    what: str
+    in_turn: tuple[float, float, float]
+    alone: tuple[float, float, float]
+
+    @property
+    def overlap(self) -> bool:
+        return self.in_turn[0] <= self.alone[2] and self.alone[0] <= self.in_turn[2]
+
+
+def agreements(interleaved: list[rows.Row], alone: list[dict[str, Any]]) -> list[Agreement]:
+    """For each contestant that both have timed.
+
+    Args:
+        interleaved: rows of `nca bench`.
+        alone: the entries of pytest-benchmark's JSON.
+    """
+    names = ("case_name", "kind", "mode", "contestant")
+    stats = {tuple(entry["params"].get(name) for name in names): entry["stats"] for entry in alone}
+    found = []
+    for row in interleaved:
+        key = (row["case"], row["kind"], row["mode"])
+        best = stats.get((*key, row.get("best")))
+        for name in row.get("seconds", ()):
+            if best is None or name == row["best"] or (*key, name) not in stats:
+                continue
+            ratios = rows.ratios(row["seconds"][name], row["seconds"][row["best"]])
+            mine = stats[*key, name]
+            apart = (mine["q1"] / best["q3"], mine["median"] / best["median"],
+                     mine["q3"] / best["q1"])  # fmt: skip
+            found.append(Agreement(" ".join((*key, name)), rows.quartiles(ratios), apart))
+    return found
+
+
+def table(found: list[Agreement]) -> str:
+    """A row for each contestant: its ratio to the best backend, and the quartiles."""
+
+    def text(low: float, middle: float, high: float) -> str:
+        return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+    body = [[a.what, text(*a.in_turn), text(*a.alone), "yes" if a.overlap else "no"] for a in found]
+    return markdown_table(["", "in turn", "one after another", "agree"], body)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.agree",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("interleaved", type=Path, help="what nca bench --json wrote")
+    parser.add_argument("alone", type=Path, help="what pytest --benchmark-json wrote")
+    options = parser.parse_args(argv)
+    interleaved = json.loads(options.interleaved.read_text())["rows"]
+    found = agreements(interleaved, json.loads(options.alone.read_text())["benchmarks"])
+    print(table(found))
+    apart = sum(not a.overlap for a in found)
+    print(f"{len(found) - apart} of {len(found)} agree")
+    return 0 if found and not apart else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
