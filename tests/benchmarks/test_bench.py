@@ -173,7 +173,7 @@ def test_instructions_of_the_native_kernels():
 
 
 def test_children_inherit_no_peak():
-    """A peak that a process reports is its own."""
+    """A process reports its own peak of memory, not that of its parent."""
     from benchmarks.large import peak_rss
 
     if not os.path.exists("/proc/self/status"):

@@ -53,7 +53,7 @@ def test_folded_keys_in_a_rollout():
 
 @pytest.mark.parametrize("how", ["raw key", "rbg", "unsafe_rbg", "not partitionable", "x64"])
 def test_other_draws_are_handed_to_the_kernel(how):
-    """Where the bits are not threefry's of the cell index, the mask is drawn by jax.random."""
+    """jax.random draws the mask where its bits are not those that kernels compute."""
     impl = how if "rbg" in how else None
     key = jax.random.PRNGKey(3) if how == "raw key" else jax.random.key(3, impl=impl)
     rule = nk.Rule(alive=None, fire_rate=0.4)

@@ -1,4 +1,4 @@
-"""`make gpu` on the CPU: what it finds, what it refuses, and what is left when it is cut off."""
+"""`make gpu` on the CPU: what it finds, what it refuses, and what is there after it was cut off."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def command(*arguments, **changes):
 
 
 def finished(process):
-    """Exit status, standard output and error."""
+    """Waits for a process; returns its exit status, standard output and standard error."""
     out, error = process.communicate(timeout=240)
     return process.returncode, out, error
 
@@ -90,7 +90,7 @@ def test_a_call_is_profiled():
 
 
 def test_tf32_is_checked_without_kinks():
-    """An error that crosses ReLU's zero makes gradients jump, which says nothing of kernels."""
+    """An error that crosses ReLU's zero makes gradients jump, which tells nothing about kernels."""
     named = dict(checks.conformance_checks("xla"))
     smooth = [check for name, check in named.items() if name.startswith("tensorfloat32 ")]
     assert len(smooth) > 40
@@ -135,7 +135,7 @@ def test_what_a_backend_does_not_cover_is_skipped():
 
 
 def test_a_whole_course(tmp_path):
-    """Through all stages, tiny, without git; then again, where nothing is left to do."""
+    """All stages run, with tiny items and without git; a second run finds nothing left to do."""
     folder = tmp_path / "out"
     arguments = ["--out", folder, "--any-device", "--backends", "xla", "--commit", "abc"]
     status, out, error = finished(command(*arguments, PATH=""))
@@ -247,7 +247,7 @@ def _variant(case, share, **changes):
 
 
 def test_launches_that_win(tmp_path):
-    """In the form of the packaged ones: the fastest of each problem, if it is right and faster."""
+    """Winners, in the form of packaged ones: the fastest of each problem, if right and faster."""
     results = Results(tmp_path, {"commit": "c", "device": "NVIDIA H200"}, report.summarize)
     for record in (
         _variant("a", 0.9),
@@ -287,7 +287,7 @@ def test_a_failure_is_told_and_keeps_its_numbers(tmp_path):
 
 @pytest.mark.parametrize("error", ["", "==ERROR== no permission"])
 def test_what_nsight_compute_reports(error, tmp_path, monkeypatch):
-    """A file of it, and how many launches are in it."""
+    """Nsight Compute leaves a file, and the number of launches in it is reported."""
     tool = tmp_path / "ncu"
     tool.write_text(
         "#!/bin/sh\n"
@@ -318,7 +318,7 @@ def test_a_summary_that_fails_stops_nothing(tmp_path):
 
 
 def test_launch_fields_are_those_of_tuning():
-    """What a variant's facts hold of its launch is what a winner's file may hold."""
+    """The facts of a variant hold those fields of its launch that a file of winners may hold."""
     from dataclasses import asdict
 
     assert tuple(asdict(Launch())) == FIELDS

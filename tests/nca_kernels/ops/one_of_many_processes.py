@@ -1,4 +1,4 @@
-"""Run by test_processes.py, once for each process: a rollout over all of them, against one device.
+"""A rollout over several processes against one on one device: test_processes.py runs it in each.
 
 ``python one_of_many_processes.py COORDINATOR PROCESSES ID``
 """

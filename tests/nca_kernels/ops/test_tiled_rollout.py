@@ -102,7 +102,7 @@ def test_no_steps_and_another_random_generator():
 
 
 def test_the_device_sees_one_window_shape():
-    """All tiles of a pass run one compiled program, the borders' too."""
+    """All tiles of a pass, those at the border too, run one compiled program."""
     from nca_kernels.ops.tiled_rollout import _steps
 
     before = _steps._cache_size()

@@ -1,4 +1,4 @@
-"""The training loop: what a step does, logs, and a resume that is exact to the bit."""
+"""The training loop: its steps, its logs, and that a resumed training is the same to the bit."""
 
 import os
 import random

@@ -42,7 +42,7 @@ def test_program_does_not_grow_with_the_window():
 
 
 def test_no_array_holds_all_neighbours():
-    """The largest array in a gradient is a padded one, whatever the window."""
+    """The largest array of a gradient is a padded input, however large the window is."""
     case = AttentionCase("wide", (40, 40), batch=(1,), radius=5)
     run = jax.jit(jax.grad(lambda *a: attention("xla", case)(*a).sum(), (0, 1, 2)))
     arrays = case.arguments()
