@@ -16,7 +16,7 @@ from zipfile import BadZipFile
 
 from benchmarks.gpu import kit, report
 from benchmarks.gpu.items import Asked, Refused, listed
-from benchmarks.gpu.results import LOG, Results
+from benchmarks.gpu.results import LOG, RunResults
 from benchmarks.gpu.runner import Course, Machinery
 from benchmarks.gpu.stages import STAGES
 from benchmarks.measure import commit
@@ -84,13 +84,13 @@ def _run(options: argparse.Namespace, scratch: Path) -> int:
     return status or int(broken or bool(results.failed()))
 
 
-def _results(options: argparse.Namespace) -> Results:
+def _results(options: argparse.Namespace) -> RunResults:
     about = {"commit": options.commit or commit()}
     try:
         log = options.out / LOG
         if log.exists() and log.read_text() and not options.resume:
             raise Refused(f"{log.parent} has results already: add --resume, or name another folder")
-        results = Results(options.out, about, report.summarize)
+        results = RunResults(options.out, about, report.summarize)
     except OSError as error:
         raise Refused(f"--out: {options.out} cannot be written: {error}") from error
     return results

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from benchmarks.gpu import report
 from benchmarks.gpu.items import Asked, Facts, Refused, listed
-from benchmarks.gpu.results import Results
+from benchmarks.gpu.results import RunResults
 from benchmarks.gpu.runner import Course, Machinery, Stage
 from benchmarks.gpu.stages import STAGES
 from benchmarks.measure import commit
@@ -99,7 +99,7 @@ def make(options: argparse.Namespace) -> int:
     """Makes a kit, and says what is in it."""
     making = options.out.with_name(f"{options.out.name}.making")
     (making / "triton").mkdir(parents=True, exist_ok=True)
-    results = Results(making / sources(options), {}, lambda _: None)
+    results = RunResults(making / sources(options), {}, lambda _: None)
     for key in [key for key, record in results.records.items() if "error" in record]:
         del results.records[key]
     wheels = fetch_wheels(options.packages, options.out / "wheels")
@@ -137,7 +137,7 @@ def sources(options: argparse.Namespace) -> str:
     return digest.hexdigest()[:12]
 
 
-def compile_kernels(options: argparse.Namespace, results: Results, cache: Path) -> None:
+def compile_kernels(options: argparse.Namespace, results: RunResults, cache: Path) -> None:
     """Into Triton's cache, by children; ``results`` note which."""
     from tqdm import tqdm
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from benchmarks.gpu.items import Facts
-from benchmarks.gpu.results import Results
+from benchmarks.gpu.results import RunResults
 from benchmarks.measure import markdown_table
 from nca_kernels import tuning
 from nca_kernels.files import write_json, write_text
@@ -154,7 +154,7 @@ LINES: dict[str, Callable[[Facts], str]] = {
 # ---- summaries ----
 
 
-def summarize(results: Results) -> None:
+def summarize(results: RunResults) -> None:
     """Writes ``gpu.json``, ``gpu.md`` and, where launches won, ``<device>.json``."""
     records = list(results.records.values())
     write_json(
@@ -184,7 +184,7 @@ def _is_done(record: Facts) -> bool:
     return not {"error", "skipped", "cut_off"} & record.keys()
 
 
-def markdown(results: Results) -> str:
+def markdown(results: RunResults) -> str:
     """All tables, and what is not in them."""
     about, failed = results.about, results.failed()
     done = sum(map(_is_done, results.records.values()))
@@ -203,7 +203,7 @@ def markdown(results: Results) -> str:
     return "\n\n".join(filter(None, [*parts, *_not_done(results)])) + "\n"
 
 
-def _not_done(results: Results) -> Iterator[str]:
+def _not_done(results: RunResults) -> Iterator[str]:
     """By stage and reason, with the first items."""
     items: dict[tuple[str, str], list[str]] = {}
     for record in results.records.values():

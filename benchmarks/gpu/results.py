@@ -19,7 +19,7 @@ from nca_kernels.files import write_text
 LOG = "results.jsonl"
 
 
-class Results:
+class RunResults:
     """The records of a folder, and what is known beside them.
 
     Attributes:
@@ -28,7 +28,7 @@ class Results:
         left_out: of each stage that was not gone through, the reason, and the items.
     """
 
-    def __init__(self, folder: Path, about: Facts, summarize: Callable[[Results], None]) -> None:
+    def __init__(self, folder: Path, about: Facts, summarize: Callable[[RunResults], None]) -> None:
         """Reads what the folder has already, for a run that goes on.
 
         Raises:

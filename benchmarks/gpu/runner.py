@@ -25,7 +25,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 from benchmarks.gpu.items import Asked, Facts, Refused
-from benchmarks.gpu.results import Results
+from benchmarks.gpu.results import RunResults
 
 TAIL = 4000  # characters of what a child that died said last
 START = 90.0  # seconds in which a child has to answer
@@ -134,7 +134,7 @@ class Course:
 
     stages: Mapping[str, Stage]
     asked: Asked
-    results: Results
+    results: RunResults
     machinery: Machinery
     end: float
     only: str = ""

@@ -14,7 +14,7 @@ import pytest
 from benchmarks import kernels, measure
 from benchmarks.gpu import checks, graphs, report, stages, timings, work
 from benchmarks.gpu.items import Asked, Item, Skipped
-from benchmarks.gpu.results import LOG, Results
+from benchmarks.gpu.results import LOG, RunResults
 from nca_kernels.dispatch import BackendUnavailable
 from nca_kernels.testing.compare import assert_close
 from nca_kernels.tuning import FIELDS, Launch
@@ -248,7 +248,7 @@ def _variant(case, share, **changes):
 
 def test_launches_that_win(tmp_path):
     """Winners, in the form of packaged ones: the fastest of each problem, if right and faster."""
-    results = Results(tmp_path, {"commit": "c", "device": "NVIDIA H200"}, report.summarize)
+    results = RunResults(tmp_path, {"commit": "c", "device": "NVIDIA H200"}, report.summarize)
     for record in (
         _variant("a", 0.9),
         _variant("a", 0.7),
@@ -265,7 +265,7 @@ def test_launches_that_win(tmp_path):
 
 
 def test_a_failure_is_told_and_keeps_its_numbers(tmp_path):
-    results = Results(tmp_path, {"commit": "c"}, report.summarize)
+    results = RunResults(tmp_path, {"commit": "c"}, report.summarize)
     facts = {"found": {"ratios": {"state": [0.5, 1e-5]}}, "seconds": 1.0}
     facts["kernels"] = {"from_cache": 5, "compiled": 2}
     died = {"error": "its process died of SIGABRT", "stderr": "CUDA_ERROR_ILLEGAL_ADDRESS\n"}
@@ -311,7 +311,7 @@ def test_a_summary_that_fails_stops_nothing(tmp_path):
     def broken(_):
         raise KeyError("seconds")
 
-    results = Results(tmp_path, {}, broken)
+    results = RunResults(tmp_path, {}, broken)
     results.add({"stage": "speed", "item": "x", "found": {}})
     assert results.about["not_summarized"] == "KeyError: 'seconds'"
     assert json.loads((tmp_path / LOG).read_text())["item"] == "x"

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.gpu import runner
 from benchmarks.gpu.items import Asked, Refused
-from benchmarks.gpu.results import LOG, Results
+from benchmarks.gpu.results import LOG, RunResults
 from benchmarks.gpu.runner import Course, Machinery, Stage
 from tests import ROOT
 
@@ -101,7 +101,7 @@ def course(tmp_path, environment, monkeypatch):
     script.write_text(CHILD)
 
     def make(stages, *, end=60.0, clock=time.monotonic, backends=("triton",), only=""):
-        results = Results(tmp_path / "out", {"commit": "c"}, lambda _: None)
+        results = RunResults(tmp_path / "out", {"commit": "c"}, lambda _: None)
         said = []
         machinery = Machinery([sys.executable, script], environment, clock=clock, say=said.append)
         asked = Asked(backends=backends)
@@ -267,10 +267,10 @@ PARENT = """
 import os, sys
 from pathlib import Path
 from benchmarks.gpu.items import Asked
-from benchmarks.gpu.results import Results
+from benchmarks.gpu.results import RunResults
 from benchmarks.gpu.runner import Course, Machinery, Stage
 
-results = Results(Path(sys.argv[1]), {}, lambda _: None)
+results = RunResults(Path(sys.argv[1]), {}, lambda _: None)
 machinery = Machinery([sys.executable, sys.argv[2]], dict(os.environ))
 Course({"prints-hangs": Stage(99, 99)}, Asked(), results, machinery, 1e9).run()
 """
