@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def write(results: DeviceResults, folder: Path) -> list[Path]:
-    """All of one device."""
+    """Draws all pictures of one device; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for draw in (speedup, roofline, memory, *([cost_of_a_cell] if results.large else [])):
@@ -43,7 +43,7 @@ def _rollouts(results: DeviceResults, mode: str) -> list[rows.Row]:
 
 
 def speedup(results: DeviceResults) -> Figure:
-    """How many times slower than the best everyone is: bars on a logarithmic axis."""
+    """Times slower than the best, for each contestant: bars on a logarithmic axis."""
     figure, axes = _figure(9, 5, 2)
     for ax, (mode, title) in zip(axes, MODES.items(), strict=True):
         labels, values, colors = [], [], []
@@ -65,7 +65,7 @@ def speedup(results: DeviceResults) -> Figure:
 
 
 def roofline(results: DeviceResults) -> Figure:
-    """Where everyone is below the limit of the machine."""
+    """Rates of all contestants below the roofline of the machine."""
     figure, axes = _figure(9, 4, 2)
     markers = dict(zip(TITLES, "os^D", strict=True))
     for ax, (mode, title) in zip(axes, MODES.items(), strict=True):
@@ -98,7 +98,7 @@ def roofline(results: DeviceResults) -> Figure:
 
 
 def memory(results: DeviceResults) -> Figure:
-    """States at the peak, against steps."""
+    """Memory at the peak, in states, against the number of steps."""
     figure, axes = _figure(4.5, 3, 1)
     for row in results.of_suite("memory"):
         name = "plain JAX" if row["kind"] == "reference" else f'checkpoint="{row["kind"]}"'

@@ -27,7 +27,7 @@ DOCS = ROOT.parent / "docs"
 
 
 def title(name: str, versions: dict[str, str] | None = None) -> str:
-    """Of a contestant, a peer's with its version."""
+    """The name of a contestant as readers see it, a peer's with its version."""
     if name not in PEERS:
         return f"`{name}`" if versions is not None else f"{name} (ours)"
     package = {"torch_compiled": "torch", "jax_nca": "jax-nca"}.get(name, name)
@@ -49,7 +49,7 @@ def shape(row: Row) -> str:
 
 
 def contestants(pair: list[Row]) -> list[str]:
-    """Of a forward row and a training row, in the order of the first."""
+    """The names of all contestants of a forward row and a training row."""
     return list(dict.fromkeys(name for row in pair for name in row.get("seconds", ())))
 
 
@@ -95,7 +95,7 @@ def _find(all_rows: list[Row], *key: str) -> Row | None:
 
 
 class DeviceResults:
-    """Of one device: the rows of its files, and what the files say of themselves."""
+    """The saved results of one device: the rows of its files, and their provenance."""
 
     def __init__(self, folder: Path):
         self.device = folder.name
@@ -124,7 +124,7 @@ class DeviceResults:
 
 @cache
 def all_results() -> list[DeviceResults]:
-    """Of every device that has some, as this suite writes them."""
+    """The results of every device for which there are files of this suite."""
     folders = sorted(path for path in (ROOT / "results").iterdir() if path.is_dir())
     return [results for results in map(DeviceResults, folders) if results.files]
 
@@ -133,7 +133,7 @@ def all_results() -> list[DeviceResults]:
 
 
 def speed_table(results: DeviceResults, kind: str = "rollout") -> str:
-    """All contestants of all cases: time, how many times slower, shares of the limit."""
+    """All contestants of all cases: time, ratio to the best, shares of the limit."""
     body = []
     for case in TITLES:
         pair = [row for mode in MODES if (row := results.find("step", case, kind, mode))]
@@ -227,7 +227,7 @@ def memory_table(results: DeviceResults) -> str:
     names = {"all": '`checkpoint="all"`', "sqrt": '`checkpoint="sqrt"`', "reference": "plain JAX"}
     head = ["steps", *(names[kind] for kind in planned)]
     counts = list(next(iter(planned.values())))
-    body = [[count, *(f"{kept[count]:.0f}" for kept in planned.values())] for count in counts]
+    body = [[count, *(f"{states[count]:.0f}" for states in planned.values())] for count in counts]
     return markdown_table(head, body)
 
 
@@ -235,12 +235,14 @@ def kept_line(results: DeviceResults) -> str:
     row = results.find("step", "growing", "step", "training")
     if row is None:
         return ""
-    kept = ", ".join(f"{title(n, {})} {b:,.0f}" for n, b in row["bytes_kept"].items())
-    return f"Bytes that the backward of a step keeps for each cell (16 float32 channels): {kept}."
+    figures = ", ".join(f"{title(n, {})} {b:,.0f}" for n, b in row["bytes_kept"].items())
+    return (
+        f"Bytes that the backward of a step keeps for each cell (16 float32 channels): {figures}."
+    )
 
 
 def rollouts_table(large: dict[str, Any]) -> str:
-    """Peaks of processes, of large.json."""
+    """The rollouts of large.json: peaks of processes, times, and what plain JAX needs."""
     body = [
         [
             " x ".join(map(str, row["grid"])),
@@ -258,7 +260,7 @@ def rollouts_table(large: dict[str, Any]) -> str:
 
 
 def paper_table(paper: dict[str, Any]) -> str:
-    """Training steps of the paper presets, of paper.json."""
+    """The training steps of paper presets, from paper.json."""
     body = [
         [
             row["system"],
@@ -295,7 +297,7 @@ def quality_table(results: DeviceResults) -> str:
 
 
 def _training_step(row: Row, name: str) -> float:
-    """Seconds: rollouts of the training's length, at the measured time of a cell-step."""
+    """Seconds of a training step: a rollout of its length, at the measured time of a cell-step."""
     return rows.nanoseconds(row, name) / 1e9 * row["work"] / row["steps"] * row["steps_of_training"]
 
 
@@ -313,7 +315,7 @@ def repeat_line(repeat: dict[str, Any]) -> str:
 
 
 def readme_table() -> str:
-    """The README's: nanoseconds per cell and step of the best, and of others with ratios."""
+    """The README's table: nanoseconds per cell and step of the best, and of others with ratios."""
     results = headline()
     shown = ["cpu", "xla", "slices", "reference", "cax", "torch", "torch_compiled"]
     names = (title(name, results.versions) for name in shown)
@@ -352,7 +354,7 @@ def readme_memory() -> str:
 
 
 def readme_dropin() -> str:
-    """What the line does to a CAX training, and the compat module to jax-nca's."""
+    """How much faster `accelerate` makes a CAX training, and the compat module jax-nca's."""
     results = headline()
     cax = results.find("dropin", "cax", "training step", "training")
     jax_nca = results.find("step", "jax_nca", "rollout", "training")
@@ -367,14 +369,14 @@ def readme_dropin() -> str:
 
 
 def large_table() -> str:
-    """Of the headline's device."""
+    """The table of large rollouts on the device of ``headline``."""
     large = headline().large
     assert large is not None
     return rollouts_table(large)
 
 
 def large_cost() -> str:
-    """The same device's cost of a cell, and where its figures are."""
+    """The same device's picture of the cost of a cell, and a link to its figures."""
     device = headline().device
     return (
         f"![time of a cell-step against the side of the grid](plots/cost_of_a_cell-{device}.png)"
@@ -384,7 +386,7 @@ def large_cost() -> str:
 
 
 def headline() -> DeviceResults:
-    """The device that the README quotes: one with a whole set of results, large grids too."""
+    """The results that the README quotes: of a device with all of them, large grids too."""
     whole = (results for results in all_results() if results.large is not None)
     return next(
         results for results in whole if results.find("step", "growing", "rollout", "forward")
@@ -395,7 +397,7 @@ def headline() -> DeviceResults:
 
 
 def tiles(limits: list[dict[str, float]]) -> str:
-    """What tile registers reach, where there are any."""
+    """A sentence on what tile registers reach; empty where there are none."""
     rates = [limit["tile_flops"] for limit in limits if "tile_flops" in limit]
     if not rates:
         return ""
@@ -403,7 +405,7 @@ def tiles(limits: list[dict[str, float]]) -> str:
 
 
 def markdown() -> str:
-    """docs/benchmarks.md."""
+    """The text of docs/benchmarks.md."""
     parts = [_HEAD]
     for results in all_results():
         about = next(iter(results.files.values()))
@@ -480,7 +482,7 @@ it, with shifted slices and matrix products; `reference` is plain JAX with convo
 
 
 def generated() -> dict[Path, dict[str, str]]:
-    """What other documents hold, by the names of its places in them: see ``filled``."""
+    """The generated blocks of other documents, by path and by name; see ``filled``."""
     readme, large = ROOT.parent / "README.md", DOCS / "large.md"
     return {
         readme: {
@@ -498,7 +500,7 @@ def generated() -> dict[Path, dict[str, str]]:
 
 
 def filled(document: str, blocks: dict[str, str]) -> str:
-    """A document, renewed from each ``<!-- NAME: nca bench --report -->`` to its end."""
+    """A document with each block from ``<!-- NAME: nca bench --report -->`` on replaced."""
     for name, block in blocks.items():
         begin, end = f"<!-- {name}: nca bench --report -->\n", "\n<!-- end -->"
         head, rest = document.split(begin)
@@ -507,7 +509,7 @@ def filled(document: str, blocks: dict[str, str]) -> str:
 
 
 def write() -> list[Path]:
-    """The documents and the plots; returns what was written."""
+    """Writes the documents and the plots; returns their paths."""
     all_results.cache_clear()
     written = [DOCS / "benchmarks.md"]
     write_text(written[0], markdown())

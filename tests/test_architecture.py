@@ -52,9 +52,9 @@ def test_core_imports_only_jax_and_numpy(name):
 def test_backends_import_the_core_and_themselves(path):
     if path.parent.name == "backends":
         return  # the list of backends, which registers them
-    own = f"nca_kernels.backends.{path.relative_to(ROOT / 'nca_kernels/backends').parts[0]}"
+    package = f"nca_kernels.backends.{path.relative_to(ROOT / 'nca_kernels/backends').parts[0]}"
     allowed = CORE | TOOLS
-    assert all(i in allowed or i.startswith(own) for i in ours(path)), ours(path)
+    assert all(i in allowed or i.startswith(package) for i in ours(path)), ours(path)
 
 
 @pytest.mark.parametrize("name", ["dispatch", "primitive"])

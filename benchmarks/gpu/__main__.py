@@ -25,7 +25,7 @@ MINUTES = 9.0
 
 
 class Ended(BaseException):
-    """By a signal, its number."""
+    """The run was ended by a signal, whose number it has."""
 
 
 def main() -> int:
@@ -97,7 +97,7 @@ def _results(options: argparse.Namespace) -> RunResults:
 
 
 def _environment(folder: Path | None, scratch: Path) -> dict[str, str]:
-    """Of children: compiled programs are kept for the next child, and memory is not taken ahead."""
+    """The environment of children, which share compiled programs and preallocate no memory."""
     environment = {
         **os.environ,
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
@@ -117,7 +117,7 @@ def _environment(folder: Path | None, scratch: Path) -> dict[str, str]:
 
 @contextmanager
 def _signals_raise() -> Iterator[None]:
-    """SIGTERM and SIGINT end what runs, which puts its results in order."""
+    """SIGTERM and SIGINT raise ``Ended``, so that the results are put in order."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise Ended(number)

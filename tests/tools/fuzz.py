@@ -107,7 +107,7 @@ def check_random_case(backend: str, seed: int) -> bool:
 
 def _assert_gradients_close(grads: Any, expected: Any, limit: float, what: str) -> None:
     """The error of a gradient that cancels to nearly nothing is measured by the largest one."""
-    size = max(float(np.linalg.norm(np.ravel(g))) for g in jax.tree.leaves(expected))
+    size = max(float(np.linalg.norm(np.ravel(leaf))) for leaf in jax.tree.leaves(expected))
     for (path, got), want in zip(
         jax.tree_util.tree_flatten_with_path(grads)[0], jax.tree.leaves(expected), strict=True
     ):

@@ -78,10 +78,10 @@ def finished(process):
 def test_kernels_of_a_profile():
     data = jax.profiler.ProfileData
     profile = data.from_serialized_xspace(data.text_proto_to_serialized_xspace(PROFILE))
-    found = kernels.totals(profile)
-    assert list(found) == ["clear_dead", "step_forward"]
-    assert found["clear_dead"] == (2, pytest.approx(8e-6))
-    assert found["step_forward"] == (1, pytest.approx(5e-6))
+    totals = kernels.totals(profile)
+    assert list(totals) == ["clear_dead", "step_forward"]
+    assert totals["clear_dead"] == (2, pytest.approx(8e-6))
+    assert totals["step_forward"] == (1, pytest.approx(5e-6))
 
 
 def test_a_call_is_profiled():
@@ -117,12 +117,12 @@ def test_a_check_has_numbers_when_it_fails():
         assert_close({"a": ones, "b": 2 * ones}, {"a": ones, "b": ones}, 1e-5, "of ")
         assert_close(ones, ones, 1e-2, "later")
 
-    found = checks.judged(off)
-    assert next(found) == {
+    facts = checks.judged(off)
+    assert next(facts) == {
         "ratios": {"of ['a']": [0.0, 1e-5], "of ['b']": [1.0, 1e-5], "later": [0.0, 1e-2]}
     }
     with pytest.raises(AssertionError, match=r"of \['b'\]: error ratio 1 > 1e-05"):
-        next(found)
+        next(facts)
 
 
 def test_what_a_backend_does_not_cover_is_skipped():
@@ -154,26 +154,26 @@ def test_a_whole_course(tmp_path):
 
 
 def _check_files(folder, out):
-    found = json.loads((folder / "gpu.json").read_text())
-    assert {record["stage"] for record in found["records"]} == set(stages.STAGES) - {"variants"}
-    assert found["commit"] == "abc"
-    assert found["backends"] == ["xla"]
-    assert found["versions"]["jax"] == jax.__version__
+    summary = json.loads((folder / "gpu.json").read_text())
+    assert {record["stage"] for record in summary["records"]} == set(stages.STAGES) - {"variants"}
+    assert summary["commit"] == "abc"
+    assert summary["backends"] == ["xla"]
+    assert summary["versions"]["jax"] == jax.__version__
     assert (folder / "gpu.md").read_text().strip() in out
-    assert not any("error" in record for record in found["records"])
+    assert not any("error" in record for record in summary["records"])
     assert len(list(folder.iterdir())) <= 8
 
 
 def _check_facts(folder):
     records = map(json.loads, (folder / LOG).read_text().splitlines())
-    found = {r["item"]: r["found"] for r in records if not r.get("partial")}
-    assert found["inputs_per_sample xla"]["ratios"].keys() > {"state"}
-    training = found["tiny training"]
+    facts = {r["item"]: r["found"] for r in records if not r.get("partial")}
+    assert facts["inputs_per_sample xla"]["ratios"].keys() > {"state"}
+    training = facts["tiny training"]
     assert list(training["seconds"]) == ["xla", "xla, one graph", "reference"]
     assert all(time > 0 for times in training["seconds"].values() for time in times)
     assert "torch" in training["seconds"] or "torch" in training["not_run"]
-    assert found["peak"]["flops"]["tensorfloat32"] > 0
-    assert found["growing, small preset, xla"]["reached"]["0"]["steps"] >= 50
+    assert facts["peak"]["flops"]["tensorfloat32"] > 0
+    assert facts["growing, small preset, xla"]["reached"]["0"]["steps"] >= 50
     assert "| tiny | training | reference |" in (folder / "gpu.md").read_text()
 
 
@@ -239,11 +239,11 @@ def test_a_commit_without_git(monkeypatch):
 
 
 def _variant(case, share, **changes):
-    found = {
+    facts = {
         "case": case, "kernel": "step_forward", "variant": "other", "problem": case,
         "launch": {"rows": share}, "error": 1e-6, "seconds": {"default": [1.0], "other": [share]},
     }  # fmt: skip
-    return {"stage": "variants", "item": f"{case} {share}", "found": found, "seconds": 1, **changes}
+    return {"stage": "variants", "item": f"{case} {share}", "found": facts, "seconds": 1, **changes}
 
 
 def test_launches_that_win(tmp_path):
@@ -297,13 +297,13 @@ def test_what_nsight_compute_reports(error, tmp_path, monkeypatch):
     )
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    found = timings.ncu(timings.timed_cases(tiny=True)[0], Asked(out=str(tmp_path)))
-    assert next(found) == {"report": "ncu-tiny.txt", "launches": 0 if error else 1}
+    facts = timings.ncu(timings.timed_cases(tiny=True)[0], Asked(out=str(tmp_path)))
+    assert next(facts) == {"report": "ncu-tiny.txt", "launches": 0 if error else 1}
     if error:
         with pytest.raises(Skipped, match="ncu says ==ERROR== no permission"):
-            next(found)
+            next(facts)
     else:
-        assert not list(found)
+        assert not list(facts)
         assert "--xla_gpu_enable_command_buffer=" in (tmp_path / "ncu-tiny.txt").read_text()
 
 

@@ -81,7 +81,7 @@ def both(
     """Check that splitting changes nothing; returns the states of the split rollout."""
     arguments = case.arguments()
 
-    def one(params, state, key, steps, inputs):
+    def on_one_device(params, state, key, steps, inputs):
         return nk.rollout(case.rule, params, state, key, steps, inputs, backend=backend, **options)
 
     def many(params, state, key, steps, inputs):
@@ -91,16 +91,16 @@ def both(
             steps_per_exchange=per_exchange, overlap=overlap,
         )  # fmt: skip
 
-    (_, expected), expected_gradients = gradients(one, arguments)
-    (_, found), found_gradients = gradients(many, arguments)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    (_, expected), expected_gradients = gradients(on_one_device, arguments)
+    (_, out), out_gradients = gradients(many, arguments)
+    for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     for a, b in zip(
-        jax.tree.leaves(found_gradients), jax.tree.leaves(expected_gradients), strict=True
+        jax.tree.leaves(out_gradients), jax.tree.leaves(expected_gradients), strict=True
     ):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         assert np.linalg.norm(a - b) <= 1e-6 * np.linalg.norm(b)
-    return found
+    return out
 
 
 @pytest.mark.parametrize("padding", ["zeros", "reflect"])
@@ -208,10 +208,10 @@ def test_another_random_generator():
     params, state, _, _ = case.arguments()
     key = jax.random.key(3, impl="rbg")
     expected = nk.rollout(case.rule, params, state, key, STEPS)
-    found = nk.sharded_rollout(
+    out = nk.sharded_rollout(
         case.rule, params, state, key, STEPS, mesh=mesh((2, 4)), partition_spec=P("x", "y")
     )
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(out, expected)
 
 
 def test_states_travel_between_neighbours_only():
@@ -262,8 +262,8 @@ WRONG = [
 @pytest.mark.parametrize(("change", "kind", "words"), WRONG)
 def test_wrong_arguments(change, kind, words):
     params, state, key, _ = replace(PLAIN, batch=(3,)).arguments()
-    given = {
+    arguments = {
         "num_steps": 2, "mesh": mesh((2, 4)), "partition_spec": P(None, "x", "y"), **change
     }  # fmt: skip
     with pytest.raises(kind, match=words):
-        nk.sharded_rollout(PLAIN.rule, params, state, key, given.pop("num_steps"), **given)
+        nk.sharded_rollout(PLAIN.rule, params, state, key, arguments.pop("num_steps"), **arguments)

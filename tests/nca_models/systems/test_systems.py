@@ -297,8 +297,8 @@ def test_attention_sees_radius_cells_and_no_more(tmp_path):
 
 def test_digits_of_a_run_are_kept_with_it(tmp_path):
     system = make("attention", tmp_path / "run")
-    kept = digits.load(tmp_path / "run/digits.npz")
-    np.testing.assert_array_equal(kept.train_images, system.data.train_images)
+    saved = digits.load(tmp_path / "run/digits.npz")
+    np.testing.assert_array_equal(saved.train_images, system.data.train_images)
 
 
 def test_films_on_other_grids(tmp_path, monkeypatch, capsys):

@@ -124,15 +124,16 @@ def test_a_lost_process_stops_the_others_and_fewer_go_on(tmp_path):
     for i in (0, 1, 3):  # JAX's own heartbeat may have noticed it first
         ours = "nca train growing --out run --resume --mesh data=2,x=2" in said[i]
         assert (codes[i], ours) == (1, True) or "another task died" in said[i], said[i]
-    kept = [folder.name for folder in (tmp_path / "run/checkpoints").iterdir()]
-    done = max(int(name) for name in kept if name.isdigit())  # no checkpoint that was being written
+    names = [folder.name for folder in (tmp_path / "run/checkpoints").iterdir()]
+    # Names of checkpoints that were being written are no numbers.
+    done = max(int(name) for name in names if name.isdigit())
     steps = done + 10
     config = tmp_path / "run" / "config.json"
     config.write_text(config.read_text().replace("3000", str(steps)))
     codes, said = Processes(2, "x=2", tmp_path, "--resume").ends(timeout=120)
     assert codes == [0, 0], said
-    one = ["--out", str(tmp_path / "one"), "--steps", str(steps)]
-    assert cli.main(["train", "growing", *small, *one]) == 0
-    found, expected = (logging.read(tmp_path / name / "log.csv")[1] for name in ("run", "one"))
+    options = ["--out", str(tmp_path / "one"), "--steps", str(steps)]
+    assert cli.main(["train", "growing", *small, *options]) == 0
+    losses, expected = (logging.read(tmp_path / name / "log.csv")[1] for name in ("run", "one"))
     assert done >= 5
-    np.testing.assert_allclose(found[:steps], expected, rtol=1e-4)
+    np.testing.assert_allclose(losses[:steps], expected, rtol=1e-4)
