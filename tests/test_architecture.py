@@ -119,6 +119,15 @@ def test_importing_needs_jax_and_numpy_alone():
     assert out.stdout.split("\n")[:2] == ["[]", "False"]
 
 
+def test_every_backend_inherits_the_suite():
+    """The oracle alone does not, which the suite compares the others with."""
+    packages = {path.parent.name for path in (ROOT / "nca_kernels/backends").glob("*/__init__.py")}
+    for name in packages - {"reference"}:
+        tests = "".join(path.read_text() for path in files(f"tests/nca_kernels/backends/{name}"))
+        for suite in ("StepSuite", "AttentionSuite"):
+            assert f"({suite}):" in tests, f"no test of {name} inherits {suite}"
+
+
 # ---- sizes of functions ----
 
 MOST_LINES, MOST_POSITIONAL = 60, 6
