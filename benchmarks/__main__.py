@@ -34,22 +34,22 @@ pip install --no-deps jax-nca.
 
 def main(argv: list[str] | None = None) -> int:
     options = _options(argv)
-    if options.report and not options.save:  # of what is saved
+    if options.report and not options.save:  # documents of what is saved already
         print("\n".join(map(str, report.write())))
         return 0
     old = json.loads(options.compare.read_text())["rows"] if options.compare else []
-    if not options.resume:  # what an older run left is not what this one found
+    if not options.resume:  # rows of an older run are not results of this one
         options.json.unlink(missing_ok=True)
     code = _run(options)
     if not options.json.exists():
         return code or 1
-    found = json.loads(options.json.read_text())
-    print(report.text(found))
+    result = json.loads(options.json.read_text())
+    print(report.text(result))
     print(f"\nall figures: {options.json}")
     if options.report:
         print("\n".join(map(str, report.write())))
     if options.compare:
-        verdicts = compare.compare(old, found["rows"])
+        verdicts = compare.compare(old, result["rows"])
         print(f"\nagainst {options.compare}\n{compare.table(verdicts) or 'nothing in common'}")
         if not verdicts or any(v["verdict"] == "slower" for v in verdicts):
             return 1
@@ -94,14 +94,14 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _check(
-    parser: argparse.ArgumentParser, flag: str, given: str | None, allowed: dict[str, Any]
+    parser: argparse.ArgumentParser, flag: str, text: str | None, allowed: dict[str, Any]
 ) -> None:
-    """Names that are known, and whose reason not to run is empty."""
-    for name in given.split(",") if given is not None else ():
+    """Exits with an error if a name is unknown, or cannot run here for a reason in ``allowed``."""
+    for name in text.split(",") if text is not None else ():
         if name not in allowed:
-            parser.error(f"{flag} {given}: {name!r} is not one of {', '.join(allowed)}")
+            parser.error(f"{flag} {text}: {name!r} is not one of {', '.join(allowed)}")
         if allowed[name]:
-            parser.error(f"{flag} {given}: {name} cannot run here: {allowed[name]}")
+            parser.error(f"{flag} {text}: {name} cannot run here: {allowed[name]}")
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -120,7 +120,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 class Progress:
-    """A pytest plugin: a bar, and what failed."""
+    """A pytest plugin: shows a progress bar and collects failures."""
 
     def __init__(self) -> None:
         self.bar: Any = None

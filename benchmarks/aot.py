@@ -3,10 +3,10 @@
 ``python -m benchmarks.aot --save`` compiles the kernels of the benchmark cases, at the launches
 that the backend chooses, at every packaged winner and, for Growing NCA, at the named variants of
 :func:`nca_kernels.tuning.variants`, for sm_80, sm_89, sm_90, sm_100 and gfx942. The tables of
-``results/aot/`` have their registers, spills, shared memory and instructions a cell; ``--json``
-writes all that was found. Triton assembles with its own ptxas, or with the one that
-``TRITON_PTXAS_PATH`` and ``TRITON_PTXAS_BLACKWELL_PATH`` name: then the file is named after that,
-too.
+``results/aot/`` list registers, spills, shared memory and instructions a cell; ``--json`` writes
+all of these figures. Triton assembles with its own ptxas, or with the one that
+``TRITON_PTXAS_PATH`` and ``TRITON_PTXAS_BLACKWELL_PATH`` name. In that case the name of the file
+has its version.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def at_precision(case: Case | AttentionCase, precision: str) -> Case | Attention
 def all_jobs(
     cases: list[str], targets: list[str], precisions: list[str], **changes: Any
 ) -> Iterator[tuple]:
-    """(target, precision, variant, job) of every kernel, each launch once; "" is no variant."""
+    """Each launch of every kernel once: (target, precision, variant or "", job)."""
     devices = ["", *(path.stem for path in sorted(tuning.PACKAGED.glob("*.json")))]
     for target in targets:
         for precision in precisions:

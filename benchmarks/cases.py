@@ -1,4 +1,4 @@
-"""What is timed: the cases of `nca_kernels.testing` and jax-nca's; smaller ones for a look."""
+"""The cases that are timed: those of `nca_kernels.testing` and jax-nca's, at two sizes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class JaxNcaCase(Case):
         return jax_nca.NCA(num_hidden_channels=self.channels - 4)
 
     def flax_params(self) -> Any:
-        """In the names and shapes of jax-nca, none of them zero."""
+        """Parameters with the names and shapes of jax-nca, none of them zero."""
         state = jnp.zeros((1, *self.grid, self.channels))
         params = self._nca().init(jax.random.key(1), state, jax.random.key(1))["params"]
         leaves, tree = jax.tree.flatten(params)
@@ -30,7 +30,7 @@ class JaxNcaCase(Case):
         return jax.tree.unflatten(tree, [a + b for a, b in zip(leaves, noise)])
 
     def arguments(self, seed: int = 0) -> Arguments:
-        """As jax-nca has them."""
+        """Random arguments with the parameters of jax-nca."""
         return super().arguments(seed)._replace(params=self._nca().rule_params(self.flax_params()))
 
 

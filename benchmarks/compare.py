@@ -1,4 +1,4 @@
-"""The gate: what two result files say about each other."""
+"""The gate: compares two result files, and says what became slower or faster."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 from benchmarks import rows
 from benchmarks.rows import Row
 
-# Ratios of one tree differ by about this much from run to run (see repeat.py): where memory lies,
-# how warm the machine is. Within a run they are far steadier.
+# Ratios of unchanged code differ by about this much from run to run (see repeat.py), as memory lies
+# elsewhere and the machine is warmer. Within a run they are far steadier.
 TOLERANCE = 0.10
 
 
 def verdict(old: Row, new: Row, name: str) -> dict[str, Any]:
-    """Of one contestant: how its distance to the others that both runs have has changed.
+    """How one contestant's time, as a ratio to those of others, has changed between two runs.
 
-    Seconds of two runs cannot be compared, ratios to a yardstick that was timed in the same rounds
-    can. Code that is not ours is the yardstick; of several, the one in the middle, for one of them
-    may itself have had a bad run. ``slower`` and ``faster`` need the quartiles of the two runs'
-    ratios to be apart and their medians to differ by more than ``TOLERANCE``.
+    Seconds of two runs cannot be compared; ratios to a yardstick that was timed in the same rounds
+    can. Code that is not ours is the yardstick. Of several yardsticks the median change counts,
+    since one of them may itself have had a bad run. ``slower`` and ``faster`` need the quartiles of
+    the two runs' ratios to be apart, and their medians to differ by more than ``TOLERANCE``.
     """
     changes = sorted(
         (_change(old, new, name, yardstick) for yardstick in _yardsticks(old, new, name)),
@@ -59,21 +59,21 @@ def _yardsticks(old: Row, new: Row, name: str) -> list[str]:
 
 
 def compare(old: list[Row], new: list[Row]) -> list[dict[str, Any]]:
-    """Verdicts on our backends, of every row that both runs have."""
+    """Verdicts on our backends, for every row that both runs have."""
     before = {rows.key(row): row for row in old if "seconds" in row}
-    found = []
+    verdicts = []
     for row in new:
         if rows.key(row) not in before or "best" not in row:
             continue
         for name in row.get("ours", [row["best"]]):
             if name != "reference" and name in before[rows.key(row)]["seconds"]:
                 what = " ".join(rows.key(row))
-                found.append({"what": what, **verdict(before[rows.key(row)], row, name)})
-    return found
+                verdicts.append({"what": what, **verdict(before[rows.key(row)], row, name)})
+    return verdicts
 
 
 def table(verdicts: list[dict[str, Any]]) -> str:
-    """For people."""
+    """The verdicts as lines of text."""
     lines = []
     for v in verdicts:
         if v["ratio"] is None:

@@ -1,4 +1,4 @@
-"""Options of the suites, and the file that every row goes to as soon as it is measured."""
+"""Options of the suites, and the file to which each row is written as soon as it is measured."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def pytest_addoption(parser):
 
 
 def names(option: str | None, known: tuple[str, ...]) -> tuple[str, ...]:
-    """Of an option; none if it says "none", all if it was not given."""
+    """The names of an option: none of them for "none", all known ones if it was not given."""
     if option is None:
         return known
     return () if option == "none" else tuple(option.split(","))
@@ -57,13 +57,13 @@ def case(case_name, pytestconfig):
 
 @pytest.fixture
 def thorough(pytestconfig):
-    """For what a quick look, or one at some cases, leaves out."""
+    """Skips what a quick run, or one of a few cases, leaves out."""
     if pytestconfig.getoption("--quick") or pytestconfig.getoption("--cases"):
         pytest.skip("not asked for")
 
 
 class Rows:
-    """The rows of this run, on disk after each."""
+    """The rows of this run; each is on disk as soon as it is added."""
 
     def __init__(self, config):
         self.path = config.getoption("--json")
@@ -83,7 +83,7 @@ class Rows:
         write_json(self.path, {**self.about, "rows": self.rows})
 
     def save(self) -> None:
-        """One file a case, in place of the one that was there."""
+        """Writes one file for each case, in place of an older one."""
         folder = ROOT / "results" / device_name()
         for name in {row["case"] for row in self.rows}:
             mine = [row for row in self.rows if row["case"] == name]
@@ -100,7 +100,7 @@ def pytest_configure(config):
 
 @pytest.fixture
 def record(pytestconfig):
-    """``record(row)`` keeps it; ``record.has(*key)``: whether it is there from before."""
+    """``record.add(row)`` writes a row; ``record.has(*key)`` says whether there is one already."""
     return pytestconfig.stash[_KEY]
 
 

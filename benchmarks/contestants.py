@@ -1,4 +1,4 @@
-"""Who is timed on a case: our backends and the peers, those that compute what we say they do."""
+"""Who is timed on a case: our backends and the peers that compute the right thing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nca_kernels.testing import CHECKS, Case
 
 
 class Chosen(NamedTuple):
-    """What to time: names of backends and of peers; how long one call may take, in seconds."""
+    """What to time: backends and peers by name, and how many seconds one call may take at most."""
 
     backends: tuple[str, ...]
     peers: tuple[str, ...]
@@ -39,7 +39,7 @@ def available() -> tuple[str, ...]:
 
 @cache
 def nonconforming(backend: str, case: Case) -> str | None:
-    """Why a backend is not timed: values or gradients of a small piece of the case are wrong."""
+    """Why a backend is not timed, if it is wrong on a small piece of the case."""
     small = replace(case, grid=tuple(min(n, 12) for n in case.grid), batch=(1,))
     try:
         CHECKS["values_and_gradients"](backend, small)
@@ -57,7 +57,7 @@ def _differs(peer: str, case: Case) -> str | None:
 def contestants(
     case: Case, mode: str, steps: int, chosen: Chosen
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
-    """What runs, compiled, the best backend first; and what does not, with the reason."""
+    """Compiled calls of those that run, the best backend first; why the others do not."""
     runs: dict[str, Callable[[], Any]] = {}
     not_run: dict[str, str] = {}
     for name in (*chosen.backends, *(p for p in chosen.peers if PEERS[p].fits(case))):
@@ -71,7 +71,7 @@ def contestants(
                 taken = seconds(run)
                 if taken > chosen.longest:
                     reason = f"one call takes {taken:.0f} s, more than {chosen.longest:.0f}"
-        except Exception as error:  # a peer that cannot, or memory that is not there
+        except Exception as error:  # a peer cannot run the case, or memory is short
             reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
         if reason is None:
             runs[name] = run
@@ -81,7 +81,7 @@ def contestants(
 
 
 def timed(suite: str, case: Case, kind: str, mode: str, steps: int, chosen: Chosen) -> Row:
-    """A row: all contestants in turn."""
+    """Times all contestants in turn; returns their row."""
     runs, not_run = contestants(case, mode, steps, chosen)
     ours = [b for b in chosen.backends if b in runs]
     row: Row = {"suite": suite, "case": case.name, "kind": kind, "mode": mode}
@@ -105,10 +105,10 @@ def _copy_rate() -> float:
 
 
 def machine_limit() -> dict[str, float]:
-    """FLOP/s and bytes/s of this machine: the first measured anew, for each row.
+    """FLOP/s and bytes/s of this machine; the former are measured anew for each row.
 
-    On a CPU the FLOP/s are of multiply-adds in vector registers, ``tile_flops`` of float32 products
-    in tile registers, where there are any.
+    On a CPU, ``flops`` is the rate of multiply-adds in vector registers. Where there are tile
+    registers, ``tile_flops`` is that of float32 products in them.
     """
     if jax.default_backend() == "cpu":
         tiles = roofline.tile_flops()

@@ -1,4 +1,4 @@
-"""Trains the small preset of every system and puts what comes of it into ``docs/gallery/``.
+"""Trains the small preset of every system, with pictures and figures for ``docs/gallery/``.
 
 ``make gallery`` takes about an hour on two cores; trainings that were stopped go on.
 """
@@ -25,7 +25,7 @@ NCA = "import sys; from nca_models.cli import main; sys.exit(main(sys.argv[1:]))
 
 
 def train(system: str, runs: Path) -> dict:
-    """Trains unless that is done; returns the metrics and the seconds that training took."""
+    """Trains a system unless it is trained; returns its metrics and the seconds of the training."""
     folder, done = runs / system, runs / system / "gallery.json"
     if not done.exists():
         command = ["train", system, "--preset", "small", "--out", str(folder)]
@@ -58,7 +58,7 @@ def page(system: str, result: dict, pictures: list[str]) -> list[str]:
 
 
 def sweep(runs: Path) -> list[str]:
-    """Trains nine models of dynamics, unless they are; the part of the gallery that shows them."""
+    """Trains nine models of dynamics unless they are trained; returns their part of the gallery."""
     out, done = runs / "sweep", runs / "sweep" / "gallery.json"
     resumed, start = out.exists(), time.perf_counter()
     subprocess.run([sys.executable, "-c", NCA, *SWEEP, "--out", str(out)], check=True)
@@ -99,15 +99,15 @@ def main() -> None:
     records = {}
     for system in args.systems:
         result = records[system] = train(system, args.runs)
-        kept = []
+        pictures = []
         (GALLERY / system).mkdir(parents=True, exist_ok=True)
         for path in sorted((args.runs / system).glob("*.*")):
             if path.suffix in (".png", ".gif") and path.stat().st_size <= LARGEST:
                 if path.name in ("target.png", "loss.png"):
                     continue
                 shutil.copy(path, GALLERY / system / path.name)
-                kept.append(f"{system}/{path.name}")
-        lines += page(system, result, kept)
+                pictures.append(f"{system}/{path.name}")
+        lines += page(system, result, pictures)
     lines += sweep(args.runs)
     write_text(GALLERY / "README.md", "\n".join(lines))
     write_json(ROOT / "results" / device_name() / "gallery.json", records)

@@ -1,7 +1,7 @@
-"""How wide a halo pays, and how large a lattice trains on many GPUs: the tables of docs/large.md.
+"""The best width of a halo, and the largest lattice on many GPUs: the tables of docs/large.md.
 
-``nca bench --report`` puts them there. A model, not a measurement: the step at a share of an H200's
-roofline, links as their makers state them, a fixed time for each message.
+``nca bench --report`` puts them there. They are a model, not a measurement: a step runs at a share
+of an H200's roofline, links are as fast as their makers state, and each message takes a fixed time.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ WIDTHS = (1, 2, 4, 8, 16)
 
 
 def seconds_per_cell(cost: nk.Cost) -> float:
-    """Of a training step's cell-step: forward twice (``checkpoint="sqrt"``), backward once."""
+    """Time of a cell-step in training: forward twice (``checkpoint="sqrt"``), backward once."""
     flops = cost.training_flops + cost.forward_flops
     moved = cost.training_bytes + cost.forward_bytes
     return max(flops / H200_FLOPS, moved / H200_BYTES) / SHARE
 
 
 def efficiency(side: int, dims: int, k: int, link: tuple[float, float], cell: float) -> float:
-    """Time of a step without any neighbours, over its time with halos of ``k`` steps."""
+    """Time of a step without neighbours, divided by its time with halos for ``k`` steps."""
     bandwidth, latency = link
     halo, window = REACH * k, side + 2 * REACH * k
     alone = k * side**dims * cell
     work = k * window**dims * cell
     faces = sum(halo * side ** (dims - 1 - d) * window**d for d in range(dims))
-    # Sent both ways at once; forward, recomputed, and back.
+    # Both directions at once; in the forward, the recomputed forward, and the backward.
     sending = 3 * (faces * CHANNELS * 4 / bandwidth + 2 * dims * latency)
     return alone / (work + sending)
 
 
 def bytes_per_cell() -> dict[int, float]:
-    """Of training with ``checkpoint="sqrt"``, by dims of the grid: measured, the largest grid."""
-    found = {}
+    """Bytes of training with ``checkpoint="sqrt"``, by dims: measured on the largest grid."""
+    measured = {}
     for path in sorted((ROOT / "results").glob("*/large.json")):
         for row in json.loads(path.read_text())["rollouts"]:
             if row["mode"] == "training" and row["checkpoint"] == "sqrt":
-                found[len(row["grid"])] = row["peak_rss_bytes"] / math.prod(row["grid"])
-    return found
+                measured[len(row["grid"])] = row["peak_rss_bytes"] / math.prod(row["grid"])
+    return measured
 
 
 def halos() -> str:
@@ -71,10 +71,10 @@ def halos() -> str:
 
 def lattices() -> str:
     """Markdown: the largest lattices that train on so many GPUs."""
-    kept = bytes_per_cell()
+    bytes_needed = bytes_per_cell()
     body = []
     for count in (1, 8, 64, 1024):
-        sides = [math.floor((count * MEMORY / kept[dims]) ** (1 / dims)) for dims in (2, 3)]
+        sides = [math.floor((count * MEMORY / bytes_needed[dims]) ** (1 / dims)) for dims in (2, 3)]
         body.append([f"{count:,}", f"{sides[0]:,}^2", f"{sides[1]:,}^3"])
     head = ["GPUs", f"2-D, {STEPS} steps, C = {CHANNELS}", "3-D"]
     return markdown_table(head, body)

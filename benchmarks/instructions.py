@@ -65,13 +65,13 @@ def _compile(source: Path, to: Path) -> None:
 
 
 def _instructions(program: Path, mode: str, calls: int) -> int:
-    """Of a whole run of the program."""
+    """Instructions of a whole run of the program."""
     options = ["--tool=cachegrind", "--cache-sim=no", "--cachegrind-out-file=/dev/null"]
     command = ["valgrind", *options, str(program), mode, str(calls)]
     said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    found = re.search(r"I\s+refs:\s+([\d,]+)", said)
-    assert found is not None, said
-    return int(found.group(1).replace(",", ""))
+    counted = re.search(r"I\s+refs:\s+([\d,]+)", said)
+    assert counted is not None, said
+    return int(counted.group(1).replace(",", ""))
 
 
 def main() -> None:
@@ -80,16 +80,16 @@ def main() -> None:
     options = parser.parse_args()
     if reason := missing():
         raise SystemExit(reason)
-    found = count()
+    counts = count()
     before = json.loads(RESULTS.read_text())["a_cell"] if RESULTS.exists() else {}
-    for mode, instructions in found.items():
+    for mode, instructions in counts.items():
         change = f", {instructions / before[mode]:.3f} of what it was" if mode in before else ""
         print(f"{mode:9} {instructions:8.1f} instructions a cell{change}")
     if options.save:
         command = [_compiler(), "--version"]
         version = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         about = provenance("python -m benchmarks.instructions --save")
-        write_json(RESULTS, {**about, "compiler": version.splitlines()[0], "a_cell": found})
+        write_json(RESULTS, {**about, "compiler": version.splitlines()[0], "a_cell": counts})
 
 
 if __name__ == "__main__":

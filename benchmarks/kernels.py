@@ -13,7 +13,7 @@ Kernels = dict[str, tuple[int, float]]  # by name: launches, seconds of them tog
 
 
 def profiled(run: Callable[[], Any]) -> Kernels:
-    """The kernels of one call, slowest first. ``run`` waits for its result and is compiled."""
+    """The kernels of one call, slowest first; ``run`` is compiled, and waits for its result."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             run()
@@ -22,11 +22,11 @@ def profiled(run: Callable[[], Any]) -> Kernels:
 
 
 def totals(profile: jax.profiler.ProfileData) -> Kernels:
-    """Of every GPU, from the lines of its streams: other lines repeat what those hold."""
-    found: Kernels = {}
+    """The kernels of all GPUs, from the lines of their streams; other lines repeat those."""
+    by_name: Kernels = {}
     for plane in profile.planes:
         for line in plane.lines if plane.name.startswith("/device:GPU") else ():
             for event in line.events if line.name.startswith("Stream") else ():
-                launches, seconds = found.get(event.name, (0, 0.0))
-                found[event.name] = launches + 1, seconds + 1e-9 * event.duration_ns
-    return dict(sorted(found.items(), key=lambda item: -item[1][1]))
+                launches, seconds = by_name.get(event.name, (0, 0.0))
+                by_name[event.name] = launches + 1, seconds + 1e-9 * event.duration_ns
+    return dict(sorted(by_name.items(), key=lambda item: -item[1][1]))

@@ -1,7 +1,7 @@
 """Large grids on this machine: peak memory and time of long rollouts, and the cost of a cell.
 
 ``python -m benchmarks.large`` takes about ten minutes on two cores. Every rollout runs in a process
-of its own, whose peak is taken; what plain JAX would need beside it is XLA's own plan for it.
+of its own, whose peak is measured. The memory that plain JAX would need is what XLA plans for it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from nca_kernels.files import write_json
 CHANNELS, HIDDEN, STEPS = 16, 128, 64
 RULE = nk.Rule()
 TILED = "forward, in tiles"
-# Grid, mode, checkpoint and the bytes that it should stay under.
+# Grid, mode, checkpoint, and an upper limit of its bytes.
 ROLLOUTS: tuple[tuple[tuple[int, ...], str, str, float | None], ...] = (
     ((512, 512), "training", "all", None),
     ((512, 512), "training", "sqrt", None),
@@ -41,8 +41,8 @@ ROLLOUTS: tuple[tuple[tuple[int, ...], str, str, float | None], ...] = (
 )
 FEW = 16  # steps, where several sizes are compared
 SIZES = (128, 256, 512, 1024, 2048)
-# A large array is new memory at each call: every page of it is zeroed when it is first touched.
-# Pages of 2 MiB, where the system gives them to those who ask, make that cheap.
+# A large array is new memory at each call, and every page of it is zeroed when it is first touched.
+# Pages of 2 MiB, which some systems give to a program that asks for them, make that cheap.
 PAGES = {
     "4 KiB pages": {},
     "2 MiB pages": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},
@@ -68,7 +68,7 @@ def rollout(grid: tuple[int, ...], mode: str, backend: str, steps: int, checkpoi
 
 
 def tiled(grid: tuple[int, ...], steps: int) -> Callable[[Any, Any], Any]:
-    """The forward out of the host's memory; the state is overwritten."""
+    """The forward of a state in the host's memory, which it overwrites."""
 
     def run(params: Any, key: Any) -> Any:
         state = np.random.default_rng(0).random((*grid, CHANNELS), np.float32)
@@ -94,7 +94,7 @@ def planned_bytes(grid: tuple[int, ...], mode: str, backend: str, checkpoint: st
 
 
 def child(grid: tuple[int, ...], mode: str, checkpoint: str) -> None:
-    """Peak and seconds of the second of two runs here, as JSON on standard output."""
+    """Runs a rollout twice; prints the peak, and the seconds of the second run, as JSON."""
     tiles = mode == TILED
     run = tiled(grid, STEPS) if tiles else rollout(grid, mode, "auto", STEPS, checkpoint)
     args = (parameters(len(grid)), jax.random.key(0))
@@ -106,13 +106,13 @@ def child(grid: tuple[int, ...], mode: str, checkpoint: str) -> None:
 
 
 def peak_rss() -> int:
-    """Of this process alone: what `getrusage` says starts at the peak of who started it."""
+    """Bytes of this process alone: the peak of `getrusage` starts at that of the parent."""
     status = Path("/proc/self/status").read_text().split()
     return 1024 * int(status[status.index("VmHWM:") + 1])
 
 
 def in_child(what: list[str], environment: dict[str, str]) -> Any:
-    """What a process of its own prints."""
+    """The JSON that this file prints when it runs in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.large", "--child", *what]
     out = subprocess.run(
         command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **environment}
@@ -135,7 +135,7 @@ def measured(
 
 
 def repeats(size: int) -> int:
-    """Calls in a measurement: none is so short that its start counts."""
+    """Calls in a measurement, so many that the start of the measurement does not matter."""
     return max(1, (512 // size) ** 2)
 
 

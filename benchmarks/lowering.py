@@ -31,7 +31,7 @@ STEPS = 8
 
 
 def lower(case: Case) -> float:
-    """Seconds for the gradient of a rollout, with JAX itself ready."""
+    """Seconds of lowering the gradient of a rollout, tracing apart."""
     params, state, key, _ = case.arguments()
     loss = rollout_loss(case, "triton", STEPS)
 
@@ -45,7 +45,7 @@ def lower(case: Case) -> float:
 
 
 def seconds(cache: str) -> dict[str, float]:
-    """By grid size, in a process of its own with that cache."""
+    """Seconds by grid size, in a process of its own with the Triton cache ``cache``."""
     environment = {**os.environ, "TRITON_CACHE_DIR": cache, "NCA_CUDA_ARCH": "90"}
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.lowering", "--child"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -61,13 +61,13 @@ def main() -> int:
         print(json.dumps({"x".join(map(str, case.grid)): round(lower(case), 2) for case in CASES}))
         return 0
     with tempfile.TemporaryDirectory() as cache:
-        found = {"empty cache": seconds(cache), "filled cache": seconds(cache)}
-    for name, by_grid in found.items():
+        taken = {"empty cache": seconds(cache), "filled cache": seconds(cache)}
+    for name, by_grid in taken.items():
         print(f"{name}: " + ", ".join(f"{s} s for {grid} cells" for grid, s in by_grid.items()))
     if options.save:
         facts = provenance("python -m benchmarks.lowering --save")
         path = ROOT / "results" / "aot" / f"lowering-triton-{facts['versions']['triton']}.json"
-        write_json(path, {**facts, "seconds": found})
+        write_json(path, {**facts, "seconds": taken})
     return 0
 
 

@@ -26,7 +26,7 @@ _PAUSE, _LONG_ENOUGH = 0.05, 0.1  # seconds
 
 
 def seconds(run: Callable[[], Any], calls: int = 1) -> float:
-    """Wall time of one call, the mean of so many; ``run`` must wait for its result."""
+    """Mean wall time of ``calls`` calls; ``run`` must wait for its result."""
     start = time.perf_counter()
     for _ in range(calls):
         run()
@@ -36,11 +36,11 @@ def seconds(run: Callable[[], Any], calls: int = 1) -> float:
 def interleaved(
     runs: dict[str, Callable[[], Any]], rounds: int, patience: float = math.inf
 ) -> dict[str, list[float]]:
-    """Times all ``runs`` in turn, A B A B ..., in each round for a tenth of a second or one call.
+    """Times all ``runs`` in turn, A B A B ...; in each round for a tenth of a second or one call.
 
-    Before each there is a pause, as PyTorch's threads spin on for some milliseconds after their
-    work, and a short call is made once for the caches. What takes longer than ``patience`` seconds
-    takes part in the first three rounds only.
+    Before each there is a pause, because PyTorch's threads spin for some milliseconds after their
+    work; a short run is then called once untimed, to fill the caches. A run that takes longer than
+    ``patience`` seconds takes part in the first three rounds only.
     """
     calls = {}
     for name, run in runs.items():
@@ -59,7 +59,7 @@ def interleaved(
 
 
 def ratios(slow: list[float], fast: list[float]) -> list[float]:
-    """slow / fast in each round that has both: pairs share what the machine did meanwhile."""
+    """slow / fast for each round that has both: other load of the machine affects both."""
     return [s / f for s, f in zip(slow, fast, strict=False)]
 
 
@@ -75,7 +75,7 @@ def rollout_loss(case: Case, backend: str, steps: int) -> Callable:
         params = nk.RuleParams(taps, None, layers)
         if steps == 1:
             out = nk.step(case.rule, params, state, key, backend=backend)
-        elif backend == "reference":  # plain JAX as people write it: autodiff keeps everything
+        elif backend == "reference":  # plain JAX as people write it, whose autodiff keeps all
             out = jax.lax.fori_loop(
                 0,
                 steps,
@@ -98,7 +98,7 @@ def program(case: Case, backend: str, mode: str, steps: int) -> tuple[Callable, 
     params, state, key, _ = case.arguments()
     loss = rollout_loss(case, backend, steps)
     fun = jax.grad(loss, has_aux=True) if mode == "training" else lambda *args: loss(*args)[1]
-    taps = params.perception  # closed over: of named filters they are constants
+    taps = params.perception  # closed over, so that those of named filters are constants
     return lambda layers, state, key: fun(layers, taps, state, key), (params.layers, state, key)
 
 
@@ -121,10 +121,10 @@ def bytes_kept(case: Case, backend: str) -> float:
             lambda p, s: rollout_loss(case, backend, 1)(p, taps, s, key)[1], layers, state
         )[1]
 
-    kept = jax.tree.leaves(jax.eval_shape(residuals, params.layers, state))
+    leaves = jax.tree.leaves(jax.eval_shape(residuals, params.layers, state))
     weights = {w.size for w in jax.tree.leaves(params)}
     cells = state.size // state.shape[-1]
-    per_cell = [a for a in kept if a.size >= cells and a.size not in weights]
+    per_cell = [a for a in leaves if a.size >= cells and a.size not in weights]
     return sum(a.size * a.dtype.itemsize for a in per_cell) / cells
 
 
@@ -159,7 +159,7 @@ def commit() -> str:
 
 
 def provenance(command: str) -> dict[str, Any]:
-    """What a result needs to be believed: commit, versions, device and the command."""
+    """What identifies a result: command, commit, date, device and versions."""
     versions = {}
     for package in ("jax", "jaxlib", "triton", "flax", "cax", "torch", "numpy"):
         try:

@@ -1,7 +1,7 @@
 """What the `paper` presets take on this machine: a few training steps of each, and the estimate.
 
-``python -m benchmarks.paper --save`` takes about ten minutes on two cores; a system's steps run in
-a process of its own, whose peak is taken.
+``python -m benchmarks.paper --save`` takes about ten minutes on two cores. The steps of each system
+run in a process of their own, whose peak of memory is measured.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def child(name: str) -> None:
     config = module.PRESETS["paper"]
     with tempfile.TemporaryDirectory() as folder:
         module.SystemClass.prepare(config, None, Path(folder))
-        found = estimate.estimate(Trainer(module.SystemClass(config, Path(folder))))
-    print(json.dumps({"system": name, **asdict(found), "peak_rss_bytes": peak_rss()}))
+        estimated = estimate.estimate(Trainer(module.SystemClass(config, Path(folder))))
+    print(json.dumps({"system": name, **asdict(estimated), "peak_rss_bytes": peak_rss()}))
 
 
 def main() -> None:
@@ -41,12 +41,12 @@ def main() -> None:
     if options.child:
         child(options.child)
         return
-    found = []
+    rows = []
     for name in systems.names():
         command = [sys.executable, "-m", "benchmarks.paper", "--child", name]
         out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
         row = json.loads(out.splitlines()[-1])
-        found.append(row)
+        rows.append(row)
         print(
             f"{name:18} {row['seconds']:7.1f} s a training step, {row['limit']:.1e} s on an H200 "
             f"at its limit; {row['memory'] / 1e9:.1f} GB estimated, "
@@ -55,7 +55,7 @@ def main() -> None:
         )
     if options.save:
         about = provenance("python -m benchmarks.paper --save")
-        write_json(ROOT / "results" / device_name() / "paper.json", {**about, "systems": found})
+        write_json(ROOT / "results" / device_name() / "paper.json", {**about, "systems": rows})
 
 
 if __name__ == "__main__":

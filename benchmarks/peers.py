@@ -1,8 +1,8 @@
 """The same steps as others write them, with the parameters of a case: CAX, jax-nca, PyTorch, JAX.
 
-A peer is what runs (``run(case, mode, steps)`` gives a call that computes and waits), one step with
-every cell firing, to be checked against ours before anything is timed, and the reason why it cannot
-run a case.
+A peer has ``run(case, mode, steps)``, which returns a call that computes and waits, and ``step``:
+one step in which every cell fires, which is compared with ours before anything is timed. It says
+which cases it is written for, and how to install what it needs.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from nca_kernels.testing import Case, error_ratio
 
 
 class Peer(NamedTuple):
-    """See the module's first lines.
+    """Another implementation of a step; see the docstring of this file.
 
     Attributes:
         title: what reports call it.
         module, install: what it is imported as, and how to get it.
-        run, step: see above.
+        run, step: functions of a case; see the docstring of this file.
         fits: whether it is written for such a case at all.
     """
 
@@ -42,7 +42,7 @@ class Peer(NamedTuple):
 
     @property
     def missing(self) -> str | None:
-        """How to get what it needs, or None."""
+        """How to install what it needs, or None if that is here."""
         return None if find_spec(self.module) else f"not installed: {self.install}"
 
 

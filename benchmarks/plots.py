@@ -13,16 +13,16 @@ from benchmarks.cases import MODES, TITLES
 from benchmarks.peers import PEERS
 
 if TYPE_CHECKING:
-    from benchmarks.report import Results
+    from benchmarks.report import DeviceResults
 
 
-def write(found: Results, folder: Path) -> list[Path]:
-    """All of one device."""
+def write(results: DeviceResults, folder: Path) -> list[Path]:
+    """Draws all pictures of one device; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for draw in (speedup, roofline, memory, *([cost_of_a_cell] if found.large else [])):
-        path = folder / f"{draw.__name__}-{found.device}.png"
-        draw(found).savefig(path, dpi=120)
+    for draw in (speedup, roofline, memory, *([cost_of_a_cell] if results.large else [])):
+        path = folder / f"{draw.__name__}-{results.device}.png"
+        draw(results).savefig(path, dpi=120)
         written.append(path)
     return written
 
@@ -37,17 +37,17 @@ def _name(contestant: str) -> str:
     return PEERS[contestant].title if contestant in PEERS else contestant
 
 
-def _rollouts(found: Results, mode: str) -> list[rows.Row]:
-    each = [found.find("step", case, "rollout", mode) for case in TITLES]
+def _rollouts(results: DeviceResults, mode: str) -> list[rows.Row]:
+    each = [results.find("step", case, "rollout", mode) for case in TITLES]
     return [row for row in each if row is not None and "seconds" in row]
 
 
-def speedup(found: Results) -> Figure:
-    """How many times slower than the best everyone is: bars on a logarithmic axis."""
+def speedup(results: DeviceResults) -> Figure:
+    """Times slower than the best, for each contestant: bars on a logarithmic axis."""
     figure, axes = _figure(9, 5, 2)
     for ax, (mode, title) in zip(axes, MODES.items(), strict=True):
         labels, values, colors = [], [], []
-        for row in _rollouts(found, mode):
+        for row in _rollouts(results, mode):
             for name in row["seconds"]:
                 labels.append(f"{TITLES[row['case']]}: {_name(name)}")
                 values.append(rows.times_slower(row, name))
@@ -64,12 +64,12 @@ def speedup(found: Results) -> Figure:
     return figure
 
 
-def roofline(found: Results) -> Figure:
-    """Where everyone is below the limit of the machine."""
+def roofline(results: DeviceResults) -> Figure:
+    """Rates of all contestants below the roofline of the machine."""
     figure, axes = _figure(9, 4, 2)
     markers = dict(zip(TITLES, "os^D", strict=True))
     for ax, (mode, title) in zip(axes, MODES.items(), strict=True):
-        shown = _rollouts(found, mode)
+        shown = _rollouts(results, mode)
         limit = shown[0]["limit"]
         for rate, style, label in (
             ("flops", "k-", "limit, measured"),
@@ -97,10 +97,10 @@ def roofline(found: Results) -> Figure:
     return figure
 
 
-def memory(found: Results) -> Figure:
-    """States at the peak, against steps."""
+def memory(results: DeviceResults) -> Figure:
+    """Memory at the peak, in states, against the number of steps."""
     figure, axes = _figure(4.5, 3, 1)
-    for row in found.of_suite("memory"):
+    for row in results.of_suite("memory"):
         name = "plain JAX" if row["kind"] == "reference" else f'checkpoint="{row["kind"]}"'
         axes[0].plot(list(map(int, row["planned_states"])), row["planned_states"].values(), "o-",
                      label=name)  # fmt: skip
@@ -109,11 +109,11 @@ def memory(found: Results) -> Figure:
     return figure
 
 
-def cost_of_a_cell(found: Results) -> Figure:
+def cost_of_a_cell(results: DeviceResults) -> Figure:
     """Time of a training's cell-step against the side of the grid."""
-    assert found.large is not None
+    assert results.large is not None
     figure, axes = _figure(4.5, 3, 1)
-    for label, costs in found.large["cost_of_a_cell"].items():
+    for label, costs in results.large["cost_of_a_cell"].items():
         sizes = [cost["size"] for cost in costs]
         taken = [cost["nanoseconds_per_cell_step"] for cost in costs]
         axes[0].plot(sizes, taken, "o-", label=label)

@@ -19,10 +19,10 @@ WINDOW = 50  # steps whose mean loss counts
 def reached(
     config: growing.Config, qualities: Sequence[float], seconds: float, folder: Path
 ) -> Iterator[tuple[float, dict[str, Any]]]:
-    """Trains Growing NCA, for so many seconds at most, until it is as good as all ``qualities``.
+    """Trains Growing NCA until it has reached all ``qualities``, for at most ``seconds``.
 
     Yields:
-        A quality when it is reached, and the steps and the seconds (compiling included) until then.
+        Each quality as it is reached, with the steps and seconds (compiling included) until then.
     """
     folder.mkdir()
     growing.SystemClass.prepare(config, None, folder)

@@ -1,7 +1,7 @@
-"""Is a figure the same twice? ``python -m benchmarks.repeat --save`` takes seven minutes.
+"""Are figures the same in a second run? ``python -m benchmarks.repeat --save``: seven minutes.
 
-``nca bench --quick`` runs two times, in processes of its own, and the second run is compared with
-the first as ``--compare`` compares any two.
+``nca bench --quick`` runs twice, each time in a process of its own, and the second run is compared
+with the first as by ``--compare``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nca_kernels.files import write_json
 
 
 def verdicts(folder: Path) -> list[dict[str, Any]]:
-    """Of the second of two runs, whose figures lie in ``folder``."""
+    """The verdicts on the second of two runs, whose figures go to ``folder``."""
     runs = []
     for name in ("first.json", "second.json"):
         command = [sys.executable, "-m", "benchmarks", "--quick", "--json", str(folder / name)]
@@ -34,11 +34,11 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="into benchmarks/results/<device>/")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = verdicts(Path(folder))
-    print(compare.table(found))
+        outcome = verdicts(Path(folder))
+    print(compare.table(outcome))
     if args.save:
         about = provenance("python -m benchmarks.repeat --save")
-        write_json(ROOT / "results" / device_name() / "repeat.json", {**about, "verdicts": found})
+        write_json(ROOT / "results" / device_name() / "repeat.json", {**about, "verdicts": outcome})
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ DOCS = ROOT.parent / "docs"
 
 
 def title(name: str, versions: dict[str, str] | None = None) -> str:
-    """Of a contestant, a peer's with its version."""
+    """The name of a contestant as readers see it, a peer's with its version."""
     if name not in PEERS:
         return f"`{name}`" if versions is not None else f"{name} (ours)"
     package = {"torch_compiled": "torch", "jax_nca": "jax-nca"}.get(name, name)
@@ -49,15 +49,15 @@ def shape(row: Row) -> str:
 
 
 def contestants(pair: list[Row]) -> list[str]:
-    """Of a forward row and a training row, in the order of the first."""
+    """The names of all contestants of a forward row and a training row."""
     return list(dict.fromkeys(name for row in pair for name in row.get("seconds", ())))
 
 
-def text(found: dict[str, Any]) -> str:
+def text(run: dict[str, Any]) -> str:
     """A run's rollouts for a terminal."""
     out = []
     for case in TITLES:
-        pair = [_find(found["rows"], "step", case, "rollout", mode) for mode in MODES]
+        pair = [_find(run["rows"], "step", case, "rollout", mode) for mode in MODES]
         timed = [row for row in pair if row is not None and "seconds" in row]
         if not timed:
             continue
@@ -75,7 +75,7 @@ def text(found: dict[str, Any]) -> str:
             out.append(f"  {title(name):20}" + "".join(cells))
         for name, reason in {k: v for row in timed for k, v in row["not_run"].items()}.items():
             out.append(f"  {title(name):20} not timed: {reason}")
-    timed = [row for row in found["rows"] if "limit" in row]
+    timed = [row for row in run["rows"] if "limit" in row]
     if timed:
         limit = timed[-1]["limit"]
         out.append(
@@ -90,12 +90,12 @@ def text(found: dict[str, Any]) -> str:
 # ---- saved results ----
 
 
-def _find(found: list[Row], *key: str) -> Row | None:
-    return next((row for row in found if rows.key(row) == key), None)
+def _find(all_rows: list[Row], *key: str) -> Row | None:
+    return next((row for row in all_rows if rows.key(row) == key), None)
 
 
-class Results:
-    """Of one device: the rows of its files, and what the files say of themselves."""
+class DeviceResults:
+    """The saved results of one device: the rows of its files, and their provenance."""
 
     def __init__(self, folder: Path):
         self.device = folder.name
@@ -118,25 +118,25 @@ class Results:
 
     @property
     def versions(self) -> dict[str, str]:
-        found: dict[str, str] = next(iter(self.files.values()))["versions"]
-        return found
+        versions: dict[str, str] = next(iter(self.files.values()))["versions"]
+        return versions
 
 
 @cache
-def results() -> list[Results]:
-    """Of every device that has some, as this suite writes them."""
+def all_results() -> list[DeviceResults]:
+    """The results of every device for which there are files of this suite."""
     folders = sorted(path for path in (ROOT / "results").iterdir() if path.is_dir())
-    return [found for found in map(Results, folders) if found.files]
+    return [results for results in map(DeviceResults, folders) if results.files]
 
 
 # ---- Markdown ----
 
 
-def speed_table(found: Results, kind: str = "rollout") -> str:
-    """All contestants of all cases: time, how many times slower, shares of the limit."""
+def speed_table(results: DeviceResults, kind: str = "rollout") -> str:
+    """All contestants of all cases: time, ratio to the best, shares of the limit."""
     body = []
     for case in TITLES:
-        pair = [row for mode in MODES if (row := found.find("step", case, kind, mode))]
+        pair = [row for mode in MODES if (row := results.find("step", case, kind, mode))]
         pair = [row for row in pair if "seconds" in row]
         for name in contestants(pair):
             for row in pair:
@@ -145,7 +145,7 @@ def speed_table(found: Results, kind: str = "rollout") -> str:
                     body.append([
                         f"{TITLES[case]}, {shape(row)}",
                         MODES[row["mode"]],
-                        title(name, found.versions),
+                        title(name, results.versions),
                         f"{rows.nanoseconds(row, name):,.0f}",
                         f"{times(rows.times_slower(row, name))} ({low:.2f} to {high:.2f})",
                         share(rows.of_limit(row, name)),
@@ -155,18 +155,18 @@ def speed_table(found: Results, kind: str = "rollout") -> str:
     return markdown_table(head, body)
 
 
-def not_timed(found: Results) -> str:
+def not_timed(results: DeviceResults) -> str:
     lines = {
-        f"- {TITLES[row['case']]}, {MODES[row['mode']]}: {title(name, found.versions)}: {reason}"
-        for row in found.of_suite("step")
+        f"- {TITLES[row['case']]}, {MODES[row['mode']]}: {title(name, results.versions)}: {reason}"
+        for row in results.of_suite("step")
         for name, reason in row["not_run"].items()
     }
     return "\n".join(sorted(lines))
 
 
-def systems_table(found: Results) -> str:
+def systems_table(results: DeviceResults) -> str:
     body = []
-    for row in found.of_suite("system"):
+    for row in results.of_suite("system"):
         for name in row["seconds"]:
             per_step = rows.nanoseconds(row, name) * row["work"] / 1e9
             slower = times(rows.times_slower(row, name))
@@ -175,7 +175,7 @@ def systems_table(found: Results) -> str:
     return markdown_table(["system", "", "s a training step", "ns", "times the best"], body)
 
 
-def life_table(found: Results) -> str:
+def life_table(results: DeviceResults) -> str:
     body = [
         [
             title(row["kind"], {}),
@@ -184,12 +184,12 @@ def life_table(found: Results) -> str:
             f"{rows.times_slower(row, 'tenth_alive'):.2f}",
             f"{1 / rows.times_slower(row, 'all_fire'):.2f}",
         ]
-        for row in found.of_suite("life")
+        for row in results.of_suite("life")
     ]
     return markdown_table(["", "", "ns", "a tenth alive", "half fire, to all fire"], body)
 
 
-def attention_table(found: Results) -> str:
+def attention_table(results: DeviceResults) -> str:
     body = [
         [
             row["kind"],
@@ -198,15 +198,15 @@ def attention_table(found: Results) -> str:
             f"{rows.nanoseconds(row, name):,.0f}",
             times(rows.times_slower(row, name)),
         ]
-        for row in found.of_suite("attention")
+        for row in results.of_suite("attention")
         for name in row["seconds"]
     ]
     return markdown_table(["case", "", "", "ns a cell and head", "times the best"], body)
 
 
-def dropin_line(found: Results) -> str:
-    row = found.find("dropin", "cax", "training step", "training")
-    curve = found.find("dropin", "cax", "loss curve", "training")
+def dropin_line(results: DeviceResults) -> str:
+    row = results.find("dropin", "cax", "training step", "training")
+    curve = results.find("dropin", "cax", "loss curve", "training")
     lines = []
     if row:
         lines.append(
@@ -223,25 +223,27 @@ def dropin_line(found: Results) -> str:
     return "\n".join(lines)
 
 
-def memory_table(found: Results) -> str:
-    planned = {row["kind"]: row["planned_states"] for row in found.of_suite("memory")}
+def memory_table(results: DeviceResults) -> str:
+    planned = {row["kind"]: row["planned_states"] for row in results.of_suite("memory")}
     names = {"all": '`checkpoint="all"`', "sqrt": '`checkpoint="sqrt"`', "reference": "plain JAX"}
     head = ["steps", *(names[kind] for kind in planned)]
     counts = list(next(iter(planned.values())))
-    body = [[count, *(f"{kept[count]:.0f}" for kept in planned.values())] for count in counts]
+    body = [[count, *(f"{states[count]:.0f}" for states in planned.values())] for count in counts]
     return markdown_table(head, body)
 
 
-def kept_line(found: Results) -> str:
-    row = found.find("step", "growing", "step", "training")
+def kept_line(results: DeviceResults) -> str:
+    row = results.find("step", "growing", "step", "training")
     if row is None:
         return ""
-    kept = ", ".join(f"{title(n, {})} {b:,.0f}" for n, b in row["bytes_kept"].items())
-    return f"Bytes that the backward of a step keeps for each cell (16 float32 channels): {kept}."
+    figures = ", ".join(f"{title(n, {})} {b:,.0f}" for n, b in row["bytes_kept"].items())
+    return (
+        f"Bytes that the backward of a step keeps for each cell (16 float32 channels): {figures}."
+    )
 
 
 def rollouts_table(large: dict[str, Any]) -> str:
-    """Peaks of processes, of large.json."""
+    """The rollouts of large.json: peaks of processes, times, and what plain JAX needs."""
     body = [
         [
             " x ".join(map(str, row["grid"])),
@@ -259,7 +261,7 @@ def rollouts_table(large: dict[str, Any]) -> str:
 
 
 def paper_table(paper: dict[str, Any]) -> str:
-    """Training steps of the paper presets, of paper.json."""
+    """The training steps of paper presets, from paper.json."""
     body = [
         [
             row["system"],
@@ -277,14 +279,14 @@ def paper_table(paper: dict[str, Any]) -> str:
     return markdown_table(head, body)
 
 
-def quality_table(found: Results) -> str:
-    row = found.find("quality", "growing", "small", "training")
+def quality_table(results: DeviceResults) -> str:
+    row = results.find("quality", "growing", "small", "training")
     if row is None:
         return ""
     reached = row["reached"]
     head = ["log10 MSE", "training steps", "`auto`, trained"]
     others = [name for name in row["seconds"] if name != row["best"]]
-    head += [f"{title(name, found.versions)}, computed" for name in others]
+    head += [f"{title(name, results.versions)}, computed" for name in others]
     body = [
         [f"{quality}", f"{at['steps']:,}", f"{at['seconds']:,.0f} s"]
         + [f"{at['steps'] * _training_step(row, name):,.0f} s" for name in others]
@@ -296,7 +298,7 @@ def quality_table(found: Results) -> str:
 
 
 def _training_step(row: Row, name: str) -> float:
-    """Seconds: rollouts of the training's length, at the measured time of a cell-step."""
+    """Seconds of a training step: a rollout of its length, at the measured time of a cell-step."""
     return rows.nanoseconds(row, name) / 1e9 * row["work"] / row["steps"] * row["steps_of_training"]
 
 
@@ -314,15 +316,15 @@ def repeat_line(repeat: dict[str, Any]) -> str:
 
 
 def readme_table() -> str:
-    """The README's: nanoseconds per cell and step of the best, and of others with ratios."""
-    found = headline()
+    """The README's table: nanoseconds per cell and step of the best, and of others with ratios."""
+    results = headline()
     shown = ["cpu", "xla", "slices", "reference", "cax", "torch", "torch_compiled"]
-    names = (title(name, found.versions) for name in shown)
-    head = [f"`{found.device}`", *names, "`cpu`, of the limit"]
+    names = (title(name, results.versions) for name in shown)
+    head = [f"`{results.device}`", *names, "`cpu`, of the limit"]
     body = []
     for case in ("growing", "diffusing", "self_autoencoding"):
         for mode in MODES:
-            row = found.find("step", case, "rollout", mode)
+            row = results.find("step", case, "rollout", mode)
             assert row is not None
             name = f"{TITLES[case]}, {shape(row)}: {MODES[mode]}"
             cells = [_readme_cell(row, contestant) for contestant in shown]
@@ -353,10 +355,10 @@ def readme_memory() -> str:
 
 
 def readme_dropin() -> str:
-    """What the line does to a CAX training, and the compat module to jax-nca's."""
-    found = headline()
-    cax = found.find("dropin", "cax", "training step", "training")
-    jax_nca = found.find("step", "jax_nca", "rollout", "training")
+    """How much faster `accelerate` makes a CAX training, and the compat module jax-nca's."""
+    results = headline()
+    cax = results.find("dropin", "cax", "training step", "training")
+    jax_nca = results.find("step", "jax_nca", "rollout", "training")
     assert cax is not None
     assert jax_nca is not None
     before, after = (rows.nanoseconds(cax, name) / 1e3 for name in ("cax", "accelerated"))
@@ -369,14 +371,14 @@ def readme_dropin() -> str:
 
 
 def large_table() -> str:
-    """Of the headline's device."""
+    """The table of large rollouts on the device of ``headline``."""
     large = headline().large
     assert large is not None
     return rollouts_table(large)
 
 
 def large_cost() -> str:
-    """The same device's cost of a cell, and where its figures are."""
+    """The same device's picture of the cost of a cell, and a link to its figures."""
     device = headline().device
     return (
         f"![time of a cell-step against the side of the grid](plots/cost_of_a_cell-{device}.png)"
@@ -385,17 +387,19 @@ def large_cost() -> str:
     )
 
 
-def headline() -> Results:
-    """The device that the README quotes: one with a whole set of results, large grids too."""
-    whole = (found for found in results() if found.large is not None)
-    return next(found for found in whole if found.find("step", "growing", "rollout", "forward"))
+def headline() -> DeviceResults:
+    """The results that the README quotes: of a device with all of them, large grids too."""
+    whole = (results for results in all_results() if results.large is not None)
+    return next(
+        results for results in whole if results.find("step", "growing", "rollout", "forward")
+    )
 
 
 # ---- the documents ----
 
 
 def tiles(limits: list[dict[str, float]]) -> str:
-    """What tile registers reach, where there are any."""
+    """A sentence on what tile registers reach; empty where there are none."""
     rates = [limit["tile_flops"] for limit in limits if "tile_flops" in limit]
     if not rates:
         return ""
@@ -403,63 +407,63 @@ def tiles(limits: list[dict[str, float]]) -> str:
 
 
 def markdown() -> str:
-    """docs/benchmarks.md."""
+    """The text of docs/benchmarks.md."""
     parts = [_HEAD]
-    for found in results():
-        about = next(iter(found.files.values()))
-        limits = [row["limit"] for row in found.rows if "limit" in row]
+    for results in all_results():
+        about = next(iter(results.files.values()))
+        limits = [row["limit"] for row in results.rows if "limit" in row]
         versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items())
         parts += [
-            f"## {found.device}",
+            f"## {results.device}",
             f"Commit {about['commit']}, {about['date']}, Python {about['python']}, {versions}. "
             f"Limit: {min(x['flops'] for x in limits) / 1e9:,.0f} to "
             f"{max(x['flops'] for x in limits) / 1e9:,.0f} GFLOP/s, "
             f"{limits[0]['bytes'] / 1e9:,.1f} GB/s." + tiles(limits),
             "### Rollouts of 8 steps\n\n`nca bench --save`\n",
-            f"![speed](plots/speedup-{found.device}.png)",
-            speed_table(found),
-            not_timed(found),
-            f"![roofline](plots/roofline-{found.device}.png)",
+            f"![speed](plots/speedup-{results.device}.png)",
+            speed_table(results),
+            not_timed(results),
+            f"![roofline](plots/roofline-{results.device}.png)",
             "### Single steps",
-            speed_table(found, "step"),
+            speed_table(results, "step"),
             "### A CAX training with one line added",
-            dropin_line(found),
+            dropin_line(results),
             "### A training step of each system\n\nThe `small` presets, as `nca train` takes them.",
-            systems_table(found),
+            systems_table(results),
             "### Work follows life",
             "How the time of a step of Growing NCA changes if only a tenth of the cells live, and "
             "if only half of them fire.",
-            life_table(found),
+            life_table(results),
             "### `neighborhood_attention`",
-            attention_table(found),
+            attention_table(results),
             "### Memory",
-            kept_line(found),
+            kept_line(results),
             "The peak memory of a gradient by XLA's plan, in units of a state of the grid:",
-            memory_table(found),
-            f"![memory](plots/memory-{found.device}.png)",
+            memory_table(results),
+            f"![memory](plots/memory-{results.device}.png)",
         ]
-        if found.large:
+        if results.large:
             parts += [
                 "Peak memory of whole processes, and time (`python -m benchmarks.large --save`):",
-                rollouts_table(found.large),
-                f"![cost of a cell](plots/cost_of_a_cell-{found.device}.png)",
+                rollouts_table(results.large),
+                f"![cost of a cell](plots/cost_of_a_cell-{results.device}.png)",
             ]
-        if found.paper:
+        if results.paper:
             parts += [
                 "### The `paper` presets\n\nA few training steps of each were measured; the "
                 "estimates are those of `nca train --estimate` before a training starts (`python "
                 "-m benchmarks.paper --save`). The H200's time is computed from its data sheet.",
-                paper_table(found.paper),
+                paper_table(results.paper),
             ]
         parts += [
             "### Time to quality",
             "How long Growing NCA, preset `small`, is trained until the mean loss of 50 steps "
             "reaches a value. Peers take the same steps; their times are computed from the time of "
             "one step.",
-            quality_table(found),
+            quality_table(results),
         ]
-        if found.repeat:
-            parts += ["### The same run twice", repeat_line(found.repeat)]
+        if results.repeat:
+            parts += ["### The same run twice", repeat_line(results.repeat)]
     return "\n\n".join(part.strip("\n") for part in parts if part.strip()) + "\n"
 
 
@@ -482,7 +486,7 @@ with convolutions."""
 
 
 def generated() -> dict[Path, dict[str, str]]:
-    """What other documents hold, by the names of its places in them: see ``filled``."""
+    """The generated blocks of other documents, by path and by name; see ``filled``."""
     readme, large = ROOT.parent / "README.md", DOCS / "large.md"
     return {
         readme: {
@@ -500,7 +504,7 @@ def generated() -> dict[Path, dict[str, str]]:
 
 
 def filled(document: str, blocks: dict[str, str]) -> str:
-    """A document, renewed from each ``<!-- NAME: nca bench --report -->`` to its end."""
+    """A document with each block from ``<!-- NAME: nca bench --report -->`` on replaced."""
     for name, block in blocks.items():
         begin, end = f"<!-- {name}: nca bench --report -->\n", "\n<!-- end -->"
         head, rest = document.split(begin)
@@ -509,12 +513,12 @@ def filled(document: str, blocks: dict[str, str]) -> str:
 
 
 def write() -> list[Path]:
-    """The documents and the plots; returns what was written."""
-    results.cache_clear()
+    """Writes the documents and the plots; returns their paths."""
+    all_results.cache_clear()
     written = [DOCS / "benchmarks.md"]
     write_text(written[0], markdown())
-    for found in results():
-        written += plots.write(found, DOCS / "plots")
+    for results in all_results():
+        written += plots.write(results, DOCS / "plots")
     for path, blocks in generated().items():
         write_text(path, filled(path.read_text(), blocks))
         written.append(path)

@@ -1,4 +1,4 @@
-"""What a step costs at least, and how fast this device is at most: the distance is the score."""
+"""The least work of a step, and the most that this device can do: the roofline."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nca_kernels.testing import Case
 
 
 class Work(NamedTuple):
-    """Of one cell and step: floating-point operations, bytes moved."""
+    """The work of one cell-step: floating-point operations and bytes moved."""
 
     flops: float
     bytes: float
@@ -35,13 +35,13 @@ def work(case: Case, mode: str) -> Work:
 
 
 class Peak(NamedTuple):
-    """Measured on this device: FLOP/s of products by precision, bytes/s of a copy."""
+    """The rates of this device, as measured: FLOP/s by precision, bytes/s of a copy."""
 
     flops: dict[str, float]
     bytes: float
 
     def seconds(self, needed: Work, precision: str) -> float:
-        """Time of one cell and step at the limit."""
+        """Seconds of one cell-step at the limit."""
         return max(needed.flops / self.flops[precision], needed.bytes / self.bytes)
 
 
@@ -102,6 +102,6 @@ def copy_bytes_per_second(megabytes: int = 512, rounds: int = 10) -> float:
 
 
 def fraction(case: Case, mode: str, peak: Peak, precision: str, seconds_per_cell: float) -> float:
-    """Of the limit of the device, counting every cell as if it fired."""
+    """The share of the device's limit, counting every cell as if it fired."""
     reached = peak.seconds(work(case, mode), precision) / seconds_per_cell
     return reached if math.isfinite(reached) else 0.0

@@ -1,11 +1,12 @@
 """How far products of TF32 are off, case by case, in Triton's interpreter; needs no GPU.
 
 ``python -m benchmarks.rounding --save`` computes values and gradients of the conformance cases with
-``precision="tensorfloat32"`` as NVIDIA's tensor cores do, with operands rounded to the nearest, as
-the kernels do it, and cut off, as the hardware would; it prints the largest error ratio of each
-against float32 and writes them to ``results/<device>/rounding.json``. Where activations have a
-kink, a hidden unit that an error moves across it changes its gradient by all of it: the same with
-SiLU for ReLU shows what rounding alone does.
+``precision="tensorfloat32"`` twice, as NVIDIA's tensor cores would: with operands rounded to the
+nearest, as the kernels round them, and with operands cut off, as the hardware does by itself. It
+prints the largest error ratios against float32, and writes all of them to
+``results/<device>/rounding.json``. Where an activation has a kink, a small error may move a hidden
+unit across it, which changes the whole gradient of that unit. The same cases with SiLU for ReLU
+show the effect of rounding alone.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ CUT_OFF = "triton_cut_off"
 
 
 def errors(case: Case) -> dict[str, dict[str, float]]:
-    """By backend the error ratios of the state and of each gradient."""
+    """The error ratios of the state and of each gradient, by backend."""
     arguments = case.arguments()
     rules = {p: replace(case.rule, precision=p) for p in ("float32", "tensorfloat32")}
     expected = value_and_gradients(ORACLE, replace(case, rule=rules["float32"]), arguments)
-    found = {}
+    ratios = {}
     for backend in (triton_host.NAME, CUT_OFF):
         out = value_and_gradients(
             backend, replace(case, rule=rules["tensorfloat32"]), arguments, calls=1
@@ -43,10 +44,10 @@ def errors(case: Case) -> dict[str, dict[str, float]]:
         named = zip(
             jax.tree_util.tree_flatten_with_path(out)[0], jax.tree.leaves(expected), strict=True
         )
-        found[backend] = {
+        ratios[backend] = {
             jax.tree_util.keystr(path): error_ratio(got, want) for (path, got), want in named
         }
-    return found
+    return ratios
 
 
 def main() -> int:
@@ -64,8 +65,8 @@ def main() -> int:
     }
     columns = [(kind, which) for kind in kinds for which in (triton_host.NAME, CUT_OFF)]
     for kind, which in columns:
-        worst = [max(found[which].values()) for found in rows[kind].values()]
-        states = [found[which]["[0]"] for found in rows[kind].values()]
+        worst = [max(by_backend[which].values()) for by_backend in rows[kind].values()]
+        states = [by_backend[which]["[0]"] for by_backend in rows[kind].values()]
         limit = tolerance("float32", "tensorfloat32")
         print(
             f"{which} {kind}: state {statistics.median(states):.1e}, at most {max(states):.1e}; "

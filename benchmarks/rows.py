@@ -1,16 +1,16 @@
-"""What a suite writes: rows, one for everything that was timed together, and what they say.
+"""The rows that suites write, one for all that was timed together, and figures computed from them.
 
 A row is a dict::
 
     suite, case, kind, mode     what was timed; together the row's key
     work                        cell-steps (or what ``unit`` says) of one call
-    best                        the contestant that the others are held against
+    best                        the contestant that the others are compared with
     seconds                     {contestant: [of each round]}, rounds interleaved
     not_run                     {contestant: why}
     cost                        of a cell-step: {flops, bytes, fires}, fires being a fraction
     limit                       of this machine, in this run: {flops, bytes} a second
 
-Everything else is computed from these, here.
+All other figures are computed from these.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def key(row: Row) -> tuple[str, ...]:
 
 
 def nanoseconds(row: Row, name: str) -> float:
-    """Median of a contestant, for each cell-step."""
+    """Nanoseconds of a contestant for each cell-step, the median of the rounds."""
     return 1e9 * statistics.median(row["seconds"][name]) / row["work"]
 
 
 def times_slower(row: Row, name: str) -> float:
-    """Than the best: the median of the rounds' ratios."""
+    """How many times slower than the best: the median of the rounds' ratios."""
     return median_ratio(row["seconds"][name], row["seconds"][row["best"]])
 
 
@@ -52,7 +52,7 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def limit_nanoseconds(row: Row, dense: bool) -> float:
-    """Of a cell-step at this machine's limit: every cell (dense), or the MLP of those that fire."""
+    """A cell-step at the limit: with the MLP of all cells (dense), or of those that fire."""
     flops = row["cost"]["flops"] * (1 if dense else row["cost"]["fires"])
     return 1e9 * max(flops / row["limit"]["flops"], row["cost"]["bytes"] / row["limit"]["bytes"])
 

@@ -1,7 +1,7 @@
-"""Seconds per training step of Growing NCA by the command that people use.
+"""Seconds per training step of Growing NCA, trained by ``nca train``.
 
-``python -m benchmarks.training --preset paper --steps 100 --save`` runs ``nca train`` for one step
-and for so many more, each in a process of its own: the difference is the training alone.
+``python -m benchmarks.training --preset paper --steps 100 --save`` runs the command for one step
+and for 101, each in a process of its own; the difference is the time of 100 steps alone.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ QUICK = (
     "backends/xla/test_attention.py",
     "nca_kernels/ops/test_rollout.py",
     "nca_kernels/ops/test_tiled_rollout.py",
-    "nca_kernels/testing/test_*.py",
+    "nca_kernels/testing/test_equivalence.py",
     "nca_models/test_*.py",
     "nca_models/cli/test_*.py",
     "nca_models/compat/test_cax.py",

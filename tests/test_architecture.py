@@ -52,9 +52,9 @@ def test_core_imports_only_jax_and_numpy(name):
 def test_backends_import_the_core_and_themselves(path):
     if path.parent.name == "backends":
         return  # the list of backends, which registers them
-    own = f"nca_kernels.backends.{path.relative_to(ROOT / 'nca_kernels/backends').parts[0]}"
+    package = f"nca_kernels.backends.{path.relative_to(ROOT / 'nca_kernels/backends').parts[0]}"
     allowed = CORE | TOOLS
-    assert all(i in allowed or i.startswith(own) for i in ours(path)), ours(path)
+    assert all(i in allowed or i.startswith(package) for i in ours(path)), ours(path)
 
 
 @pytest.mark.parametrize("name", ["dispatch", "primitive"])
@@ -122,6 +122,15 @@ def test_importing_needs_jax_and_numpy_alone():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.split("\n")[:2] == ["[]", "False"]
+
+
+def test_every_backend_inherits_the_suite():
+    """The oracle alone does not, which the suite compares the others with."""
+    packages = {path.parent.name for path in (ROOT / "nca_kernels/backends").glob("*/__init__.py")}
+    for name in packages - {"reference"}:
+        tests = "".join(path.read_text() for path in files(f"tests/nca_kernels/backends/{name}"))
+        for suite in ("StepSuite", "AttentionSuite"):
+            assert f"({suite}):" in tests, f"no test of {name} inherits {suite}"
 
 
 # ---- sizes of functions ----

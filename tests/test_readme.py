@@ -1,4 +1,4 @@
-"""The README and the guides: their Python runs, and their commands are ones that exist."""
+"""The README and the guides: their Python runs, and their commands exist."""
 
 import re
 import shlex

@@ -16,7 +16,7 @@ from zipfile import BadZipFile
 
 from benchmarks.gpu import kit, report
 from benchmarks.gpu.items import Asked, Refused, listed
-from benchmarks.gpu.results import LOG, Results
+from benchmarks.gpu.results import LOG, RunResults
 from benchmarks.gpu.runner import Course, Machinery
 from benchmarks.gpu.stages import STAGES
 from benchmarks.measure import commit
@@ -25,7 +25,7 @@ MINUTES = 9.0
 
 
 class Ended(BaseException):
-    """By a signal, its number."""
+    """The run was ended by a signal, whose number it has."""
 
 
 def main() -> int:
@@ -84,20 +84,20 @@ def _run(options: argparse.Namespace, scratch: Path) -> int:
     return status or int(broken or bool(results.failed()))
 
 
-def _results(options: argparse.Namespace) -> Results:
+def _results(options: argparse.Namespace) -> RunResults:
     about = {"commit": options.commit or commit()}
     try:
         log = options.out / LOG
         if log.exists() and log.read_text() and not options.resume:
             raise Refused(f"{log.parent} has results already: add --resume, or name another folder")
-        results = Results(options.out, about, report.summarize)
+        results = RunResults(options.out, about, report.summarize)
     except OSError as error:
         raise Refused(f"--out: {options.out} cannot be written: {error}") from error
     return results
 
 
 def _environment(folder: Path | None, scratch: Path) -> dict[str, str]:
-    """Of children: compiled programs are kept for the next child, and memory is not taken ahead."""
+    """The environment of children, which share compiled programs and preallocate no memory."""
     environment = {
         **os.environ,
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
@@ -117,7 +117,7 @@ def _environment(folder: Path | None, scratch: Path) -> dict[str, str]:
 
 @contextmanager
 def _signals_raise() -> Iterator[None]:
-    """SIGTERM and SIGINT end what runs, which puts its results in order."""
+    """SIGTERM and SIGINT raise ``Ended``, so that the results are put in order."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise Ended(number)

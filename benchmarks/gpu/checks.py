@@ -89,7 +89,7 @@ def smoke(asked: Asked) -> list[Item]:
 
 
 def machine() -> Iterator[Facts]:
-    """Driver, device, and which ptxas there is."""
+    """Facts of the driver, the device and the installed ptxas."""
     device = jax.devices()[0]
     yield {
         "kind": device.device_kind,
@@ -110,7 +110,7 @@ def machine() -> Iterator[Facts]:
 
 
 def launched(twice: Callable[[], tuple[str, list[jax.Array]]]) -> Iterator[Facts]:
-    """The kernels that a call launches; it gives the same bits twice, and numbers."""
+    """The kernels that a call launches, called twice; fails unless its results are finite."""
     text, arrays = twice()
     yield {"kernels": sorted(set(KERNEL.findall(text)))}
     for array in arrays:
@@ -134,7 +134,7 @@ def _attention_twice(backend: str, case: AttentionCase) -> tuple[str, list[jax.A
 
 
 def judged(check: Check) -> Iterator[Facts]:
-    """Error ratios and limits by name of the arrays that a check compares; it fails afterwards."""
+    """Error ratios and limits of the arrays that a check compares, by name; then its failure."""
     ratios: dict[str, list[float | None]] = {}
     off: list[str] = []
     failure = None
@@ -156,7 +156,7 @@ def judged(check: Check) -> Iterator[Facts]:
 
 
 def worst(check: Check) -> Iterator[Facts]:
-    """As ``judged``, of the one array that is closest to its limit."""
+    """As ``judged``, with the ratio of the array that is closest to its limit alone."""
     facts = judged(check)
     ratios = next(facts)["ratios"]
     if ratios:
@@ -169,7 +169,7 @@ def worst(check: Check) -> Iterator[Facts]:
 
 
 def rehearse(check: Check) -> None:
-    """Runs a check on a stand-in of a device, whose numbers are none."""
+    """Runs a check on a stand-in of a device, whose wrong results do not matter."""
     with judged_by(lambda *_: None), suppress(AssertionError):
         check()
 
@@ -221,7 +221,7 @@ def conformance(asked: Asked) -> list[Item]:
 
 
 def conformance_checks(backend: str) -> list[tuple[str, Check]]:
-    """(name, what to call) of every check of a backend on this machine."""
+    """Every check of a backend on this machine, as (name, function)."""
     several = len(jax.devices()) > 1
     checks: list[tuple[str, Check]] = [
         (f"{name} {case}", partial(check, backend, case))

@@ -1,4 +1,4 @@
-"""A child process: finds out items, one at a time, as its parent asks. It alone touches the GPU.
+"""A child process: works through items, one at a time, as its parent asks. It uses the GPU.
 
 Questions come on standard input, answers go to standard output, each a line of JSON::
 
@@ -9,9 +9,9 @@ Questions come on standard input, answers go to standard output, each a line of 
                                                    {done: {seconds, kernels, ...}}
     {lower: [stage, item]}                         {done: {seconds, kernels, ...}}
 
-``done`` has ``error`` and ``traceback`` where a check failed, ``skipped`` with the reason, and
-``lost`` where the device does not answer any more: then the process ends. It ends, too, as soon as
-its standard input does, whatever it is doing, so that it does not outlive its parent.
+``done`` has ``error`` and ``traceback`` if a check failed, ``skipped`` with the reason, and
+``lost`` if the device does not answer any more; then the process ends. It also ends as soon as its
+standard input does, whatever it is doing, so that it does not outlive its parent.
 """
 
 from __future__ import annotations
@@ -95,13 +95,13 @@ def _do(work: Work, item: Item, verb: str, answers: Callable[..., None]) -> Fact
 
 
 def told(error: Exception) -> str:
-    """An error in a line: its kind and the first lines of what it says."""
+    """An error as one line: its class and the first lines of its message."""
     said = " ".join([line for line in str(error).splitlines() if line.strip()][:LINES])
     return (said if isinstance(error, Skipped) else f"{type(error).__name__}: {said}")[:500]
 
 
 def _answers() -> Callable[..., None]:
-    """Writes answers; from now on, all else that writes to standard output goes to the error's."""
+    """A function that writes answers; other standard output now goes to standard error."""
     stream: TextIO = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 

@@ -1,9 +1,9 @@
 """Whether XLA puts the launches of a rollout into CUDA graphs.
 
-That is decided after compiling, for XLA's *thunks*: what the runtime does, one after the other. A
-dump shows them, a line each, "<indent><number>: <kind> ...", and what a graph or a loop holds is
-indented below it. By default a loop stays outside of graphs, each of its turns is one, and fewer
-than five launches are none.
+XLA decides that after compiling, for its *thunks*, which the runtime executes one after the other.
+A dump shows each as a line "<indent><number>: <kind> ...", with the contents of a graph or a loop
+indented below it. By default a loop is not part of a graph, each of its turns is a graph, and fewer
+than five launches do not become one.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from benchmarks.measure import program
 from nca_kernels.testing import Case
 from nca_kernels.testing.compare import assert_same_bits
 
-# The loop itself goes into one graph, too, and no launches are too few.
+# The loop itself goes into a graph as well, and any number of launches is enough.
 ONE_GRAPH = {
     "xla_gpu_graph_min_graph_size": 1,
     "xla_gpu_enable_command_buffer": (
         "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
     ),
 }
-STEPS = 16  # a loop, where fewer are written out one after the other
+STEPS = 16  # so many that they are a loop: fewer are unrolled
 GRAPH = "kCommandBuffer"
 HOLDS = (GRAPH, "kSequential", "kWhile", "kConditional")  # kinds that launch nothing themselves
 THUNK = re.compile(r"^(\s*)\d+: (k\w+)")
@@ -78,7 +78,7 @@ def _compiled(fun: Any, args: tuple, options: dict[str, Any]) -> tuple[str | Non
 
 
 def counted(thunks: str) -> Facts:
-    """Of launches and of loops, how many are in graphs, and how many there are; the graphs."""
+    """How many launches and loops are in graphs, of how many; and how many graphs there are."""
     inside = {"launches": 0, "loops": 0}
     total = {**inside, "graphs": 0}
     graph = None  # the indent of the one that lines belong to

@@ -1,4 +1,4 @@
-"""What is found out on a GPU: items, one after the other, in a child process."""
+"""Items: what a child process finds out on a GPU, one after the other."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ Facts = dict[str, Any]  # that can be written as JSON
 
 
 class Skipped(Exception):
-    """An item that cannot be found out here; says why."""
+    """An item cannot be found out here; the message says why."""
 
 
 class Refused(Exception):
-    """What was asked for cannot be done at all; says why, in a line."""
+    """The whole request cannot be met; the message says why, in a line."""
 
 
 class Asked(NamedTuple):
-    """What a parent tells its children first.
+    """What a parent asks of its children, told to them first.
 
     Attributes:
         backends: whose kernels, the first of them above all; empty for all that run here.
@@ -36,10 +36,10 @@ class Asked(NamedTuple):
 
 
 def listed(text: str, allowed: Collection[str], what: str = "--stages") -> list[str]:
-    """Names in a text, with commas between, in the order in which they are allowed.
+    """The names in a text, separated by commas, in the order of ``allowed``.
 
     Raises:
-        Refused: one is not.
+        Refused: a name is not allowed.
     """
     names = [name for name in text.split(",") if name]
     if unknown := [name for name in names if name not in allowed]:

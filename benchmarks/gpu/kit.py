@@ -1,9 +1,9 @@
-"""A kit for a machine with a GPU: what it would else compile or lack.
+"""A kit for a machine with a GPU: kernels that it need not compile, and packages that it lacks.
 
 ``python -m benchmarks.gpu.kit --out DIR`` (``make gpu-kit``) runs on a machine without a GPU that
-has the versions of the one with it: the same Python and Triton. It compiles every Triton kernel of
-``benchmarks.gpu`` and packs Triton's cache of them; beside it go wheels of packages that the other
-machine lacks. Interrupted, it goes on where it was.
+has the same versions of Python and Triton. It compiles every Triton kernel of ``benchmarks.gpu``,
+packs Triton's cache of them, and adds wheels of packages that the other machine lacks. When it was
+interrupted, it goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 
 from benchmarks.gpu import report
 from benchmarks.gpu.items import Asked, Facts, Refused, listed
-from benchmarks.gpu.results import Results
+from benchmarks.gpu.results import RunResults
 from benchmarks.gpu.runner import Course, Machinery, Stage
 from benchmarks.gpu.stages import STAGES
 from benchmarks.measure import commit
@@ -43,7 +43,7 @@ PLATFORMS = ("2_28", "2_27", "2_17")  # manylinux
 
 
 def versions() -> dict[str, str]:
-    """What kernels and wheels depend on."""
+    """The versions that kernels and wheels depend on."""
     return {"python": ".".join(platform.python_version_tuple()[:2]), "triton": _version("triton")}
 
 
@@ -55,7 +55,7 @@ def _version(package: str) -> str:
 
 
 def unfit(folder: Path) -> str | None:
-    """Why a kit is not for this machine, or None."""
+    """Why a kit cannot be used on this machine, or None."""
     try:
         made_for = json.loads((folder / DESCRIPTION).read_text())["versions"]
     except (OSError, ValueError, KeyError) as error:
@@ -69,7 +69,7 @@ def unfit(folder: Path) -> str | None:
 
 
 def unpack(folder: Path, scratch: Path) -> dict[str, str]:
-    """Copies a kit to where it can be written; returns the environment that makes use of it.
+    """Copies a kit to a folder that can be written; returns the environment that uses it.
 
     Raises:
         OSError, zipfile.BadZipFile: it is broken.
@@ -86,7 +86,7 @@ def unpack(folder: Path, scratch: Path) -> dict[str, str]:
 
 
 def relocate(cache: Path) -> None:
-    """Has a cache's lists of files name those that are there, where they are."""
+    """Makes the lists of files in a cache name the files that are there, by their present paths."""
     for path in cache.glob(f"*/{GROUP}*"):
         files = {file.name: str(file) for file in sorted(path.parent.iterdir()) if file != path}
         path.write_text(json.dumps({"child_paths": files}))
@@ -99,7 +99,7 @@ def make(options: argparse.Namespace) -> int:
     """Makes a kit, and says what is in it."""
     making = options.out.with_name(f"{options.out.name}.making")
     (making / "triton").mkdir(parents=True, exist_ok=True)
-    results = Results(making / sources(options), {}, lambda _: None)
+    results = RunResults(making / sources(options), {}, lambda _: None)
     for key in [key for key, record in results.records.items() if "error" in record]:
         del results.records[key]
     wheels = fetch_wheels(options.packages, options.out / "wheels")
@@ -126,7 +126,7 @@ def make(options: argparse.Namespace) -> int:
 
 
 def sources(options: argparse.Namespace) -> str:
-    """What kernels are compiled from, and for: a name that changes with it."""
+    """A name that changes with the sources of the kernels, and with what they are compiled for."""
     root = Path(__file__).parents[2]
     folders = ("nca_kernels", "benchmarks", "tests/tools")
     paths = [path for folder in folders for path in (root / folder).rglob("*.py")]
@@ -137,8 +137,8 @@ def sources(options: argparse.Namespace) -> str:
     return digest.hexdigest()[:12]
 
 
-def compile_kernels(options: argparse.Namespace, results: Results, cache: Path) -> None:
-    """Into Triton's cache, by children; ``results`` note which."""
+def compile_kernels(options: argparse.Namespace, results: RunResults, cache: Path) -> None:
+    """Compiles kernels in child processes into Triton's cache; ``results`` record which."""
     from tqdm import tqdm
 
     environment = {
@@ -146,7 +146,7 @@ def compile_kernels(options: argparse.Namespace, results: Results, cache: Path) 
         "JAX_PLATFORMS": "cpu",
         ARCHITECTURE: str(options.arch),
         "TRITON_CACHE_DIR": str(cache),
-        # What runs on the CPU meanwhile, such as an oracle, is for nothing: it is compiled fast.
+        # What runs on the CPU meanwhile, such as an oracle, is not used, and is compiled fast.
         "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
     }
     environment.pop("TRITON_INTERPRET", None)  # nothing compiles with it
@@ -181,7 +181,7 @@ def compile_kernels(options: argparse.Namespace, results: Results, cache: Path) 
 
 
 def pack(cache: Path, archive: Path) -> None:
-    """What a kernel is loaded from, as one file: whole, or absent."""
+    """Packs what kernels are loaded from into one file, which is whole or absent."""
     archive.parent.mkdir(parents=True, exist_ok=True)
     partial_archive = archive.with_suffix(".part")
     with zipfile.ZipFile(partial_archive, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as packed:
@@ -192,7 +192,7 @@ def pack(cache: Path, archive: Path) -> None:
 
 
 def fetch_wheels(packages: Sequence[str], folder: Path) -> list[str]:
-    """Wheels of packages, as installed here if they are, for this Python on Linux.
+    """Fetches wheels for this Python on Linux, of the installed versions if there are any.
 
     Raises:
         Refused: pip cannot get them.

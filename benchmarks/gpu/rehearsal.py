@@ -1,4 +1,4 @@
-"""A child that lowers instead of running: it compiles for CUDA, on a machine without a GPU."""
+"""A child that lowers in place of running: it compiles for CUDA on a machine without a GPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from nca_kernels.backends import triton
 
 
 class Rehearsal(DeviceWork):
-    """``child.Work``: the items that launch Triton kernels."""
+    """``child.Work`` with those items that launch Triton kernels."""
 
     def __init__(self, asked: Asked) -> None:
         register_stand_in(asked.device)
@@ -31,7 +31,7 @@ class Rehearsal(DeviceWork):
         return [item for item in super().items(stage) if item.lower]
 
     def kernels(self) -> Facts:
-        """Of all that were compiled, now or before, the folders in Triton's cache."""
+        """The folders in Triton's cache of all kernels that were compiled, now or before."""
         return {"folders": [Path(get_cache_manager(key).cache_dir).name for key in self.taken()]}
 
     def healthy(self) -> bool:
@@ -39,7 +39,7 @@ class Rehearsal(DeviceWork):
 
 
 def register_stand_in(device: str) -> None:
-    """A backend ``triton`` that compiles for CUDA what it is to launch, and gives zeros."""
+    """Replaces ``triton`` by a backend that compiles its kernels for CUDA, and returns zeros."""
 
     def run_kernel(
         kernel: Any, inputs: Sequence[Any], outputs: Sequence[Any], **rest: Any

@@ -1,10 +1,10 @@
-"""What is found, on disk the moment it is found: records, one a line, and summaries of them.
+"""Results, on disk as soon as they are there: records, one a line, and summaries of them.
 
 A record is a dict: ``stage``, ``item``, ``at`` (seconds since the start), ``found`` (facts),
-``seconds``, and what ``child`` says of ``done``. One whose process died has ``error`` and
-``stderr``, the end of what that said; one that was not done when the time was over has ``cut_off``,
-with the reason, and is done again by a run that goes on. A line that is ``partial`` holds facts of
-an item that is not done yet.
+``seconds``, and the fields of ``done`` that ``child`` lists. A record of a process that died has
+``error`` and ``stderr``, the end of its standard error. A record of an item that was not done when
+the time was over has ``cut_off``, with the reason; a run that goes on does the item again. A line
+that is ``partial`` holds facts of an item that is not done yet.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from nca_kernels.files import write_text
 LOG = "results.jsonl"
 
 
-class Results:
-    """The records of a folder, and what is known beside them.
+class RunResults:
+    """The records of a folder, with their provenance and what was left out.
 
     Attributes:
         about: command, commit, versions, device.
-        records: by (stage, item), in the order of finding.
-        left_out: of each stage that was not gone through, the reason, and the items.
+        records: by (stage, item), in the order in which they were added.
+        left_out: for each stage that was not completed, the reason and the items.
     """
 
-    def __init__(self, folder: Path, about: Facts, summarize: Callable[[Results], None]) -> None:
-        """Reads what the folder has already, for a run that goes on.
+    def __init__(self, folder: Path, about: Facts, summarize: Callable[[RunResults], None]) -> None:
+        """Reads the records that the folder has already, for a run that goes on.
 
         Raises:
             OSError: the folder cannot be written.
@@ -65,20 +65,20 @@ class Results:
         return [record for record in self.records.values() if "error" in record]
 
     def add(self, record: Facts) -> None:
-        """Writes a record down, and the summaries anew."""
+        """Writes a record, and the summaries anew."""
         self._write(record)
         if not record.get("partial"):
             self.records[record["stage"], record["item"]] = record
             self.summarize()
 
     def leave_out(self, stage: str, items: list[str], reason: str, stderr: str = "") -> None:
-        """Notes what is not done, and of a process that did not start what it said."""
+        """Notes items that are not done, with the output of a process that did not start."""
         facts = {"stage": stage, "items": items, "reason": reason}
         self.left_out.append({**facts, "stderr": stderr} if stderr else facts)
         self.summarize()
 
     def summarize(self) -> None:
-        """Never fails: what is found is in the log, however it is told."""
+        """Writes the summaries; never fails, as the log has all records anyway."""
         try:
             self._summarize(self)
         except Exception as error:

@@ -1,4 +1,4 @@
-"""The parent process: starts children, hands them items, ends what takes too long.
+"""The parent process: starts children, gives them items, and ends those that take too long.
 
 A stage's items go to its children one at a time. A child that dies, of a CUDA error or of a crash,
 is replaced, and so is one that is ended because its item took too long: that item's record has the
@@ -25,18 +25,18 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 from benchmarks.gpu.items import Asked, Facts, Refused
-from benchmarks.gpu.results import Results
+from benchmarks.gpu.results import RunResults
 
-TAIL = 4000  # characters of what a child that died said last
+TAIL = 4000  # characters of the end of a dead child's standard error
 START = 90.0  # seconds in which a child has to answer
-LOSSES = 2  # of processes that did nothing, in a stage, before no more are started
+LOSSES = 2  # processes of a stage that did nothing, after which no more are started
 POLL = 0.05
 OVER = "the time was over"
 NONE_STARTS = "no process could be started"
 
 
 class Stage(NamedTuple):
-    """How long a stage and each of its items may take, in seconds, and by how many processes.
+    """How many seconds a stage and each of its items may take, and on how many processes.
 
     Attributes:
         fresh: each item has a process of its own.
@@ -49,12 +49,12 @@ class Stage(NamedTuple):
 
 
 class Machinery(NamedTuple):
-    """What a course runs on; tests have their own.
+    """The processes and the clock of a course; tests have their own.
 
     Attributes:
         command, environment: of a child.
         verb: what children do with items, "run" or "lower".
-        clock: seconds.
+        clock: returns seconds.
         say: prints a line.
     """
 
@@ -66,7 +66,7 @@ class Machinery(NamedTuple):
 
 
 class Child:
-    """A child process, which may be starting, idle, or at work on an item since some time."""
+    """A child process, which is starting, idle, or at work on an item."""
 
     def __init__(self, machinery: Machinery, asked: Asked, inbox: queue.SimpleQueue) -> None:
         self._clock = machinery.clock
@@ -87,7 +87,7 @@ class Child:
 
     def _read(self, inbox: queue.SimpleQueue) -> None:
         for line in self.process.stdout or ():
-            if line.endswith("\n"):  # else it died while it wrote it
+            if line.endswith("\n"):  # otherwise it died while it wrote the line
                 inbox.put((self, json.loads(line)))
         inbox.put((self, None))
 
@@ -102,7 +102,7 @@ class Child:
         self.ask({verb: [stage, item]})
 
     def end(self) -> str:
-        """Ends it and all that it started; returns the end of what it said."""
+        """Ends it and all that it started; returns the end of its standard error."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -111,7 +111,7 @@ class Child:
         return self._stderr.read().decode(errors="replace")
 
     def cause(self) -> str:
-        """Of its death."""
+        """The cause of its death, in words."""
         code = self.process.wait()
         if code < 0:
             return f"its process died of {signal.Signals(-code).name}"
@@ -123,18 +123,18 @@ class Course:
     """A run through stages.
 
     Attributes:
-        stages: what there is, in order.
+        stages: the stages, in order.
         asked: what children are told.
-        results: where what is found goes.
-        end: when all is over, by the clock.
+        results: receive the records.
+        end: the time, by the clock, at which all is over.
         only: text that names of items must contain.
-        told: a record as a line to print.
+        told: makes a record a line to print.
         begun: is told the number of items of each stage.
     """
 
     stages: Mapping[str, Stage]
     asked: Asked
-    results: Results
+    results: RunResults
     machinery: Machinery
     end: float
     only: str = ""
@@ -149,7 +149,7 @@ class Course:
         self._begin = self.machinery.clock()
 
     def run(self) -> None:
-        """All stages; ends its children, whatever happens.
+        """Runs all stages, and ends its children whatever happens.
 
         Raises:
             Refused: children cannot do what they are asked for.
@@ -165,7 +165,7 @@ class Course:
             self.results.summarize()
 
     def _deadlines(self) -> list[float]:
-        """Of the stages: what one leaves over is for those after it, and all time is given."""
+        """The deadlines of the stages: time that one leaves over goes to those after it."""
         left = self.end - self._begin
         planned = sum(stage.seconds for stage in self.stages.values())
         stretch = max(1.0, left / planned) if planned < math.inf else 1.0
@@ -195,7 +195,7 @@ class Course:
             self._leave_out(name, [*todo], over)
 
     def _names(self, deadline: float) -> list[str]:
-        """Of the stage's items, from a child; none if none answers."""
+        """The names of the stage's items, from a child; none if no child answers."""
         asked = None
         while self.machinery.clock() < deadline:
             if not self._children:
@@ -217,7 +217,7 @@ class Course:
             self._children += [Child(self.machinery, self.asked, self._inbox) for _ in range(count)]
 
     def _hand_out(self, stage: Stage, todo: deque[str]) -> None:
-        """Items to idle children, and as many children as there is work for."""
+        """Gives items to idle children, and starts as many children as there is work for."""
         for child in self._children:
             if todo and child.started and not child.item:
                 child.begin(self.machinery.verb, self._stage, todo.popleft())
@@ -225,7 +225,7 @@ class Course:
         self._start(min(stage.children - len(self._children), len(todo) - without))
 
     def _listen(self, fresh: bool = False) -> Facts | None:
-        """Waits a moment for a message of a child, and takes note of it."""
+        """Waits a moment for a message of a child, and handles it."""
         try:
             child, message = self._inbox.get(timeout=POLL)
         except queue.Empty:
@@ -262,7 +262,7 @@ class Course:
             self._say(f"{hello['device']}: {', '.join(hello['backends'])}")
 
     def _died(self, child: Child, why: str) -> None:
-        """Notes what a child left behind, of its item or of nothing."""
+        """Records the death of a child, with its item if it had one."""
         stderr = self._drop(child)
         if child.item:
             self._add(self._record(child, error=why, stderr=stderr))
@@ -298,7 +298,7 @@ class Course:
         self.results.add(record)
         try:
             self._say(self.told(record))
-        except Exception as error:  # in how it is told: it is found all the same
+        except Exception as error:  # only in the line: the record is there all the same
             self._say(f"{record['stage']}: {record['item']}: {error!r}")
 
     def _leave_out(self, stage: str, items: list[str], why: str, stderr: str = "") -> None:

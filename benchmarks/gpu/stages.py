@@ -1,4 +1,4 @@
-"""The stages, in the order of what is worth most."""
+"""The stages, the most valuable first."""
 
 from benchmarks.gpu.runner import Stage
 

@@ -1,4 +1,4 @@
-"""How fast it is, and what it takes: the stages speed, profile, memory and train."""
+"""Speed and memory of the backends: the stages speed, profile, memory and train."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TRAINING = 600.0  # seconds, if the stage has them
 
 
 class Timed(NamedTuple):
-    """A case, and how many steps a call takes: more where a step is over sooner than its call."""
+    """A case, and the steps of a call: more than one if a step takes less time than its launch."""
 
     case: Case
     steps: int
@@ -43,7 +43,7 @@ class Timed(NamedTuple):
 
 
 def timed_cases(tiny: bool) -> list[Timed]:
-    """The two that matter most, then the rest."""
+    """The two cases that matter most, then the others."""
     growing, *others = BENCHMARKS
     if tiny:
         return [Timed(replace(growing, name="tiny", grid=(8, 8), batch=(1,)), 2, small=True)]
@@ -55,7 +55,7 @@ def timed_cases(tiny: bool) -> list[Timed]:
 
 
 def speed(asked: Asked) -> list[Item]:
-    """The device's limits, our backends and eager PyTorch in turns, then compiled PyTorch."""
+    """Items: the device's limits, our backends and PyTorch in turns, then compiled PyTorch."""
     items = [Item("peak", partial(peak, asked.tiny))]
     first = asked.backends[0]
     cases = timed_cases(asked.tiny)
@@ -85,13 +85,13 @@ def peak(tiny: bool) -> Iterator[Facts]:
 
 
 def in_turns(timed: Timed, mode: str, names: list[str], asked: Asked) -> Iterator[Facts]:
-    """Seconds of calls of all that run, and why others do not."""
+    """Seconds of the calls of all that run, and the reasons of the others."""
     runs: dict[str, Callable[[], Any]] = {}
     not_run, broken = {}, []
     for name in names:
         try:
             runs[name] = _prepared(name, timed, mode)
-        except Exception as error:  # a peer that cannot, memory that is not there, ...
+        except Exception as error:  # a peer cannot run the case, memory is short, ...
             not_run[name] = told(error)
             if name in asked.backends and not isinstance(error, BackendUnavailable):
                 broken.append(f"{name}: {told(error)}")
@@ -121,7 +121,7 @@ def _prepared(name: str, timed: Timed, mode: str) -> Callable[[], Any]:
 
 
 def _torch_run(name: str, timed: Timed, mode: str) -> Callable[[], Any]:
-    """PyTorch on this device, with products as ours, once its step is seen to be ours."""
+    """PyTorch on this device at our precision, after its step was compared with ours."""
     if reason := peers.PEERS[name].missing:
         raise Skipped(reason)
     import torch
@@ -230,7 +230,7 @@ def _square(size: int) -> Case:
 
 
 def peak_memory(backend: str, size: int) -> Iterator[Facts]:
-    """Peak bytes of this process, that keeps every state of a rollout; in states, too."""
+    """Peak bytes of this process, which keeps every state of a rollout; also in states."""
     case = _square(size)
     jax_run(case, backend, "training", MEMORY_STEPS)()
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
@@ -261,11 +261,11 @@ def time_to_quality(backend: str, tiny: bool) -> Iterator[Facts]:
     if tiny:
         config = replace(config, target_size=8, num_steps=2, min_steps=2, num_train_steps=60)
     qualities = (0.0,) if tiny else QUALITIES
-    found: Facts = {}
+    passed: Facts = {}
     with tempfile.TemporaryDirectory() as folder:
         for quality, taken in reached(config, qualities, TRAINING, Path(folder, "run")):
-            found[f"{quality:g}"] = taken
-            yield {"reached": dict(found)}
+            passed[f"{quality:g}"] = taken
+            yield {"reached": dict(passed)}
 
 
 def lower_training(backend: str) -> None:

@@ -20,12 +20,16 @@ from nca_kernels.testing import Case, error_ratio, tolerance
 from nca_kernels.tuning import Launch
 
 KERNELS = {"step_forward": "forward", "step_backward": "training"}  # and what runs them
-HEURISTIC = replace(triton.ENGINE, device=lambda: "")  # no device has that name, nor any winner
-Chosen = tuple[str, Launch]  # the problem, as winners are filed, and the heuristic's launch
+HEURISTIC = replace(
+    triton.ENGINE, device=lambda: ""
+)  # a name that no device has, and so without winners
+Chosen = tuple[
+    str, Launch
+]  # the name of the problem in files of winners, and the heuristic's launch
 
 
 def variants(asked: Asked) -> list[Item]:
-    """Each named launch against the one that a call takes, forward and backward, at both sizes."""
+    """Items: each named launch against the default, forward and backward, at both sizes."""
     if asked.backends[0] != "triton":
         return []
     return [
@@ -41,7 +45,7 @@ def variants(asked: Asked) -> list[Item]:
 
 
 def variant(timed: Timed, kernel: str, name: str, tiny: bool) -> Iterator[Facts]:
-    """Its launch, its error against the default's result of a step, and both in turns."""
+    """A variant's launch, its error against the default's step, and the times of both in turns."""
     launch, mode = launches(timed.case, kernel)[name], KERNELS[kernel]
     backend = register(kernel, launch)
     yield {
@@ -67,7 +71,7 @@ def lower_variant(timed: Timed, kernel: str, name: str) -> None:
 
 @cache
 def _default(timed: Timed, mode: str) -> tuple[Callable[[], Any], Any]:
-    """The call as it is launched by default, and the result of a step."""
+    """The call with the default launch, and the result of a step."""
     run = jax_run(timed.case, "triton", mode, timed.steps)
     run()
     return run, _one_step(timed, "triton", mode)
@@ -81,14 +85,14 @@ def _one_step(timed: Timed, backend: str, mode: str) -> Any:
 
 
 def launches(case: Case, kernel: str) -> dict[str, Launch]:
-    """By name, other than the heuristic's."""
+    """The launches of variants by name, without the heuristic's."""
     heuristic = _chosen(case)[kernel][1]
     named = tuning.variants(kernel, heuristic)
     return {name: launch for name, launch in named.items() if launch != heuristic}
 
 
 def register(kernel: str, launch: Launch) -> str:
-    """A backend that launches one of the kernels so, and all else as it is; its name."""
+    """Registers a backend that launches one kernel in another way; returns its name."""
     engine = replace(triton.ENGINE, fixed=lambda call: launch)
     functions = [
         partial(function.func, engine) if name == kernel else function
@@ -99,7 +103,7 @@ def register(kernel: str, launch: Launch) -> str:
 
 @cache
 def _chosen(case: Case) -> dict[str, Chosen]:
-    """Of each kernel, noted while a case is lowered."""
+    """The launch of each kernel, recorded while a case is lowered."""
     chosen: dict[str, Chosen] = {}
 
     def noting(kernel: str, function: partial) -> Callable:

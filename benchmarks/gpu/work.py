@@ -1,4 +1,4 @@
-"""What a child works on: the items of all stages, on the device of its process."""
+"""The work of a child: the items of all stages, on the device of its process."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class DeviceWork:
     """``child.Work``, on whatever device JAX has here."""
 
     def __init__(self, asked: Asked) -> None:
-        """Sees whether this machine can do what is asked.
+        """Checks whether this machine can do what is asked.
 
         Raises:
             Refused: it has no GPU, or a backend is not there.
@@ -67,7 +67,7 @@ class DeviceWork:
         return {"from_cache": sum(from_cache), "compiled": len(from_cache) - sum(from_cache)}
 
     def taken(self) -> dict[str, bool]:
-        """Kernels since the last call, as Triton's cache names them: whether they were in it."""
+        """By hash, whether each kernel since the last call was in Triton's cache."""
         taken = dict(self._taken)
         self._taken.clear()
         return taken
@@ -80,7 +80,7 @@ class DeviceWork:
 
 
 def covered(item: Item) -> Iterator[Facts]:
-    """Runs an item; what a backend does not cover is skipped."""
+    """Runs an item, and skips it if a backend does not cover the call."""
     try:
         yield from item.run()
     except BackendUnavailable as reason:
@@ -88,7 +88,7 @@ def covered(item: Item) -> Iterator[Facts]:
 
 
 def _available(asked: tuple[str, ...]) -> tuple[str, ...]:
-    """The backends asked for, or all that run here, but for the reference."""
+    """The backends that were asked for, or all that run here except the reference."""
     reasons = {b.name: b.reason for b in nk.backends()}
     for name in asked:
         if name not in reasons:
@@ -100,7 +100,7 @@ def _available(asked: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _noted_kernels() -> dict[str, bool]:
-    """Kernels that this process takes from Triton's cache, or compiles, as it does so."""
+    """Records kernels as this process takes them from Triton's cache or compiles them."""
     from triton import knobs
 
     taken: dict[str, bool] = {}

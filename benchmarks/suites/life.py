@@ -17,8 +17,11 @@ GROWING = FULL["growing"]
 
 
 def _run(case, backend, mode):
-    """STEPS times the same step with other keys, in one call: nothing is allocated between, and
-    of each result one number is read, so that the time is the step's alone."""
+    """A call of STEPS steps of one state with different keys.
+
+    Nothing is allocated between them, and one number of each result is read, so that the time is
+    that of the steps alone.
+    """
     params, state, key, _ = case.arguments()
 
     def step(layers, state, key):
@@ -26,8 +29,8 @@ def _run(case, backend, mode):
         return nk.step(case.rule, params_now, state, key, backend=backend)
 
     @jax.jit
-    def run(layers, state, ones):  # factors that the compiler does not know: nothing is hoisted
-        def one(key_and_factor):
+    def run(layers, state, ones):  # unknown factors, so that the compiler hoists nothing
+        def step_with_new_key(key_and_factor):
             key, factor = key_and_factor
             layers_now = jax.tree.map(lambda w: w * factor, layers)
             if mode == "training":
@@ -37,10 +40,10 @@ def _run(case, backend, mode):
                 out = gradients(state)
             else:
                 out = step(layers_now, state, key)
-            out = jax.lax.optimization_barrier(out)  # all of it is computed
+            out = jax.lax.optimization_barrier(out)  # so that all of it is computed
             return sum(leaf.ravel()[0] for leaf in jax.tree.leaves(out))
 
-        return jax.lax.map(one, (jax.random.split(key, STEPS), ones))
+        return jax.lax.map(step_with_new_key, (jax.random.split(key, STEPS), ones))
 
     return lambda: jax.block_until_ready(run(params.layers, state, jnp.ones(STEPS)))
 

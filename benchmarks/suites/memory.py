@@ -1,6 +1,6 @@
 """Memory of a rollout's gradient against its steps, by XLA's own plan; nothing is run.
 
-What processes take in fact is in large.json, see benchmarks/large.py.
+What processes take when they run is in large.json; see benchmarks/large.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ POLICIES = ("all", "sqrt", "reference")  # of ours, and plain autodiff of the re
 
 
 def _planned_states(policy: str, steps: int) -> float:
-    """Peak of the plan, in states of the grid."""
+    """The peak of memory that XLA plans, as a multiple of the bytes of a state."""
     case = replace(FULL["growing"], grid=(128, 128), batch=(1,))
     params, state, key, _ = case.arguments()
 

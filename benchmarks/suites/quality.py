@@ -1,8 +1,9 @@
 """Time to quality: how long Growing NCA's small preset trains to log10 MSE -2, -3 and -3.5.
 
-Ours is trained, by the command's own trainer, until it is there or its time is up. The others would
-take the same steps: a CAX training has the same loss curve (dropin.py holds it to that), so
-theirs is the number of steps times the time of one, measured in turns with ours.
+Ours is trained by the command's own trainer until it has reached the quality, or its time is up.
+The others would take the same number of steps, as a CAX training has the same loss curve, which
+dropin.py checks. Their time is therefore the number of steps times the time of one step,
+measured in turns with ours.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ def _trained(folder) -> dict[str, dict[str, float]]:
     """Steps and seconds (compiling included) to each quality that was reached."""
     preset = growing.PRESETS["small"]
     config = replace(preset, num_train_steps=4 * preset.num_train_steps)
-    found = reached(config, QUALITIES, 60 * MINUTES, folder)
-    return {f"{quality:g}": taken for quality, taken in found}
+    milestones = reached(config, QUALITIES, 60 * MINUTES, folder)
+    return {f"{quality:g}": taken for quality, taken in milestones}
 
 
 def test_time_to_quality(chosen, record, tmp_path, thorough):

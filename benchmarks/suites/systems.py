@@ -15,7 +15,7 @@ from nca_models.training.trainer import Trainer
 
 
 def _training_step(name, backend, folder):
-    """Takes the next step of a training whenever it is called; and the cell-steps of one."""
+    """A function that takes the next step of a training, and the cell-steps of one such step."""
     module = systems.load(name)
     config = replace(module.PRESETS["small"], backend=backend)
     system = module.SystemClass(config, folder)

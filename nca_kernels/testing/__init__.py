@@ -1,4 +1,4 @@
-"""What tests, benchmarks and the authors of backends share: cases, comparisons, conformance."""
+"""Cases, comparisons and conformance checks, for tests, benchmarks and authors of backends."""
 
 from nca_kernels.testing.attention_conformance import ATTENTION_CHECKS
 from nca_kernels.testing.cases import (

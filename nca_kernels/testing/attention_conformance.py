@@ -1,4 +1,4 @@
-"""What a backend's ``neighborhood_attention`` must show, as checks ``check(backend, case)``.
+"""Checks ``check(backend, case)`` of a backend's ``neighborhood_attention``.
 
 As in :mod:`nca_kernels.testing.conformance`, the oracle is the backend ``reference``.
 """

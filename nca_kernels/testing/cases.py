@@ -1,4 +1,4 @@
-"""Named cases: shapes, rules and dtypes, one list for tests, tuning and benchmarks."""
+"""Named cases: one list of shapes, rules and dtypes for tests, tuning and benchmarks."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ class Case:
     Args:
         name: unique; what reports and test ids show.
         grid: the spatial shape, 1 to 3 sizes.
-        batch: the batch shape, may be empty or hold a 0.
-        kernel: sizes of the taps; 3 on each axis if empty.
+        batch: the batch shape, which may be empty or have a 0.
+        kernel: sizes of the taps; if empty, 3 on each axis.
         filters: filters per channel (depthwise random taps), or names of banks, whose taps are
             constant: a NumPy array, and not differentiated.
-        dense: outputs of dense random taps instead.
-        hidden: widths of the hidden layers, may be empty.
-        inputs: input channels; per cell, or per sample if ``inputs_per_sample``.
-        bias, perception_bias: whether the layers and the perception have one.
-        living: fraction of the grid's first axis that holds anything; the rest is 0.
+        dense: the number of outputs of dense random taps; None for depthwise taps.
+        hidden: widths of the hidden layers, which may be none.
+        inputs: the number of input channels; per cell, or per sample if ``inputs_per_sample``.
+        bias, perception_bias: whether the layers, and the perception, have a bias.
+        living: the fraction of the grid's first axis that is not 0.
     """
 
     name: str
@@ -83,12 +83,12 @@ class Case:
         return depthwise_taps(self.filters, self.channels, len(self.grid))
 
     def with_constant_taps(self, params: RuleParams) -> RuleParams:
-        """``params``, which JAX may trace, but for taps that are constant."""
+        """``params``, which JAX may be tracing, with the constant taps in place of its own."""
         taps = self.constant_taps
         return params if taps is None else replace(params, perception=taps)
 
     def smooth(self) -> Case:
-        """With SiLU for activations that have a kink: errors that cross it make gradients jump."""
+        """With SiLU for activations with a kink, where a small error makes gradients jump."""
         kinked = ("relu", "leaky_relu")
         names = ("activation", "perception_activation")
         changed: dict[str, Any] = {
@@ -97,7 +97,7 @@ class Case:
         return replace(self, rule=replace(self.rule, **changed))
 
     def arguments(self, seed: int = 0) -> Arguments:
-        """Random arguments, scaled so that states stay of order one; the same for a seed."""
+        """Random arguments, the same for the same seed, scaled so that states stay of order one."""
         random = np.random.default_rng(seed)
 
         def normal(*shape: int, scale: float = 1.0) -> np.ndarray:
@@ -126,7 +126,7 @@ class Case:
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """One configuration of ``nk.neighborhood_attention``; fields as its arguments."""
+    """One configuration of ``nk.neighborhood_attention``, whose arguments its fields are."""
 
     name: str
     grid: tuple[int, ...]
@@ -141,7 +141,7 @@ class AttentionCase:
         return self.name
 
     def arguments(self, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Random queries, keys and values ``[*batch, *grid, heads, d]``; the same for a seed."""
+        """Random q, k and v ``[*batch, *grid, heads, d]``, the same for the same seed."""
         random = np.random.default_rng(seed)
         shape = (*self.batch, *self.grid, self.heads, self.head_size)
         q, k, v = (jnp.asarray(random.normal(size=shape), self.dtype) for _ in range(3))
@@ -168,7 +168,7 @@ CONFORMANCE = (
     Case("plane_reflect", (5, 6), _rule(padding="reflect", alive=None), kernel=(3, 5)),
     Case("kernel_beyond_grid", (2, 3), _rule(padding="reflect"), kernel=(7, 5)),
     Case("kernel_beyond_grid_circular", (2, 3), _rule(padding="circular"), kernel=(5, 7)),
-    # Tiles of 4x16 cells in the middle of such grids have all of their neighbours inside.
+    # Grids so large that some tiles of 4x16 cells have all of their neighbours inside.
     Case("even_kernel", (12, 48), _rule(), kernel=(2, 4)),
     Case("even_kernel_circular", (11, 48), _rule(padding="circular"), kernel=(4, 2)),
     Case("kernel_1x1", (6, 5), _rule(), kernel=(1, 1)),
@@ -210,7 +210,7 @@ CONFORMANCE = (
     Case("growing", (12, 48), filters=("identity", "sobel"), channels=16, hidden=(128,)),
 )
 
-# Of fields that take every number, some that are not the default.
+# For fields that take every number: values other than the default.
 EXAMPLES: dict[str, tuple[Any, ...]] = {
     "fire_rate": (0.3,),
     "step_size": (0.25,),
@@ -219,7 +219,7 @@ EXAMPLES: dict[str, tuple[Any, ...]] = {
     "negative_slope": (0.2,),
     "radius": (2, 3),
 }
-# What else has to be so for a field to matter.
+# For fields that matter only together with a value of another field: that value.
 TOGETHER: dict[str, dict[str, Any]] = {"negative_slope": {"activation": "leaky_relu"}}
 
 
@@ -227,7 +227,7 @@ def covered_cases(covers: Covers) -> list[Case]:
     """A small case for each value of each field that a backend says it covers.
 
     Raises:
-        KeyError: a field takes every value, and ``EXAMPLES`` has none of it.
+        KeyError: a field takes every value, and ``EXAMPLES`` has no value for it.
     """
     rule = _rule()
     assert rule.alive is not None
@@ -245,7 +245,7 @@ def covered_cases(covers: Covers) -> list[Case]:
 
 
 def _each(covered: Mapping[str, Values]) -> Iterator[tuple[str, Any]]:
-    """(field, value), but for "Alive", whose own fields have cases."""
+    """(field, value) of all but ``Alive``, whose own fields have cases."""
     for name, values in covered.items():
         for value in EXAMPLES[name] if isinstance(values, str) else values:
             if value != "Alive":

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-# Largest norm(out - ref) / norm(ref) of one named array, by what limits the precision.
+# The largest norm(out - ref) / norm(ref) of an array, by the dtype that limits its precision.
 TOLERANCES = {
     "float64": 1e-12,
     "float32": 1e-5,
@@ -19,7 +19,7 @@ TOLERANCES = {
 
 
 def tolerance(dtype: Any, precision: str = "float32") -> float:
-    """The larger of what the state's dtype and the products' precision allow."""
+    """The larger of the tolerances of the state's dtype and of the products' precision."""
     name = np.dtype(dtype).name
     if precision == "default":
         precision = "float32" if jax.default_backend() == "cpu" else "tensorfloat32"
@@ -43,7 +43,7 @@ _judges: list[Judge] = []
 
 @contextmanager
 def judged_by(judge: Judge) -> Iterator[None]:
-    """Within, ``assert_close`` tells ``judge`` of every array, and leaves it to it to object."""
+    """Within, ``assert_close`` calls ``judge`` for every array, and raises nothing itself."""
     _judges.append(judge)
     try:
         yield

@@ -1,4 +1,4 @@
-"""What every backend must show, as checks ``check(backend, case)`` that raise AssertionError.
+"""Checks ``check(backend, case)`` that every backend must pass; they raise AssertionError.
 
 The oracle is the backend ``reference`` with products of float32. ``CHECKS`` run on every case,
 ``TRANSFORMATION_CHECKS`` on a few.
@@ -65,7 +65,7 @@ def _limit(case: Case) -> float:
 
 
 def check_values_and_gradients(backend: str, case: Case, calls: int = 2) -> None:
-    """Against the oracle; ``calls``: how often, which shows whether the bits are the same."""
+    """Values and gradients against the oracle, the same bits in each of ``calls`` calls."""
     out, grads = value_and_gradients(backend, case, case.arguments(), calls)
     expected, expected_grads = _expected(case)
     assert_close(out, expected, _limit(case), "state")
@@ -73,11 +73,11 @@ def check_values_and_gradients(backend: str, case: Case, calls: int = 2) -> None
 
 
 def check_mask(backend: str, case: Case) -> None:
-    """A rule that adds exactly 1 shows who fired: JAX's own Bernoulli draw, to the bit."""
+    """With a rule that adds exactly 1, the state shows which cells fired: those that JAX draws."""
     params, state, key, inputs = case.arguments()
     fan_in = case.perception_size + case.inputs
-    one = ((jnp.zeros((fan_in, case.channels)), jnp.ones(case.channels)),)
-    params = nk.RuleParams(params.perception, None, one)
+    adds_one = ((jnp.zeros((fan_in, case.channels)), jnp.ones(case.channels)),)
+    params = nk.RuleParams(params.perception, None, adds_one)
     rule = nk.Rule(fire_rate=case.rule.fire_rate, padding=case.rule.padding, alive=None)
     state = jnp.zeros_like(state)
     out = nk.step(rule, params, state, key, inputs, backend=backend)
@@ -110,10 +110,10 @@ def check_update(backend: str, case: Case) -> None:
 
 
 def check_fate_hangs_on_dead_neighbours(backend: str) -> None:
-    """A cell survives if a *dead* neighbour's update crosses the threshold as the last one falls.
+    """A cell survives if a *dead* neighbour's update exceeds the threshold as its own falls below.
 
-    One living cell in each of many samples; where they fire, living cells die and empty cells
-    rise. Skipping the update of every dead cell would change who survives.
+    Each of many samples has one living cell. Where cells fire, living ones die and empty ones rise.
+    A backend that skipped the updates of all dead cells would change who survives.
     """
     rule = nk.Rule(alive=nk.Alive(0, 0.5), precision="float32")
     state = jnp.zeros((300, 12, 2)).at[:, 6, 0].set(0.6).at[..., 1].set(7.0)  # 7 shows survival
@@ -125,7 +125,7 @@ def check_fate_hangs_on_dead_neighbours(backend: str) -> None:
 
 
 def check_a_draw_equal_to_the_fire_rate(backend: str, case: Case) -> None:
-    """A cell fires if its draw is below the rate: not if it is equal."""
+    """A cell fires if its draw is below the rate, and not if it is equal."""
     draws = jax.random.uniform(case.arguments().key, (*case.batch, *case.grid))
     for rate in (float(draws.ravel()[0]), float(draws.ravel()[-1])):
         check_mask(backend, replace(case, rule=replace(case.rule, fire_rate=rate)))
@@ -140,7 +140,7 @@ def check_mask_drawn_by_jax(backend: str, case: Case) -> None:
 
 
 def check_nan_is_not_hidden(backend: str, case: Case, activation: str) -> None:
-    """Weights that have diverged show in the state of every cell that fires."""
+    """NaN in the weights of the first layer shows in the state of every cell that fires."""
     params, state, key, inputs = case.arguments()
     (weight, bias), *rest = params.layers
     layers = ((weight.at[0, 0].set(jnp.nan), bias), *rest)
@@ -204,19 +204,20 @@ def check_wanted_gradients_only(backend: str, case: Case) -> None:
 
 
 def check_vmap(backend: str, case: Case) -> None:
-    """Over states and keys, states alone, weights, and all of them, nested too."""
+    """``vmap`` over states and keys, states alone, weights, and all of them; and nested."""
     params, states, keys = _samples(case)
-    one, _, key, inputs = case.arguments()
+    single, _, key, inputs = case.arguments()
 
     def run(backend: str) -> Callable:
         return lambda p, s, k: nk.step(case.rule, p, s, k, inputs, backend=backend)
 
     got, want = run(backend), jax.jit(run(ORACLE))
     limit = _limit(case)
-    out = jax.jit(jax.vmap(got, (None, 0, 0)))(one, states, keys)
-    assert_close(out, each(lambda s, k: want(one, s, k), states, keys), limit, "states, keys ")
-    out = jax.jit(jax.vmap(got, (None, 0, None)))(one, states, key)
-    assert_close(out, each(lambda s: want(one, s, key), states), limit, "states ")
+    out = jax.jit(jax.vmap(got, (None, 0, 0)))(single, states, keys)
+    expected = each(lambda s, k: want(single, s, k), states, keys)
+    assert_close(out, expected, limit, "states, keys ")
+    out = jax.jit(jax.vmap(got, (None, 0, None)))(single, states, key)
+    assert_close(out, each(lambda s: want(single, s, key), states), limit, "states ")
     out = jax.jit(jax.vmap(got, (0, None, None)))(params, states[0], key)
     assert_close(out, each(lambda p: want(p, states[0], key), params), limit, "weights ")
     out = jax.jit(jax.vmap(got))(params, states, keys)
@@ -230,12 +231,12 @@ def check_vmap(backend: str, case: Case) -> None:
 def check_gradients_under_vmap(backend: str, case: Case) -> None:
     """vmap(grad) and grad(vmap), with shared and with separate weights."""
     params, states, keys = _samples(case)
-    one, _, _, inputs = case.arguments()
+    single, _, _, inputs = case.arguments()
     got = jax.grad(_loss(backend, case, inputs), (0, 1))
     want = jax.jit(jax.grad(_loss(ORACLE, case, inputs), (0, 1)))
     limit = _limit(case)
-    out = jax.jit(jax.vmap(got, (None, 0, 0)))(one, states, keys)
-    expected = each(lambda s, k: want(one, s, k), states, keys)
+    out = jax.jit(jax.vmap(got, (None, 0, 0)))(single, states, keys)
+    expected = each(lambda s, k: want(single, s, k), states, keys)
     assert_close(out, expected, limit, "vmap(grad) ")
     out = jax.jit(jax.vmap(got))(params, states, keys)
     assert_close(out, each(want, params, states, keys), limit, "vmap(grad), own weights ")
@@ -244,9 +245,9 @@ def check_gradients_under_vmap(backend: str, case: Case) -> None:
         loss = jax.vmap(_loss(backend, case, inputs), (axis, 0, 0))
         return jnp.sum(loss(params, states, keys))
 
-    summed = jax.tree.map(lambda g: g.sum(0), expected[0])
+    summed = jax.tree.map(lambda leaf: leaf.sum(0), expected[0])
     assert_close(
-        jax.jit(jax.grad(total), static_argnums=1)(one, None), summed, limit, "grad(vmap) "
+        jax.jit(jax.grad(total), static_argnums=1)(single, None), summed, limit, "grad(vmap) "
     )
     out = jax.jit(jax.grad(total), static_argnums=1)(params, 0)
     assert_close(out, each(want, params, states, keys)[0], limit, "grad(vmap), own weights ")
@@ -273,16 +274,16 @@ def check_mask_in_place_of_key(backend: str, case: Case) -> None:
 
 @cache
 def _expected_rollout(case: Case, steps: int) -> tuple[Any, Any, Any]:
-    """Single steps of the oracle: all states, a cotangent for them, the gradients."""
+    """A loop of single steps of the oracle: all states, a cotangent for them, the gradients."""
     params, state, key, inputs = case.arguments()
 
     def loop(params: Any, state: Any) -> Any:
-        def one(state: Any, t: Any) -> tuple[Any, Any]:
+        def step(state: Any, t: Any) -> tuple[Any, Any]:
             step_key = jax.random.fold_in(key, t)
             state = nk.step(case.rule, params, state, step_key, inputs, backend=ORACLE)
             return state, state
 
-        return jax.lax.scan(one, state, jnp.arange(steps))[1]
+        return jax.lax.scan(step, state, jnp.arange(steps))[1]
 
     def loss(params: Any, state: Any) -> Any:
         states = loop(params, state)
@@ -319,7 +320,7 @@ def check_rollout(backend: str, case: Case) -> None:
 
 
 def check_strict_promotion(backend: str, case: Case) -> None:
-    """No implicit rank or dtype promotion anywhere."""
+    """A step and its gradient need no implicit promotion of ranks or dtypes."""
     args = case.arguments()
     jax.clear_caches()
     with (

@@ -1,4 +1,4 @@
-"""Whether a step that someone wrote is ``nk.step``, and if not, which part of it differs."""
+"""Checks whether a step that someone wrote is ``nk.step``, and if not, says which part differs."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def _probes(rule: Rule, params: RuleParams, state: Any, key: Any) -> list[tuple[
     return probes
 
 
-_FEW_CELLS = 6  # probes of this kind
+_FEW_CELLS = 6  # probes with few living cells
 
 
 # ---- a step whose parts can be changed ----
@@ -141,7 +141,7 @@ def _bernoulli(key: Any, rate: float, shape: tuple[int, ...], dims: int) -> Arra
 
 @dataclass(frozen=True)
 class _Model:
-    """``nk.step``, with what a rule cannot say as well."""
+    """``nk.step``, with variations that a rule cannot express."""
 
     rule: Rule
     params: RuleParams
@@ -192,7 +192,7 @@ class _Model:
 def _explanations(
     model: _Model, probes: Sequence[_Probe], theirs: Sequence[Array], limit: float
 ) -> str:
-    """The changes of one part, else of two, that make the model theirs; empty if none does."""
+    """The changes of one part, or else of two, that make our step theirs; empty if none do."""
 
     def errors(model: _Model) -> Iterator[float]:
         for probe, out in zip(probes, theirs, strict=True):
@@ -206,7 +206,7 @@ def _explanations(
 
     suspects = list(_suspects(model))
     culprits = [suspect for suspect in suspects if same(suspect)]
-    if not culprits:  # of two parts that differ, one alone should bring the steps closest
+    if not culprits:  # if two parts differ, changing one should bring the steps closest
         near = sorted(suspects, key=lambda s: sum(errors(s)))[:6]
         culprits = list(islice((s for first in near for s in _suspects(first) if same(s)), 1))
     lines = [" and ".join(s.changes) for s in culprits[:3]]
@@ -214,7 +214,7 @@ def _explanations(
 
 
 def _suspects(model: _Model) -> Iterator[_Model]:
-    """The model with one part changed, in every way that people write steps."""
+    """The model with one part changed, in all the ways in which people write that part."""
     for make in (_taps, _network, _masks, _alive_masks):
         for text, changed in make(model):
             yield replace(changed, changes=(*model.changes, text))
@@ -381,7 +381,7 @@ def _alive_masks(model: _Model) -> Iterator[tuple[str, _Model]]:
 
 
 def _where(model: _Model, ours: Any, theirs: Any, state: Any) -> str:
-    """What can be said if no change explains the difference."""
+    """Where two states differ, if no change of a part explains why."""
     ours, theirs, state = (np.asarray(a, np.float64) for a in (ours, theirs, state))
     dims = np.ndim(model.params.perception) - 2
     off = np.abs(ours - theirs) > 1e-5 * max(np.abs(ours).max(), 1e-30)

@@ -30,13 +30,13 @@ def row(seconds, best="cpu", **other):
 
 
 def test_figures_of_a_row():
-    found = row({"cpu": [1e-6, 2e-6, 1e-6], "slices": [3e-6, 8e-6, 5e-6]})
-    assert rows.nanoseconds(found, "cpu") == pytest.approx(1.0)
-    assert rows.times_slower(found, "slices") == pytest.approx(4.0)  # of 3, 4 and 5
-    assert rows.spread(found, "slices") == pytest.approx((3.5, 4.5))
-    assert rows.of_limit(found, "cpu") == pytest.approx(0.5)  # 0.5 ns at the limit
-    assert rows.of_limit(found, "cpu", dense=True) == pytest.approx(1.0)
-    memory_bound = {**found, "limit": {"flops": 1e12, "bytes": 1e10}}
+    timed = row({"cpu": [1e-6, 2e-6, 1e-6], "slices": [3e-6, 8e-6, 5e-6]})
+    assert rows.nanoseconds(timed, "cpu") == pytest.approx(1.0)
+    assert rows.times_slower(timed, "slices") == pytest.approx(4.0)  # of 3, 4 and 5
+    assert rows.spread(timed, "slices") == pytest.approx((3.5, 4.5))
+    assert rows.of_limit(timed, "cpu") == pytest.approx(0.5)  # 0.5 ns at the limit
+    assert rows.of_limit(timed, "cpu", dense=True) == pytest.approx(1.0)
+    memory_bound = {**timed, "limit": {"flops": 1e12, "bytes": 1e10}}
     assert rows.of_limit(memory_bound, "cpu") == pytest.approx(10.0)
 
 
@@ -51,31 +51,31 @@ def noisy(middle, seed, noise=0.02):
 def test_the_gate(factor, word):
     old = row({"cpu": noisy(1.0, 0), "slices": noisy(4.0, 1)})
     new = row({"cpu": noisy(2 * factor, 2), "slices": noisy(8.0, 3)})  # a machine half as fast
-    (found,) = compare.compare([old], [new])
-    assert found["verdict"] == word
-    assert found["ratio"] == pytest.approx(factor, rel=0.05)
-    assert word in compare.table([found])
+    (verdict,) = compare.compare([old], [new])
+    assert verdict["verdict"] == word
+    assert verdict["ratio"] == pytest.approx(factor, rel=0.05)
+    assert word in compare.table([verdict])
 
 
 def test_the_gate_says_nothing_of_a_small_change_however_steady():
     old = row({"cpu": noisy(1.0, 0, 1e-4), "slices": noisy(4.0, 1, 1e-4)})
     new = row({"cpu": noisy(1.08, 2, 1e-4), "slices": noisy(4.0, 3, 1e-4)})
-    (found,) = compare.compare([old], [new])
-    assert found["verdict"] == "no difference"
+    (verdict,) = compare.compare([old], [new])
+    assert verdict["verdict"] == "no difference"
 
 
 def test_the_gate_takes_the_yardstick_in_the_middle():
     old = row({"cpu": noisy(1.0, 0), "slices": noisy(4.0, 1), "torch": noisy(3.0, 2), "cax": [9.0]})
     new = row({"cpu": noisy(1.0, 3), "slices": noisy(2.0, 4), "torch": noisy(3.0, 5), "cax": [5.0]})
     new["seconds"]["reference"] = old["seconds"]["reference"] = noisy(6.0, 6)
-    (found,) = compare.compare([old], [new])  # slices had a good run, CAX too few rounds
-    assert found["against"] != "slices"
-    assert found["verdict"] == "no difference"
+    (verdict,) = compare.compare([old], [new])  # slices had a good run, CAX too few rounds
+    assert verdict["against"] != "slices"
+    assert verdict["verdict"] == "no difference"
 
 
 def test_the_gate_without_a_yardstick():
-    (found,) = compare.compare([row({"cpu": [1.0]})], [row({"cpu": [1.0]})])
-    assert found["verdict"] == "cannot be compared"
+    (verdict,) = compare.compare([row({"cpu": [1.0]})], [row({"cpu": [1.0]})])
+    assert verdict["verdict"] == "cannot be compared"
     assert compare.compare([], [row({"cpu": [1.0]})]) == []
 
 
@@ -105,11 +105,11 @@ def test_a_backend_that_fails_its_check_is_not_timed(monkeypatch):
     monkeypatch.setitem(contestants.CHECKS, "values_and_gradients", fails)
     contestants.nonconforming.cache_clear()
     chosen = contestants.Chosen(("xla",), (), rounds=1, longest=60.0)
-    found = contestants.timed("step", QUICK["growing"], "rollout", "forward", 2, chosen)
+    measured = contestants.timed("step", QUICK["growing"], "rollout", "forward", 2, chosen)
     contestants.nonconforming.cache_clear()
-    assert "fails its conformance check" in found["not_run"]["xla"]
-    assert "error ratio 0.1" in found["not_run"]["xla"]
-    assert "seconds" not in found
+    assert "fails its conformance check" in measured["not_run"]["xla"]
+    assert "error ratio 0.1" in measured["not_run"]["xla"]
+    assert "seconds" not in measured
 
 
 def nca_bench(*arguments):
@@ -126,12 +126,12 @@ def test_the_command(tmp_path):
     assert run.returncode == 0, run.stderr
     assert "Growing NCA: 32 x 32, 16 channels, batch 8, 8 steps" in run.stdout
     assert "JAX, slices" in run.stdout
-    found = json.loads(first.read_text())
-    assert [r["mode"] for r in found["rows"]] == ["forward", "training"]
-    assert all(set(r["seconds"]) == {"xla", "slices"} for r in found["rows"])
+    result = json.loads(first.read_text())
+    assert [r["mode"] for r in result["rows"]] == ["forward", "training"]
+    assert all(set(r["seconds"]) == {"xla", "slices"} for r in result["rows"])
     again = nca_bench(*small, "--json", str(first), "--resume", "--compare", str(first))
     assert again.returncode == 0, again.stderr
-    assert json.loads(first.read_text()) == found  # nothing was measured again
+    assert json.loads(first.read_text()) == result  # nothing was measured again
     assert again.stdout.count("no difference") == 2
 
 
@@ -173,7 +173,7 @@ def test_instructions_of_the_native_kernels():
 
 
 def test_children_inherit_no_peak():
-    """A peak that a process reports is its own."""
+    """A process reports its own peak of memory, not that of its parent."""
     from benchmarks.large import peak_rss
 
     if not os.path.exists("/proc/self/status"):

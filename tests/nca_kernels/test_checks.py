@@ -1,4 +1,4 @@
-"""Wrong calls: each raises its exception, before anything is traced, with the words that help."""
+"""Wrong calls raise the right exception before anything is traced, with the words that help."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""What a step is said to cost, against XLA's count of the reference's operations."""
+"""``nk.cost`` against XLA's count of the reference's operations."""
 
 import jax
 import pytest

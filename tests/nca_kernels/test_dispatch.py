@@ -16,7 +16,7 @@ PLANE = next(case for case in CONFORMANCE if case.name == "plane")
 
 
 def test_xla_covers_all_options():
-    """The others may refuse some; what this one refuses, "auto" could not run anywhere."""
+    """Other backends may refuse some; what xla refuses, "auto" could run nowhere."""
     listed = dispatch.covers("xla")
     assert set(listed.rule) == {field.name for field in fields(nk.Rule)}
     assert set(listed.alive) == {field.name for field in fields(nk.Alive)}

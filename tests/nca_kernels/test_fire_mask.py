@@ -51,17 +51,17 @@ def test_folded_keys_in_a_rollout():
         np.testing.assert_array_equal(changes[t], expected)
 
 
-@pytest.mark.parametrize("how", ["raw key", "rbg", "unsafe_rbg", "not partitionable", "x64"])
-def test_other_draws_are_handed_to_the_kernel(how):
-    """Where the bits are not threefry's of the cell index, the mask is drawn by jax.random."""
-    impl = how if "rbg" in how else None
-    key = jax.random.PRNGKey(3) if how == "raw key" else jax.random.key(3, impl=impl)
+@pytest.mark.parametrize("kind", ["raw key", "rbg", "unsafe_rbg", "not partitionable", "x64"])
+def test_other_draws_are_handed_to_the_kernel(kind):
+    """jax.random draws the mask where its bits are not those that kernels compute."""
+    impl = kind if "rbg" in kind else None
+    key = jax.random.PRNGKey(3) if kind == "raw key" else jax.random.key(3, impl=impl)
     rule = nk.Rule(alive=None, fire_rate=0.4)
     params = nk.RuleParams(nk.taps(["identity"], 1), None, ((jnp.zeros((1, 1)), jnp.ones(1)),))
     partitionable = jax.config.jax_threefry_partitionable
     try:
-        jax.config.update("jax_threefry_partitionable", how != "not partitionable")
-        with jax.enable_x64(how == "x64"):
+        jax.config.update("jax_threefry_partitionable", kind != "not partitionable")
+        with jax.enable_x64(kind == "x64"):
             state = jnp.zeros((3, 5, 7, 1), jnp.float32)
             out = nk.step(rule, params, state, key, backend="xla")
             expected = jax.random.bernoulli(key, 0.4, state.shape[:-1])
@@ -69,4 +69,4 @@ def test_other_draws_are_handed_to_the_kernel(how):
     finally:
         jax.config.update("jax_threefry_partitionable", partitionable)
     np.testing.assert_array_equal(out[..., 0], expected)
-    assert (operand.dtype == jnp.uint32) == (how == "raw key")
+    assert (operand.dtype == jnp.uint32) == (kind == "raw key")

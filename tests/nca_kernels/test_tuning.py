@@ -130,7 +130,7 @@ def test_what_was_tuned_is_not_tuned_again(own_folder, monkeypatch, caplog):
     register()
     monkeypatch.setenv(tuning.TUNE, "1")
     gradient_of_step()
-    assert "tuning step_forward for sleeping 2d" in caplog.text  # it takes long: said at once
+    assert "tuning step_forward for sleeping 2d" in caplog.text  # it says so, as it takes long
     tuner._tuned.clear()
     path = own_folder / "some-gpu.json"
     content = json.loads(path.read_text())
@@ -146,13 +146,13 @@ def test_what_was_tuned_is_not_tuned_again(own_folder, monkeypatch, caplog):
 
 
 def test_launches_are_timed_in_turn():
-    """So that none is favoured by when it is measured."""
+    """No launch may be favoured by the moment at which it is measured."""
     turns = []
 
     def prepare(name):
         def run():
             turns.append(name)
-            time.sleep({"a": 0.06, "b": 0.006}[name])  # longer than a round lasts at least
+            time.sleep({"a": 0.06, "b": 0.006}[name])  # longer than the shortest round
             return jnp.zeros(())
 
         return run
@@ -164,7 +164,7 @@ def test_launches_are_timed_in_turn():
 
 
 def test_problems_of_few_and_of_many_cells_differ():
-    """Their tiles do."""
+    """They have different tiles, and so need winners of their own."""
     names = set()
     for side in (72, 300, 600, 1024, 2048):
         shapes = jax.eval_shape(lambda n=side: operands_of(replace(CASE, grid=(n, n), batch=(1,))))
@@ -211,7 +211,7 @@ def test_candidates_hold_the_heuristic_and_no_launch_twice():
 @pytest.mark.parametrize("channels", [1, 3, 16, 64, 130, 300, 700])
 @pytest.mark.parametrize("kernel", ["step_forward", "step_backward"])
 def test_heuristic_is_made_of_powers_of_two(channels, kernel):
-    """Of any widths, at any precision: blocks of other sizes do not compile."""
+    """At any width and precision: blocks of other sizes do not compile."""
     for precise, capability in product((False, True), (0, 80, 89, 90, 120)):
         for hidden in (1, 100, 1000):
             case = replace(CASE, channels=channels, hidden=(hidden,))

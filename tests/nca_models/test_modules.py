@@ -75,7 +75,7 @@ def test_gradients_are_of_params_alone(trainable):
     nca, state = automaton(trainable_perception=trainable), some_state(2)
     grads = nnx.grad(lambda m: jnp.mean(m(state, KEY) ** 2))(nca)
     assert ("perception" in grads) == trainable
-    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
 
 
 def test_jit_agrees_with_the_plain_call():
@@ -91,15 +91,15 @@ def test_vmap_over_models():
     many = nnx.vmap(lambda m, s: m(s, KEY), in_axes=(0, None))(models, state)
     assert many.shape == (3, *state.shape)
     graph, values = nnx.split(models)
-    one = nnx.merge(graph, jax.tree.map(lambda v: v[1], values))
-    np.testing.assert_allclose(many[1], one(state, KEY), rtol=1e-5, atol=1e-6)
+    second = nnx.merge(graph, jax.tree.map(lambda v: v[1], values))
+    np.testing.assert_allclose(many[1], second(state, KEY), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (2, 9, 7, 3)], ids=["per sample", "per cell"])
 def test_inputs(shape):
     nca, state = automaton(inputs=3), some_state(2)
-    given = nca(state, KEY, jnp.ones(shape))
-    assert np.abs(given - nca(state, KEY, jnp.zeros(shape))).max() > 1e-4
+    with_inputs = nca(state, KEY, jnp.ones(shape))
+    assert np.abs(with_inputs - nca(state, KEY, jnp.zeros(shape))).max() > 1e-4
 
 
 @pytest.mark.parametrize("dims", [1, 3])

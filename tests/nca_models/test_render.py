@@ -69,7 +69,7 @@ def test_gif(tmp_path, film):
     assert meta["loop"] == 0
 
 
-@pytest.mark.filterwarnings("ignore:os.fork")  # imageio starts ffmpeg to read, too
+@pytest.mark.filterwarnings("ignore:os.fork")  # imageio starts ffmpeg for reading as well
 def test_mp4_of_odd_sides(tmp_path, film):
     big = render.upscale(film, 5)  # 60 by 45
     render.save_film(tmp_path / "a.mp4", big)

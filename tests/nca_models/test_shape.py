@@ -20,7 +20,7 @@ MODULES = {module_name(path): path for path in FILES}
 
 
 def imported(path):
-    """The modules of nca_models that a file imports anywhere, for typing only included."""
+    """The modules of nca_models that a file imports anywhere, also if for typing only."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -44,7 +44,7 @@ def test_no_circle_of_imports():
 
 
 def reached(name):
-    """All modules that an import of `name` leads to, itself included."""
+    """All modules that an import of `name` loads in turn, itself included."""
     modules, waiting = set(), [name]
     while waiting:
         module = waiting.pop()
@@ -65,7 +65,7 @@ def test_the_settings_are_below_the_systems_and_those_below_the_trainer():
 
 
 def strings(path):
-    """The strings of a file that are not documentation."""
+    """The strings of a file, without its docstrings."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     documentation = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):

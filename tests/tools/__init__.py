@@ -1,1 +1,1 @@
-"""What only this project's tests and benchmarks need: interpreters, compilers, fuzzing."""
+"""Tools of this project's tests and benchmarks: interpreters, compilation, races, fuzzing."""

@@ -1,8 +1,8 @@
-"""Random shapes, rules and arguments against the oracle, values and gradients: a seed a case.
+"""Compares values and gradients of random cases with the oracle; each seed is a case.
 
 ``python -m tests.tools.fuzz cpu --cases 10000 --json results.json`` shows progress, can be
-interrupted, and goes on where it stopped; a failure names its seed. A GPU's kernels without one:
-``TRITON_INTERPRET=1 python -m tests.tools.fuzz triton_interpreted``, and
+interrupted, and goes on where it stopped; a failure names its seed. Without a GPU, its kernels run
+in interpreters: ``TRITON_INTERPRET=1 python -m tests.tools.fuzz triton_interpreted``, and
 ``python -m tests.tools.fuzz pallas_interpreted``.
 """
 
@@ -37,14 +37,14 @@ DRAWS = 4  # of arguments for each shape and rule
 def random_case(seed: int, covers: Covers) -> Case:
     """The shape and rule of a seed: 1 to 3 dims, odd sizes, any taps, layers, inputs, dtype.
 
-    ``covers``: what the backend does right; the same choices make the same cases.
+    The options are drawn from those in ``covers``, so that the same list gives the same cases.
     """
     random = np.random.default_rng(seed)
 
     def choose(*options: Any) -> Any:
         return options[random.integers(len(options))]
 
-    def some(most: int, low: int, high: int) -> tuple[int, ...]:
+    def sizes(most: int, low: int, high: int) -> tuple[int, ...]:
         return tuple(int(n) for n in random.integers(low, high + 1, random.integers(most + 1)))
 
     dims = int(random.integers(1, 4))
@@ -63,12 +63,12 @@ def random_case(seed: int, covers: Covers) -> Case:
         name=f"random_{seed}",
         grid=tuple(int(n) for n in random.integers(1, (0, 40, 13, 6)[dims] + 1, dims)),
         rule=rule,
-        batch=some(2, 1, 3),
+        batch=sizes(2, 1, 3),
         channels=channels,
         kernel=tuple(int(n) for n in random.integers(1, 5, dims)),
         filters=int(random.integers(1, 5)),
         dense=choose(None, None, int(random.integers(1, 20))),
-        hidden=some(3, 1, 40),
+        hidden=sizes(3, 1, 40),
         inputs=choose(0, 0, int(random.integers(1, 5))),
         inputs_per_sample=choose(True, False),
         bias=choose(True, False),
@@ -85,9 +85,9 @@ def random_case(seed: int, covers: Covers) -> Case:
 
 
 def check_random_case(backend: str, seed: int) -> bool:
-    """Checks the case of a seed; False if rounding alone decides who lives in it: no verdict.
+    """Checks the case of a seed; returns False, for no verdict, if rounding decides who lives.
 
-    Every ``DRAWS`` seeds share a shape and a rule, for compiling takes most of the time; their
+    ``DRAWS`` seeds in a row share a shape and a rule, since compiling takes most of the time; their
     weights, states and keys differ.
 
     Raises:
@@ -106,8 +106,8 @@ def check_random_case(backend: str, seed: int) -> bool:
 
 
 def _assert_gradients_close(grads: Any, expected: Any, limit: float, what: str) -> None:
-    """A gradient may cancel to nearly nothing: then its error is measured by the largest one."""
-    size = max(float(np.linalg.norm(np.ravel(g))) for g in jax.tree.leaves(expected))
+    """The error of a gradient that cancels to nearly nothing is measured by the largest one."""
+    size = max(float(np.linalg.norm(np.ravel(leaf))) for leaf in jax.tree.leaves(expected))
     for (path, got), want in zip(
         jax.tree_util.tree_flatten_with_path(grads)[0], jax.tree.leaves(expected), strict=True
     ):
@@ -119,7 +119,7 @@ def _assert_gradients_close(grads: Any, expected: Any, limit: float, what: str) 
 
 @lru_cache(maxsize=4)
 def _compiled(case: Case, backend: str) -> Callable:
-    """New state, gradients and, of the oracle, the new state if nothing died."""
+    """A jitted function: new state, gradients and, of the oracle, the new state if nothing died."""
 
     @jax.jit
     def run(params: Any, state: Any, key: Any, inputs: Any) -> tuple[Any, Any, Any]:
@@ -138,7 +138,7 @@ def _compiled(case: Case, backend: str) -> Callable:
 
 
 def _far_from_threshold(case: Case, args: Arguments, free: Any) -> bool:
-    """No alive value so close to the threshold that its rounding matters."""
+    """Whether no alive value is so close to the threshold that its rounding matters."""
     alive = case.rule.alive
     if alive is None:
         return True
@@ -148,7 +148,7 @@ def _far_from_threshold(case: Case, args: Arguments, free: Any) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs seeds one after another and writes what was found; exit code 1 if any fails."""
+    """Runs seeds one after another and writes the results; the exit code is 1 if any fails."""
     parser = argparse.ArgumentParser(prog="python -m tests.tools.fuzz", description=__doc__)
     parser.add_argument("backend")
     parser.add_argument("--cases", type=int, default=200, help="how many seeds (default 200)")
@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--instruction-set",
         metavar="NAME",
-        help="of the backend cpu: for all cases (default: the best for each)",
+        help="for all cases on the backend cpu (default: the best for each)",
     )
     parser.add_argument("--json", type=Path, help="results; goes on where the file stops")
     args = parser.parse_args(argv)
@@ -199,7 +199,7 @@ def _run(args: argparse.Namespace) -> int:
             tqdm.write(str(error), file=sys.stderr)
         done["seeds"] = i + 1
         if done["seeds"] % 50 == 0 or done["seeds"] == args.cases:
-            jax.clear_caches()  # every case is compiled anew: nothing would be used again
+            jax.clear_caches()  # every case is compiled anew, so that nothing would be used again
             if args.json is not None:
                 write_json(args.json, done)
     failures = len(done["failures"])

@@ -1,7 +1,7 @@
-"""Runs Pallas kernels without a GPU: interpreted, as XLA's operations, under jit.
+"""Runs Pallas kernels without a GPU, interpreted as XLA's operations, under jit.
 
-The backend ``pallas_interpreted`` is the backend ``pallas`` in that mode. What a kernel reads
-outside of an array, where it should not, is NaN.
+The backend ``pallas_interpreted`` is the backend ``pallas`` in that mode. What a kernel wrongly
+reads outside of an array is NaN.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NAME = "pallas_interpreted"
 
 
 def register() -> None:
-    """Adds the backend ``pallas_interpreted``, for tests; see ``nca_kernels.dispatch``."""
+    """Adds the backend ``pallas_interpreted`` to those of ``nca_kernels.dispatch``."""
     from nca_kernels.backends import pallas, xla
 
     def load(op: str) -> tuple[Any, Any]:

@@ -1,17 +1,18 @@
-"""Finds races of a GPU's kernels as they run in an interpreter, where nothing runs at once.
+"""Finds races of GPU kernels while an interpreter runs them, one access after another.
 
-On a GPU the elements of a tensor belong to different threads, and a program's threads see what
-others wrote to memory only behind a barrier. Programs never wait for each other. So, of one
-launch:
+On a GPU the elements of a tensor belong to different threads, and the threads of a program see what
+others wrote to memory only after a barrier. Programs never wait for each other. Within one launch,
+therefore:
 
-* two elements that meet at an address between two barriers, one of them writing, are a race, but
-  for the same element of tensors of one shape in one function: it belongs to the same thread, as a
-  sum that is read, added to, and written back. If a tensor has fewer elements than there are
-  threads, several hold each: they all read it, and one writes it;
-* elements of one store that meet at an address must write the same value;
-* what one program writes, no other reads or writes.
+* It is a race if two elements access the same address between two barriers, and one of them writes.
+  The same element of two tensors of one shape in one function is no race: it belongs to the same
+  thread, as in a sum that is read, added to, and written back. If a tensor has fewer elements than
+  there are threads, several threads hold each element: all of them read it, and one writes it.
+* Elements of one store that have the same address must write the same value.
+* No program may read or write what another one writes.
 
-Triton may lay out two tensors of one shape differently within a function, too: that is not seen.
+Triton may also lay out two tensors of one shape differently within a function. Such a race is not
+found.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-_MANY = -1  # readers
+_MANY = -1  # in place of the one program or element that read
 
 
 class Race(RuntimeError):
-    """Two threads meet at an address, and nothing says who comes first."""
+    """Two threads access the same address, and nothing says which of them comes first."""
 
 
 class Extent(NamedTuple):
-    """An array in memory: its first byte, its elements, and bytes of each."""
+    """An array in memory: its first address, its number of elements, and the bytes of each."""
 
     first: int
     size: int
@@ -39,21 +40,21 @@ class Extent(NamedTuple):
 
 
 class _Array:
-    """Who read and wrote each element of an array last."""
+    """By element of an array, the last read and the last write."""
 
     def __init__(self, extent: Extent):
         self.first, size, self.itemsize = extent
         self.end = self.first + size * self.itemsize
-        # Programs, the first being 1; the number of barriers before; the tensor's element.
+        # By which program (counted from 1), after how many barriers, by which tensor's element.
         self.read_by, self.written_by = np.zeros((2, size), np.int32)
         self.read_at, self.written_at = np.zeros((2, size), np.int32)
         self.read_as, self.written_as = np.zeros((2, size), np.int64)
 
 
 class Accesses:
-    """All accesses of a launch so far, of programs with so many threads each.
+    """All accesses of a launch so far; its programs have ``threads`` threads each.
 
-    An access outside of the arrays raises IndexError.
+    An access outside of the arrays raises IndexError, a race raises Race.
     """
 
     def __init__(self, extents: Sequence[Extent], threads: int):
@@ -107,7 +108,7 @@ class Accesses:
     def _find(
         self, program: int, function: str, addresses: np.ndarray, mask: np.ndarray
     ) -> tuple[Any, np.ndarray, np.ndarray]:
-        """The array of an access, where in it, and numbers of the tensor's elements."""
+        """The array of an access, its positions there, and a number for each accessing element."""
         if program + 1 != self._program:
             self._program, self._now = program + 1, self._now + 1
         element = np.flatnonzero(mask)
@@ -123,7 +124,7 @@ class Accesses:
 
 
 def function_in(folder: str) -> str:
-    """The innermost function of files in ``folder`` that is running."""
+    """The name of the innermost running function that a file of ``folder`` holds."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and folder not in frame.f_code.co_filename:
         frame = frame.f_back
@@ -133,7 +134,7 @@ def function_in(folder: str) -> str:
 def _refuse_contradiction(at: np.ndarray, values: np.ndarray) -> None:
     order = np.argsort(at, kind="stable")
     at, raw = at[order], np.ascontiguousarray(values[order])
-    raw = raw.view(np.uint8).reshape(at.size, -1)  # as bits: NaN is NaN
+    raw = raw.view(np.uint8).reshape(at.size, -1)  # compared as bits, so that NaN equals NaN
     differ = (raw[1:] != raw[:-1]).any(axis=1)
     _refuse((at[1:] == at[:-1]) & differ, "writes two values to one place")
 

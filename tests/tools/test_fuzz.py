@@ -38,7 +38,7 @@ def test_cpu(part):
     reason="this processor has no tile registers (AMX)",
 )
 def test_tile_registers():
-    """For all cases, not for large products alone."""
+    """Tile registers compute every case, not only those with large products."""
     out = run("cpu", "--instruction-set", "amx", "--first", "200", "--cases", "100")
     assert out.returncode == 0, out.stdout + out.stderr
 

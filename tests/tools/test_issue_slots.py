@@ -1,4 +1,4 @@
-"""Instructions are counted as often as a tile takes them."""
+"""An instruction counts as often as a tile runs it."""
 
 import pytest
 
@@ -35,7 +35,7 @@ def constants(height: int, width: int) -> dict:
     ("height", "width", "inner"), [(12, 48, 1 / 9), (16, 48, 1 / 6), (9, 33, 1 / 9), (8, 48, 0)]
 )
 def test_tiles_at_borders_take_another_way(height, width, inner):
-    """Two blocks of 32 rows, all of which fire; some tiles have all of their neighbours inside."""
+    """A tile has two blocks of 32 rows that all fire, and in some tiles no cell is at a border."""
     block = 3 + (1 - inner) * 3 + inner * 1
     expected = (2 + 2 * block) * LAUNCH.warps / 64
     found = warp_instructions_a_cell("step_forward", CODE, constants(height, width), LAUNCH, 1.0)

@@ -1,4 +1,4 @@
-"""Races of kernels, found from the accesses that an interpreter makes one by one."""
+"""Races are found from the accesses that an interpreter makes one by one."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ PAIRS = [("store", "load"), ("load", "store"), ("store", "store")]
 
 
 class Memory:
-    """An array and loads and stores of some of its elements, as tensors."""
+    """An array, and loads and stores of tensors of its elements."""
 
     def __init__(self):
         self.accesses = Accesses([Extent(FIRST, 64, 4)], THREADS)

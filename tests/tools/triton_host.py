@@ -4,12 +4,12 @@ The backend ``triton_interpreted`` is the backend ``triton`` with its launches r
 callbacks. The interpreter needs a process of its own: ``TRITON_INTERPRET=1`` has to be set before
 Triton is imported, and nothing can be compiled then.
 
-An access outside of the kernel's arrays raises, so does a race (see ``races``), and memory
-that is not written holds NaN.
+An access outside of the kernel's arrays raises an error, and so does a race (see ``races``). Memory
+that was not written holds NaN.
 
-Where the interpreter computes otherwise than a GPU, it is corrected here: products and casts of
-bfloat16, products of TF32, and loops of dynamic length under newer NumPy. Where it is slow without
-need, it is helped: it would patch Triton's language anew for each call of a function.
+The interpreter is corrected where it differs from a GPU: in products and casts of bfloat16, in
+products of TF32, and in loops of dynamic length under newer NumPy. It is also made faster: by
+itself it patches Triton's language anew for each call of a function.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ class _Operand:
 
 @cache
 def _correct_interpreter() -> None:
-    """Once a process: see the head of this file."""
+    """Corrects the interpreter, once a process; the docstring of this file says where."""
     from triton.runtime import interpreter
 
     _correct_products(interpreter)
@@ -214,7 +214,7 @@ def _correct_interpreter() -> None:
 
 
 def _correct_products(interpreter: Any) -> None:
-    """Of bfloat16, which the interpreter keeps as integers, and of TF32, which it takes in full."""
+    """Products of bfloat16, which the interpreter keeps as integers, and of TF32, which cut off."""
     import triton.language as tl
     from triton._C.libtriton import ir
 
@@ -242,7 +242,7 @@ def _correct_products(interpreter: Any) -> None:
 
 
 def _correct_casts(interpreter: Any) -> None:
-    """From float32 to bfloat16: rounded to the nearest, where the interpreter cuts off."""
+    """Casts of float32 to bfloat16 round to the nearest; the interpreter's own cut off."""
     import triton.language as tl
 
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
@@ -259,7 +259,7 @@ def _correct_casts(interpreter: Any) -> None:
 
 
 def _add_inline_assembly(interpreter: Any) -> None:
-    """The one piece of it that the kernels have: it rounds operands of TF32 products."""
+    """The only inline assembly of the kernels rounds the operands of TF32 products."""
     import triton.language as tl
 
     from nca_kernels.backends.triton import mlp
@@ -275,7 +275,7 @@ def _add_inline_assembly(interpreter: Any) -> None:
 
 
 def _let_tensors_be_lengths_of_loops(interpreter: Any) -> None:
-    """The interpreter counts on NumPy to take an array of one element as an index: no longer so."""
+    """The interpreter relies on arrays of one element being indices, which newer NumPy refuses."""
     patch_tensor = interpreter._patch_lang_tensor
 
     def patch_index(tensor: Any, scope: Any) -> None:
@@ -286,7 +286,7 @@ def _let_tensors_be_lengths_of_loops(interpreter: Any) -> None:
 
 
 def _note_accesses(interpreter: Any) -> None:
-    """Loads, stores and barriers of the running launch, in ``_accesses``, which finds races."""
+    """Tells ``_accesses``, which finds races, of all loads, stores and barriers."""
     builder = interpreter.InterpreterBuilder
     load, store = builder.create_masked_load, builder.create_masked_store
 
@@ -309,7 +309,7 @@ def _note_accesses(interpreter: Any) -> None:
 
 
 def _patch_language_once(interpreter: Any) -> None:
-    """Triton's language is patched once, and not anew for each call of a function of a kernel."""
+    """Triton's language is patched once, not anew for each call of a function of a kernel."""
     import triton.language as tl
 
     patch_language = interpreter._patch_lang

@@ -1,4 +1,4 @@
-"""`make gpu` on the CPU: what it finds, what it refuses, and what is left when it is cut off."""
+"""`make gpu` on the CPU: what it finds, what it refuses, and what is there after it was cut off."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import pytest
 from benchmarks import kernels, measure
 from benchmarks.gpu import checks, graphs, report, stages, timings, work
 from benchmarks.gpu.items import Asked, Item, Skipped
-from benchmarks.gpu.results import LOG, Results
+from benchmarks.gpu.results import LOG, RunResults
 from nca_kernels.dispatch import BackendUnavailable
 from nca_kernels.testing.compare import assert_close
 from nca_kernels.tuning import FIELDS, Launch
@@ -70,7 +70,7 @@ def command(*arguments, **changes):
 
 
 def finished(process):
-    """Exit status, standard output and error."""
+    """Waits for a process; returns its exit status, standard output and standard error."""
     out, error = process.communicate(timeout=240)
     return process.returncode, out, error
 
@@ -78,10 +78,10 @@ def finished(process):
 def test_kernels_of_a_profile():
     data = jax.profiler.ProfileData
     profile = data.from_serialized_xspace(data.text_proto_to_serialized_xspace(PROFILE))
-    found = kernels.totals(profile)
-    assert list(found) == ["clear_dead", "step_forward"]
-    assert found["clear_dead"] == (2, pytest.approx(8e-6))
-    assert found["step_forward"] == (1, pytest.approx(5e-6))
+    totals = kernels.totals(profile)
+    assert list(totals) == ["clear_dead", "step_forward"]
+    assert totals["clear_dead"] == (2, pytest.approx(8e-6))
+    assert totals["step_forward"] == (1, pytest.approx(5e-6))
 
 
 def test_a_call_is_profiled():
@@ -90,7 +90,7 @@ def test_a_call_is_profiled():
 
 
 def test_tf32_is_checked_without_kinks():
-    """An error that crosses ReLU's zero makes gradients jump, which says nothing of kernels."""
+    """An error that crosses ReLU's zero makes gradients jump, which tells nothing about kernels."""
     named = dict(checks.conformance_checks("xla"))
     smooth = [check for name, check in named.items() if name.startswith("tensorfloat32 ")]
     assert len(smooth) > 40
@@ -117,12 +117,12 @@ def test_a_check_has_numbers_when_it_fails():
         assert_close({"a": ones, "b": 2 * ones}, {"a": ones, "b": ones}, 1e-5, "of ")
         assert_close(ones, ones, 1e-2, "later")
 
-    found = checks.judged(off)
-    assert next(found) == {
+    facts = checks.judged(off)
+    assert next(facts) == {
         "ratios": {"of ['a']": [0.0, 1e-5], "of ['b']": [1.0, 1e-5], "later": [0.0, 1e-2]}
     }
     with pytest.raises(AssertionError, match=r"of \['b'\]: error ratio 1 > 1e-05"):
-        next(found)
+        next(facts)
 
 
 def test_what_a_backend_does_not_cover_is_skipped():
@@ -135,7 +135,7 @@ def test_what_a_backend_does_not_cover_is_skipped():
 
 
 def test_a_whole_course(tmp_path):
-    """Through all stages, tiny, without git; then again, where nothing is left to do."""
+    """All stages run, with tiny items and without git; a second run finds nothing left to do."""
     folder = tmp_path / "out"
     arguments = ["--out", folder, "--any-device", "--backends", "xla", "--commit", "abc"]
     status, out, error = finished(command(*arguments, PATH=""))
@@ -154,26 +154,26 @@ def test_a_whole_course(tmp_path):
 
 
 def _check_files(folder, out):
-    found = json.loads((folder / "gpu.json").read_text())
-    assert {record["stage"] for record in found["records"]} == set(stages.STAGES) - {"variants"}
-    assert found["commit"] == "abc"
-    assert found["backends"] == ["xla"]
-    assert found["versions"]["jax"] == jax.__version__
+    summary = json.loads((folder / "gpu.json").read_text())
+    assert {record["stage"] for record in summary["records"]} == set(stages.STAGES) - {"variants"}
+    assert summary["commit"] == "abc"
+    assert summary["backends"] == ["xla"]
+    assert summary["versions"]["jax"] == jax.__version__
     assert (folder / "gpu.md").read_text().strip() in out
-    assert not any("error" in record for record in found["records"])
+    assert not any("error" in record for record in summary["records"])
     assert len(list(folder.iterdir())) <= 8
 
 
 def _check_facts(folder):
     records = map(json.loads, (folder / LOG).read_text().splitlines())
-    found = {r["item"]: r["found"] for r in records if not r.get("partial")}
-    assert found["inputs_per_sample xla"]["ratios"].keys() > {"state"}
-    training = found["tiny training"]
+    facts = {r["item"]: r["found"] for r in records if not r.get("partial")}
+    assert facts["inputs_per_sample xla"]["ratios"].keys() > {"state"}
+    training = facts["tiny training"]
     assert list(training["seconds"]) == ["xla", "xla, one graph", "reference"]
     assert all(time > 0 for times in training["seconds"].values() for time in times)
     assert "torch" in training["seconds"] or "torch" in training["not_run"]
-    assert found["peak"]["flops"]["tensorfloat32"] > 0
-    assert found["growing, small preset, xla"]["reached"]["0"]["steps"] >= 50
+    assert facts["peak"]["flops"]["tensorfloat32"] > 0
+    assert facts["growing, small preset, xla"]["reached"]["0"]["steps"] >= 50
     assert "| tiny | training | reference |" in (folder / "gpu.md").read_text()
 
 
@@ -239,16 +239,16 @@ def test_a_commit_without_git(monkeypatch):
 
 
 def _variant(case, share, **changes):
-    found = {
+    facts = {
         "case": case, "kernel": "step_forward", "variant": "other", "problem": case,
         "launch": {"rows": share}, "error": 1e-6, "seconds": {"default": [1.0], "other": [share]},
     }  # fmt: skip
-    return {"stage": "variants", "item": f"{case} {share}", "found": found, "seconds": 1, **changes}
+    return {"stage": "variants", "item": f"{case} {share}", "found": facts, "seconds": 1, **changes}
 
 
 def test_launches_that_win(tmp_path):
-    """In the form of the packaged ones: the fastest of each problem, if it is right and faster."""
-    results = Results(tmp_path, {"commit": "c", "device": "NVIDIA H200"}, report.summarize)
+    """Winners, in the form of packaged ones: the fastest of each problem, if right and faster."""
+    results = RunResults(tmp_path, {"commit": "c", "device": "NVIDIA H200"}, report.summarize)
     for record in (
         _variant("a", 0.9),
         _variant("a", 0.7),
@@ -265,7 +265,7 @@ def test_launches_that_win(tmp_path):
 
 
 def test_a_failure_is_told_and_keeps_its_numbers(tmp_path):
-    results = Results(tmp_path, {"commit": "c"}, report.summarize)
+    results = RunResults(tmp_path, {"commit": "c"}, report.summarize)
     facts = {"found": {"ratios": {"state": [0.5, 1e-5]}}, "seconds": 1.0}
     facts["kernels"] = {"from_cache": 5, "compiled": 2}
     died = {"error": "its process died of SIGABRT", "stderr": "CUDA_ERROR_ILLEGAL_ADDRESS\n"}
@@ -287,7 +287,7 @@ def test_a_failure_is_told_and_keeps_its_numbers(tmp_path):
 
 @pytest.mark.parametrize("error", ["", "==ERROR== no permission"])
 def test_what_nsight_compute_reports(error, tmp_path, monkeypatch):
-    """A file of it, and how many launches are in it."""
+    """Nsight Compute leaves a file, and the number of launches in it is reported."""
     tool = tmp_path / "ncu"
     tool.write_text(
         "#!/bin/sh\n"
@@ -297,13 +297,13 @@ def test_what_nsight_compute_reports(error, tmp_path, monkeypatch):
     )
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    found = timings.ncu(timings.timed_cases(tiny=True)[0], Asked(out=str(tmp_path)))
-    assert next(found) == {"report": "ncu-tiny.txt", "launches": 0 if error else 1}
+    facts = timings.ncu(timings.timed_cases(tiny=True)[0], Asked(out=str(tmp_path)))
+    assert next(facts) == {"report": "ncu-tiny.txt", "launches": 0 if error else 1}
     if error:
         with pytest.raises(Skipped, match="ncu says ==ERROR== no permission"):
-            next(found)
+            next(facts)
     else:
-        assert not list(found)
+        assert not list(facts)
         assert "--xla_gpu_enable_command_buffer=" in (tmp_path / "ncu-tiny.txt").read_text()
 
 
@@ -311,14 +311,14 @@ def test_a_summary_that_fails_stops_nothing(tmp_path):
     def broken(_):
         raise KeyError("seconds")
 
-    results = Results(tmp_path, {}, broken)
+    results = RunResults(tmp_path, {}, broken)
     results.add({"stage": "speed", "item": "x", "found": {}})
     assert results.about["not_summarized"] == "KeyError: 'seconds'"
     assert json.loads((tmp_path / LOG).read_text())["item"] == "x"
 
 
 def test_launch_fields_are_those_of_tuning():
-    """What a variant's facts hold of its launch is what a winner's file may hold."""
+    """The facts of a variant hold those fields of its launch that a file of winners may hold."""
     from dataclasses import asdict
 
     assert tuple(asdict(Launch())) == FIELDS

@@ -1,4 +1,4 @@
-"""`make gpu-kit`: what it compiles is not compiled again, wherever it is taken."""
+"""`make gpu-kit`: what it compiles is not compiled again, wherever the kit is taken."""
 
 import argparse
 import json
@@ -65,11 +65,11 @@ def made(made_once):
 
 
 def lowered(folder, scratch):
-    """Of the kernels of the item, in another process: whether they came from the kit."""
+    """Whether each kernel of the item came from the kit, in another process that lowers it."""
     scratch.mkdir()
     environment = {**os.environ, ARCHITECTURE: "90", "JAX_PLATFORMS": "cpu"}
     environment |= kit.unpack(folder, scratch)
-    environment.pop("TRITON_INTERPRET", None)  # which the tests have, and nothing compiles with
+    environment.pop("TRITON_INTERPRET", None)  # set for the tests; with it nothing can be compiled
     run = subprocess.run(
         [sys.executable, "-c", LOWERED], env=environment, capture_output=True, text=True, cwd=ROOT
     )
@@ -78,7 +78,7 @@ def lowered(folder, scratch):
 
 
 def test_making_goes_on(made, capsys):
-    """What is compiled already is not begun again."""
+    """Making a kit a second time compiles nothing that is compiled already."""
     before = (made / kit.ARCHIVE).read_bytes()
     assert kit.make(options(made)) == 0
     assert "smoke: 0 of 1 items" in capsys.readouterr().err
@@ -102,7 +102,7 @@ def test_what_failed_is_tried_again(tmp_path, monkeypatch):
 
 
 def test_nothing_is_compiled_again(made, tmp_path):
-    """Not even if the kit was moved, as its lists of files name where they were."""
+    """This holds for a kit that was moved, too, although its lists of files name the old paths."""
     moved = tmp_path / "moved"
     shutil.copytree(made, moved)
     shutil.rmtree(made.with_name("kit.making"))
@@ -133,7 +133,7 @@ def test_what_is_in_a_kit(made):
 
 
 def test_a_kit_that_is_too_large(tmp_path, monkeypatch, capsys):
-    """It is made all the same."""
+    """It is made all the same, and the command says so."""
     monkeypatch.setattr(kit, "MEGABYTES", 0)
     monkeypatch.setattr(kit, "compile_kernels", lambda *_: None)
     assert kit.make(options(tmp_path / "large")) == 1

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.gpu import runner
 from benchmarks.gpu.items import Asked, Refused
-from benchmarks.gpu.results import LOG, Results
+from benchmarks.gpu.results import LOG, RunResults
 from benchmarks.gpu.runner import Course, Machinery, Stage
 from tests import ROOT
 
@@ -89,7 +89,7 @@ sys.exit(serve(Work))
 
 @pytest.fixture
 def environment():
-    """Of processes that find what this one finds."""
+    """The environment of a child that imports the same modules as this process."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
 
 
@@ -101,7 +101,7 @@ def course(tmp_path, environment, monkeypatch):
     script.write_text(CHILD)
 
     def make(stages, *, end=60.0, clock=time.monotonic, backends=("triton",), only=""):
-        results = Results(tmp_path / "out", {"commit": "c"}, lambda _: None)
+        results = RunResults(tmp_path / "out", {"commit": "c"}, lambda _: None)
         said = []
         machinery = Machinery([sys.executable, script], environment, clock=clock, say=said.append)
         asked = Asked(backends=backends)
@@ -162,7 +162,7 @@ def test_a_check_that_fails_and_one_that_cannot_be_done(course):
 
 
 def ticking(step):
-    """A clock that goes on by so many seconds whenever it is looked at."""
+    """A clock that advances by ``seconds`` whenever it is read."""
     ticks = count()
     return lambda: step * next(ticks)
 
@@ -190,7 +190,7 @@ def test_the_end_leaves_out_what_is_left(course):
 
 
 def test_a_stage_ends_and_leaves_its_rest_to_the_next(course):
-    """The first is done early, and the second has its time."""
+    """The first stage is done early, and the second gets the time that it left."""
     stages = {"good": Stage(300, 1e6), "hangs": Stage(100, 1e6), "fine": Stage(600, 1e6)}
     going = course(stages, end=1000, clock=ticking(4))
     going.run()
@@ -267,17 +267,17 @@ PARENT = """
 import os, sys
 from pathlib import Path
 from benchmarks.gpu.items import Asked
-from benchmarks.gpu.results import Results
+from benchmarks.gpu.results import RunResults
 from benchmarks.gpu.runner import Course, Machinery, Stage
 
-results = Results(Path(sys.argv[1]), {}, lambda _: None)
+results = RunResults(Path(sys.argv[1]), {}, lambda _: None)
 machinery = Machinery([sys.executable, sys.argv[2]], dict(os.environ))
 Course({"prints-hangs": Stage(99, 99)}, Asked(), results, machinery, 1e9).run()
 """
 
 
 def test_a_child_does_not_outlive_its_parent(tmp_path, environment):
-    """Nor does what it is doing, when the parent is killed."""
+    """When the parent is killed, the child ends, and so does what it is doing."""
     (tmp_path / "child.py").write_text(CHILD)
     arguments = [tmp_path / "out", tmp_path / "child.py"]
     parent = subprocess.Popen([sys.executable, "-c", PARENT, *arguments], env=environment)
@@ -298,7 +298,7 @@ def waited_for(condition):
 
 
 def is_over(pid):
-    """Whether a process has ended, if nobody has waited for it yet."""
+    """Whether a process has ended, also one that nobody has waited for."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
     except OSError:

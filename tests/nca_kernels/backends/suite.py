@@ -38,7 +38,7 @@ def pairs(checks, names, without=()):
 
 
 def computed_or_refused(backend):
-    """Within, a call in float64 raises if ``backend`` does not list that dtype."""
+    """A context in which a call in float64 has to raise if ``backend`` does not list that dtype."""
     if "float64" in dispatch.covers(backend).dtypes:
         return nullcontext()
     return pytest.raises(nk.BackendUnavailable, match=r"float32 or bfloat16.*cast it")
@@ -50,7 +50,7 @@ class Suite:
     backend: ClassVar[str]
 
     def parameters(self):
-        """By name of a test's argument: its values."""
+        """The values of tests' arguments, by the name of the argument."""
         raise NotImplementedError
 
     def pytest_generate_tests(self, metafunc):

@@ -17,7 +17,7 @@ def loss(params, state):
 
 @pytest.mark.parametrize("platform", ["cuda", "rocm", "tpu"])
 def test_lowers_for_accelerators(platform):
-    """All cells at once there: no branch and no loop whose length the host would wait for."""
+    """They compute all cells at once: no branch, and no loop whose length the host waits for."""
     text = jax.jit(jax.grad(loss)).trace(PARAMS, STATE).lower(lowering_platforms=(platform,))
     text = text.as_text()
     assert "@nca_xla_forward" in text

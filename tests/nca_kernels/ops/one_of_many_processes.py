@@ -1,4 +1,4 @@
-"""Run by test_processes.py, once for each process: a rollout over all of them, against one device.
+"""A rollout over several processes against one on one device: test_processes.py runs it in each.
 
 ``python one_of_many_processes.py COORDINATOR PROCESSES ID``
 """
@@ -27,19 +27,19 @@ def check(case: Case, shape: tuple[int, ...], spec: P, per_exchange: int) -> Non
 
         return jax.jit(jax.value_and_grad(total, has_aux=True))
 
-    one = loss(lambda p, s: nk.rollout(case.rule, p, s, key, 5, backend="cpu"))
+    on_one_device = loss(lambda p, s: nk.rollout(case.rule, p, s, key, 5, backend="cpu"))
     many = loss(
         lambda p, s: nk.sharded_rollout(
             case.rule, p, s, key, 5, backend="cpu", mesh=mesh, partition_spec=spec,
             steps_per_exchange=per_exchange,
         )
     )  # fmt: skip
-    (_, expected), expected_gradients = one(params, state)
+    (_, expected), expected_gradients = on_one_device(params, state)
     host = np.asarray(state)
     sharding = NamedSharding(mesh, spec)
     split = jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
-    (_, found), gradients = many(params, split)
-    for shard in found.addressable_shards:
+    (_, final), gradients = many(params, split)
+    for shard in final.addressable_shards:
         np.testing.assert_array_equal(shard.data, np.asarray(expected)[shard.index])
     for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True):
         a, b = np.asarray(a.addressable_data(0)), np.asarray(b)

@@ -1,4 +1,4 @@
-"""How the states of a rollout are kept for its backward: what they take, what the gradients are."""
+"""What a rollout keeps for its backward: the memory that it takes, and the gradients."""
 
 from dataclasses import replace
 

@@ -1,7 +1,8 @@
 """A rollout split over eight devices is the rollout on one: states to the bit, gradients to 1e-6.
 
-NCA_EXHAUSTIVE=1 runs every mesh shape of 8 with every padding, alive or not, even and uneven (240
-cases); by default a part of them runs, which has each of these at least once.
+NCA_EXHAUSTIVE=1 runs every mesh shape of eight devices with every padding, with and without alive
+mask, on even and uneven grids (240 cases). By default a part of them runs, which has each of these
+values at least once.
 """
 
 import os
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("quick_to_compile")
 STEPS = 5
 NAMES = ("x", "y", "z")
 EVEN = {1: (48,), 2: (24, 32), 3: (16, 24, 16)}
-UNEVEN = {1: (37,), 2: (17, 19), 3: (17, 18, 19)}  # of nine cells a dim, at least, over eight
+UNEVEN = {1: (37,), 2: (17, 19), 3: (17, 18, 19)}  # at least nine cells over eight devices
 SHAPES = [
     (8,),
     *((8 // n, n) for n in (1, 2, 4, 8)),
@@ -80,7 +81,7 @@ def both(
     """Check that splitting changes nothing; returns the states of the split rollout."""
     arguments = case.arguments()
 
-    def one(params, state, key, steps, inputs):
+    def on_one_device(params, state, key, steps, inputs):
         return nk.rollout(case.rule, params, state, key, steps, inputs, backend=backend, **options)
 
     def many(params, state, key, steps, inputs):
@@ -90,16 +91,16 @@ def both(
             steps_per_exchange=per_exchange, overlap=overlap,
         )  # fmt: skip
 
-    (_, expected), expected_gradients = gradients(one, arguments)
-    (_, found), found_gradients = gradients(many, arguments)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    (_, expected), expected_gradients = gradients(on_one_device, arguments)
+    (_, out), out_gradients = gradients(many, arguments)
+    for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     for a, b in zip(
-        jax.tree.leaves(found_gradients), jax.tree.leaves(expected_gradients), strict=True
+        jax.tree.leaves(out_gradients), jax.tree.leaves(expected_gradients), strict=True
     ):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         assert np.linalg.norm(a - b) <= 1e-6 * np.linalg.norm(b)
-    return found
+    return out
 
 
 @pytest.mark.parametrize("padding", ["zeros", "reflect"])
@@ -123,7 +124,7 @@ PLAIN = Case("plain", (24, 17), nk.Rule(), batch=(4,), channels=4, hidden=(6,))
     ("shape", "case"), [pytest.param(*c, id=str(c[1])) for c in every_case(one_in=29)]
 )
 def test_a_halo_on_its_way_changes_nothing(shape, case):
-    """The block steps without its halo; strips at its ends, which have it, mend them."""
+    """While the halo travels, the block steps without it; strips at its ends then step with it."""
     both(case, shape, P(None, *NAMES[: len(shape)]), overlap=True)
 
 
@@ -154,7 +155,7 @@ def test_with_overlap_the_block_waits_for_no_halo(overlap):
 
 
 def steps_and_halos(jaxpr, received=()):
-    """Of each step in a program the state's shape, and whether it depends on what is received."""
+    """For each step of a program: the state's shape, and whether it depends on a received halo."""
     received = set(received)  # ids of variables
     for equation in jaxpr.eqns:
         waits = equation.primitive.name == "ppermute"
@@ -190,7 +191,7 @@ def test_one_dim_over_two_mesh_axes_and_no_split_at_all():
 
 
 def test_wide_taps_and_a_remainder():
-    """Five steps, three between exchanges; taps of five cells and of an even number."""
+    """Five steps with three between exchanges, and taps of odd and of even size."""
     rule = nk.Rule(padding="reflect", alive=None)
     case = Case("wide", (26, 40), rule, kernel=(5, 4), channels=3, filters=2, hidden=(5,))
     both(case, (2, 4), P(None, "x", "y"), per_exchange=3, return_states=True)
@@ -207,14 +208,14 @@ def test_another_random_generator():
     params, state, _, _ = case.arguments()
     key = jax.random.key(3, impl="rbg")
     expected = nk.rollout(case.rule, params, state, key, STEPS)
-    found = nk.sharded_rollout(
+    out = nk.sharded_rollout(
         case.rule, params, state, key, STEPS, mesh=mesh((2, 4)), partition_spec=P("x", "y")
     )
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(out, expected)
 
 
 def test_states_travel_between_neighbours_only():
-    """The compiled gradient permutes halos, and sums the weights' gradients once."""
+    """The compiled gradient exchanges halos only, and sums the weights' gradients once."""
     case = Case("even", (32, 32), nk.Rule(), batch=(2,), channels=4, hidden=(6,))
     params, state, key, _ = case.arguments()
     grid = mesh((4, 2))
@@ -236,7 +237,7 @@ def test_states_travel_between_neighbours_only():
 
 
 def sums_in_loops(jaxpr, in_loop=False):
-    """Of each sum over devices in a program: whether it is in a loop."""
+    """For each sum over devices in a program: whether it is in a loop."""
     for equation in jaxpr.eqns:
         if "psum" in equation.primitive.name:
             yield in_loop
@@ -261,8 +262,8 @@ WRONG = [
 @pytest.mark.parametrize(("change", "kind", "words"), WRONG)
 def test_wrong_arguments(change, kind, words):
     params, state, key, _ = replace(PLAIN, batch=(3,)).arguments()
-    given = {
+    arguments = {
         "num_steps": 2, "mesh": mesh((2, 4)), "partition_spec": P(None, "x", "y"), **change
     }  # fmt: skip
     with pytest.raises(kind, match=words):
-        nk.sharded_rollout(PLAIN.rule, params, state, key, given.pop("num_steps"), **given)
+        nk.sharded_rollout(PLAIN.rule, params, state, key, arguments.pop("num_steps"), **arguments)

@@ -25,13 +25,13 @@ def both(case, backend="cpu", after_step=None, **options):
     )
     state = np.array(state)
     before = state.copy()
-    found = nk.tiled_rollout(
+    out = nk.tiled_rollout(
         case.rule, params, state, key, STEPS, inputs, backend, after_step, **options
     )
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(out, expected)
     if not options.get("donate"):
         np.testing.assert_array_equal(state, before)
-    return found
+    return out
 
 
 @pytest.mark.parametrize(
@@ -85,8 +85,8 @@ def test_a_state_on_disk(tmp_path):
     params, state, key, _ = PLAIN.arguments()
     on_disk = np.memmap(tmp_path / "state", np.float32, "w+", shape=state.shape)
     on_disk[:] = state
-    found = nk.tiled_rollout(PLAIN.rule, params, on_disk, key, STEPS, tile=8)
-    np.testing.assert_array_equal(found, nk.rollout(PLAIN.rule, params, state, key, STEPS))
+    out = nk.tiled_rollout(PLAIN.rule, params, on_disk, key, STEPS, tile=8)
+    np.testing.assert_array_equal(out, nk.rollout(PLAIN.rule, params, state, key, STEPS))
 
 
 def test_no_steps_and_another_random_generator():
@@ -97,12 +97,12 @@ def test_no_steps_and_another_random_generator():
     np.testing.assert_array_equal(same, state)
     key = jax.random.key(3, impl="rbg")
     expected = nk.rollout(PLAIN.rule, params, state, key, 2)
-    found = nk.tiled_rollout(PLAIN.rule, params, state, key, 2, tile=8)
-    np.testing.assert_array_equal(found, expected)
+    out = nk.tiled_rollout(PLAIN.rule, params, state, key, 2, tile=8)
+    np.testing.assert_array_equal(out, expected)
 
 
 def test_the_device_sees_one_window_shape():
-    """All tiles of a pass run one compiled program, the borders' too."""
+    """All tiles of a pass, those at the border too, run one compiled program."""
     from nca_kernels.ops.tiled_rollout import _steps
 
     before = _steps._cache_size()
@@ -123,8 +123,8 @@ WRONG = [
 @pytest.mark.parametrize(("change", "kind", "words"), WRONG)
 def test_wrong_arguments(change, kind, words):
     params, state, key, _ = PLAIN.arguments()
-    given = {"state": np.array(state), "num_steps": 2, **change}
+    arguments = {"state": np.array(state), "num_steps": 2, **change}
     with pytest.raises(kind, match=words):
         nk.tiled_rollout(
-            PLAIN.rule, params, given.pop("state"), key, given.pop("num_steps"), **given
+            PLAIN.rule, params, arguments.pop("state"), key, arguments.pop("num_steps"), **arguments
         )

@@ -35,7 +35,7 @@ def handwritten(
     perceived=lambda perception: perception,
     done=lambda state: state,
 ):
-    """A step with shifted slices and `einsum`, of which each part can be another."""
+    """A step with shifted slices and `einsum`; every argument replaces one of its parts."""
 
     def perceive(state):
         padded = jnp.pad(state, ((0, 0), (1, 1), (1, 1), (0, 0)), mode=pad_mode)

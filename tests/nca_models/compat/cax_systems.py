@@ -1,8 +1,8 @@
 """Systems as users of CAX write them, at small size: those of its examples 40 to 47.
 
-Each class takes `rngs` and has `grid`, `channels` and `inputs` (what its steps take beside the
-state). What they do is that of the examples; weights that these start from zero are random here,
-so that a step does something.
+Each class takes `rngs` and has `grid`, `channels` and `inputs` (the number of input channels of its
+steps). They compute what the examples compute. Weights that are zero at first in the examples are
+random here, so that a step does something.
 """
 
 import inspect
@@ -38,7 +38,7 @@ def make_perceive(dims, channels, rngs):
 
 
 class System(ComplexSystem):
-    """What all have in common; on its own, a system without a `_step` like any other."""
+    """What all systems have in common; by itself a system as well, with the usual `_step`."""
 
     grid, channels, inputs, dropout = (12, 10), 8, 0, 0.5
     make_update = NCAUpdate
@@ -74,11 +74,11 @@ class System(ComplexSystem):
 
 
 class Growing(System):
-    """40"""
+    """Example 40."""
 
 
 class Conditional(System):
-    """41: a vector for each sample, the same for each cell."""
+    """Example 41: a vector for each sample, the same for each cell."""
 
     inputs = 3
 
@@ -88,7 +88,7 @@ class Conditional(System):
 
 
 class Unsupervised(Conditional):
-    """42: the vector is what an encoder makes of a picture, and trained with the rest."""
+    """Example 42: the vector is what an encoder makes of a picture, and trained with the rest."""
 
     def __init__(self, *, rngs):
         super().__init__(rngs=rngs)
@@ -99,13 +99,13 @@ class Unsupervised(Conditional):
 
 
 class Diffusing(System):
-    """43"""
+    """Example 43."""
 
     channels = 20
 
 
 class SelfClassifying(System):
-    """44: dense taps with a bias and relu, and a channel that is put back."""
+    """Example 44: dense taps with a bias and relu, and a channel that is put back."""
 
     def __init__(self, *, rngs):
         self.perceive = ConvPerceive(
@@ -125,7 +125,7 @@ class SelfClassifying(System):
 
 
 class SelfAutoencoding(System):
-    """45: 3-D, a wall with a hole in the middle, a face that is put back."""
+    """Example 45: 3-D, a wall with a hole in the middle, a face that is put back."""
 
     grid = (5, 4, 6)
 
@@ -139,14 +139,14 @@ class SelfAutoencoding(System):
 
 
 class OneDimensional(System):
-    """46: a line, every cell fires, no alive mask."""
+    """Example 46: a line, every cell fires, no alive mask."""
 
     grid, channels, dropout = (23,), 12, 0.0
     make_update = ResidualUpdate
 
 
 class DensePerceive(Perceive):
-    """47: attention to the Moore neighbourhood, as a mask of all cells against all."""
+    """Example 47: attention to the Moore neighbourhood, as a mask of all cells against all."""
 
     def __init__(self, channels, perception_size, *, heads, hidden, proj, positions, rngs):
         self.linear = nnx.Linear(channels, proj, rngs=rngs)
@@ -172,7 +172,7 @@ class DensePerceive(Perceive):
 
 
 class Attention(System):
-    """47"""
+    """Example 47."""
 
     make_update = ResidualUpdate
     make_perceive = DensePerceive

@@ -74,7 +74,7 @@ def test_trajectory(system):
 
 
 def loss_of(cs, state, input, num_steps):
-    """As every example trains: a batch by `nnx.vmap` with streams split, a scan of steps."""
+    """The loss that every example trains on: a batch by `nnx.vmap` with streams split."""
     axes = nnx.StateAxes({nnx.RngState: 0, ...: None})
     run = nnx.vmap(
         lambda cs, state, input: cs(state, input, num_steps=num_steps), in_axes=(axes, 0, 0)
@@ -85,7 +85,7 @@ def loss_of(cs, state, input, num_steps):
 
 @pytest.mark.parametrize("system", EXAMPLES)
 def test_gradients_of_a_batch(system):
-    """Of all parameters, taps too, under `nnx.jit`, `nnx.vmap` and `nnx.split_rngs`."""
+    """Gradients of all parameters, taps too, under `nnx.jit`, `nnx.vmap` and `nnx.split_rngs`."""
     plain, fast = pair(system)
     state, input = arguments(system, batch=3)
     gradient = nnx.jit(nnx.value_and_grad(loss_of, has_aux=True), static_argnums=3)
@@ -97,7 +97,7 @@ def test_gradients_of_a_batch(system):
 
 
 def pure(grads):
-    """As a dictionary, without what is 0 but for rounding: softmax ignores the keys' bias."""
+    """A dictionary without the keys' bias, whose gradient is rounding alone: softmax ignores it."""
     grads = nnx.to_pure_dict(grads)
     grads["perceive"].get("attention", {}).get("key", {}).pop("bias", None)
     return grads
@@ -105,7 +105,7 @@ def pure(grads):
 
 @pytest.mark.parametrize("system", [Growing, SelfClassifying, SelfAutoencoding, OneDimensional])
 def test_nothing_is_left_of_the_convolutions(system):
-    """The compiled gradient holds the kernels, and no perception that nobody uses."""
+    """The compiled gradient has the fused kernels, and no leftover perception."""
     _, fast = pair(system)
     if not OLD_API:
         fast.remat = True
@@ -158,13 +158,13 @@ def test_parameters_streams_and_classes_stay():
             jax.random.key_data(a) if a.dtype != "uint32" else a,
             jax.random.key_data(b) if b.dtype != "uint32" else b,
         )
-    nnx.update(plain, nnx.state(fast))  # a checkpoint of one is one of the other
+    nnx.update(plain, nnx.state(fast))  # a checkpoint of either is one of the other
     copy = nnx.clone(fast)
     assert_same_trajectory(plain, copy, state, steps=4)
 
 
 def test_training_with_an_optimizer():
-    """The same losses for 50 training steps, the taps left alone by the filter."""
+    """The losses of 50 training steps are the same, and the filter leaves the taps as they are."""
     wrt = nnx.All(nnx.Param, nnx.PathContains("update"))
     state, _ = arguments(Growing, batch=2)
 
@@ -207,7 +207,7 @@ def test_an_input_for_each_step():
 
 
 def test_what_is_done_with_the_perception_counts():
-    """A perception that was looked at, changed, or is one of another state is as always."""
+    """A perception that was looked at, changed, or taken of another state gives what CAX gives."""
 
     class Looks(Growing):
         def _step(self, state, input=None, *, sow=False):
@@ -241,7 +241,7 @@ def test_what_is_done_with_the_perception_counts():
 
 @dataclass(frozen=True)
 class Kind:
-    """A perceive and an update that are put together."""
+    """A system put together from a perceive and an update."""
 
     name: str
     perceive: dict
@@ -385,7 +385,7 @@ def test_the_perceive_of_the_attention_example():
 
 
 def test_bfloat16_is_left_as_it_is():
-    """CAX widens such a state: as it does that, it is not a step of ours."""
+    """CAX widens such a state in a step, which nk.step does not, so that accelerate declines."""
     plain, fast = pair(Growing)
     state = arguments(Growing)[0].astype(jnp.bfloat16)
     with pytest.warns(UserWarning, match="the state is bfloat16, not float32"):

@@ -28,7 +28,7 @@ def original(**fields):
 
 
 def random_params(nca, seed=0):
-    """Something small is added to what `init` gives, so that a pattern grows and stays bounded."""
+    """Parameters of `init` with small noise added, so that a pattern grows and stays bounded."""
     state = nca.create_seed(nca.num_hidden_channels, shape=SHAPE)
     params = nca.init(jax.random.key(seed), state, KEY)["params"]
     leaves, tree = jax.tree.flatten(params)
@@ -86,7 +86,7 @@ def test_the_same_parameters_and_files(trainable, tmp_path):
 
 @needs_original
 def test_rates_below_one():
-    """The original updates all cells then, which accelerate says; ours fires at the rate."""
+    """The original then updates all cells, as accelerate says; the fused NCA fires at the rate."""
     theirs = original(cell_fire_rate=0.3)
     with pytest.warns(UserWarning, match="jax-nca updates every cell at any rate below 1"):
         ours = accelerate(theirs, "xla")

@@ -1,4 +1,4 @@
-"""Digits from files, from scikit-learn, and what is said when neither can be had."""
+"""Digits from files, from scikit-learn, and the message when neither can be had."""
 
 import gzip
 import struct

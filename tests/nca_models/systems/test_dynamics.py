@@ -1,4 +1,4 @@
-"""Textures, how unlike they are, and how they move."""
+"""Textures: how different two of them are, and how they move."""
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ def test_the_loss_sees_textures_and_not_places():
     other = loss(grass, brick)
     assert other > 0.05
     shuffled = jax.random.permutation(KEY, brick.reshape(-1, 3)).reshape(brick.shape)
-    assert loss(shuffled, brick) > 0.02  # of the same colours, without the structure
+    assert loss(shuffled, brick) > 0.02  # the same colours, without the structure
     assert loss(grass, brick, jax.random.key(1)) == pytest.approx(other, rel=0.5)
 
 

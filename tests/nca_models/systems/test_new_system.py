@@ -1,4 +1,4 @@
-"""A new system is one file: it is found, trained, resumed, measured and filmed as it is."""
+"""A new system is one file: with it alone it is found, trained, resumed, measured and filmed."""
 
 import json
 import subprocess

@@ -76,7 +76,7 @@ pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 
 def needs(name):
-    """Skip if what a system learns, or measures with, is not installed."""
+    """Skip if a package for a system's data or measures is not installed."""
     if issubclass(systems.settings(name), DigitsConfig):
         pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     if issubclass(systems.settings(name), TextureConfig):
@@ -104,7 +104,7 @@ def test_paper_preset(name):
 
 @pytest.mark.parametrize("name", systems.names())
 def test_from_the_command_line(name, tmp_path, monkeypatch, capsys):
-    """Train, resume, measure and run, and the files that each writes."""
+    """The commands train, resume, measure and run a system, and write their files."""
     needs(name)
     monkeypatch.setattr(dynamics, "FRAMES", 3)
     monkeypatch.setitem(systems.load(name).PRESETS, "small", TINY[name])
@@ -205,7 +205,7 @@ def test_a_sweep_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
 
 
 def test_a_sweep_trains_models_together(tmp_path, monkeypatch, capsys):
-    """By vmap over their weights, stopped and continued: as each would train alone."""
+    """By vmap over their weights, stopped and continued, each as if it trained alone."""
     needs("dynamics")
     monkeypatch.setitem(dynamics.PRESETS, "small", TINY["dynamics"])
     monkeypatch.setattr(dynamics, "FRAMES", 3)
@@ -223,7 +223,7 @@ def test_a_sweep_trains_models_together(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(trainer, "_record", stops)
     assert cli.main([*line.split(), "--out", "sweep"]) == 130
     assert (tmp_path / "sweep/gravel-c4-d5-s0-and-3-more").is_dir()
-    # Whatever there is room for now, those that have begun go on together.
+    # Models that have begun together go on together, whatever there is room for now.
     assert cli.main([*line.split(), "--together", "3", "--out", "sweep"]) == 0
     rows = (tmp_path / "sweep/sweep.csv").read_text().splitlines()[1:]
     assert [row.split(",")[0] + row.split(",")[3] for row in rows] == [
@@ -330,8 +330,8 @@ def test_attention_sees_radius_cells_and_no_more(tmp_path):
 
 def test_digits_of_a_run_are_kept_with_it(tmp_path):
     system = make("attention", tmp_path / "run")
-    kept = digits.load(tmp_path / "run/digits.npz")
-    np.testing.assert_array_equal(kept.train_images, system.data.train_images)
+    saved = digits.load(tmp_path / "run/digits.npz")
+    np.testing.assert_array_equal(saved.train_images, system.data.train_images)
 
 
 def test_films_on_other_grids(tmp_path, monkeypatch, capsys):

@@ -1,7 +1,8 @@
 """Exports the jitted training step of Growing NCA for a CUDA GPU, with the Triton kernels.
 
-Run as a program of its own, without a GPU: Triton compiles, which a process that interprets
-cannot. Prints JSON: the exported bytes, and how often each kernel is launched in a loop's body.
+This is a program of its own because Triton compiles here, which it cannot do in a process that
+interprets; no GPU is needed. It prints JSON: the number of exported bytes, and how often each
+kernel is launched in a loop's body.
 """
 
 import json

@@ -29,7 +29,7 @@ MESHES = {
 
 @pytest.mark.parametrize("name", MESHES)
 def test_on_eight_devices(name, tmp_path, monkeypatch):
-    """Losses of three steps, and the weights, pool included or not, checkpoints and all."""
+    """Losses of three steps, weights and checkpoints are the same, with and without a pool."""
     needs(name)
     monkeypatch.setitem(TINY, name, replace(TINY[name], target_size=20, learning_rate=1e-4))
     losses = {}
@@ -100,7 +100,7 @@ class Processes:
         ]  # fmt: skip
 
     def ends(self, timeout):
-        """Exit codes and what was said, once all have ended."""
+        """The exit codes and the output of all processes, once they have ended."""
         said = [process.communicate(timeout=timeout)[0] for process in self.each]
         return [process.returncode for process in self.each], said
 
@@ -109,7 +109,7 @@ SMALL = "--size 8 --padding 2 --batch-size 4 --pool-size 8 --checkpoint-every 5"
 
 
 def test_a_lost_process_stops_the_others_and_fewer_go_on(tmp_path):
-    """Of four one is killed; the rest stop within seconds, and two continue with equal losses."""
+    """One of four is killed: the others stop within seconds, and two continue with equal losses."""
     small = f"{SMALL} --learning-rate 0.0001".split()
     four = Processes(4, "data=2,x=2", tmp_path, *small, "--steps", "3000")
     log = tmp_path / "run" / "log.csv"
@@ -121,18 +121,19 @@ def test_a_lost_process_stops_the_others_and_fewer_go_on(tmp_path):
     codes, said = four.ends(timeout=60)
     assert time.monotonic() - lost < 40
     assert codes[2] == -signal.SIGKILL
-    for i in (0, 1, 3):  # if JAX's own heartbeat was first, it has the word
+    for i in (0, 1, 3):  # JAX's own heartbeat may have noticed it first
         ours = "nca train growing --out run --resume --mesh data=2,x=2" in said[i]
         assert (codes[i], ours) == (1, True) or "another task died" in said[i], said[i]
-    kept = [folder.name for folder in (tmp_path / "run/checkpoints").iterdir()]
-    done = max(int(name) for name in kept if name.isdigit())  # not one that was being written
+    names = [folder.name for folder in (tmp_path / "run/checkpoints").iterdir()]
+    # Names of checkpoints that were being written are no numbers.
+    done = max(int(name) for name in names if name.isdigit())
     steps = done + 10
     config = tmp_path / "run" / "config.json"
     config.write_text(config.read_text().replace("3000", str(steps)))
     codes, said = Processes(2, "x=2", tmp_path, "--resume").ends(timeout=120)
     assert codes == [0, 0], said
-    one = ["--out", str(tmp_path / "one"), "--steps", str(steps)]
-    assert cli.main(["train", "growing", *small, *one]) == 0
-    found, expected = (logging.read(tmp_path / name / "log.csv")[1] for name in ("run", "one"))
+    options = ["--out", str(tmp_path / "one"), "--steps", str(steps)]
+    assert cli.main(["train", "growing", *small, *options]) == 0
+    losses, expected = (logging.read(tmp_path / name / "log.csv")[1] for name in ("run", "one"))
     assert done >= 5
-    np.testing.assert_allclose(found[:steps], expected, rtol=1e-4)
+    np.testing.assert_allclose(losses[:steps], expected, rtol=1e-4)

@@ -1,4 +1,4 @@
-"""The training loop: what a step does, logs, and a resume that is exact to the bit."""
+"""The training loop: its steps, its logs, and that a resumed training is the same to the bit."""
 
 import os
 import random
@@ -41,13 +41,13 @@ def final_state(folder: Path) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
-def assert_same_run(one: Path, other: Path) -> None:
-    assert (one / "log.csv").read_bytes() == (other / "log.csv").read_bytes()
-    expected, found = final_state(one), final_state(other)
-    assert expected.keys() == found.keys()
+def assert_same_run(run: Path, other: Path) -> None:
+    assert (run / "log.csv").read_bytes() == (other / "log.csv").read_bytes()
+    expected, got = final_state(run), final_state(other)
+    assert expected.keys() == got.keys()
     assert len(expected) > 10
     for name, leaf in expected.items():
-        assert leaf.tobytes() == found[name].tobytes(), name
+        assert leaf.tobytes() == got[name].tobytes(), name
 
 
 def test_training_lowers_the_loss_and_logs_every_step(make_run):

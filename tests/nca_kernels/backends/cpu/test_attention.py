@@ -38,7 +38,7 @@ def test_values_and_gradients_of_instruction_sets(instruction_set, case):
 
 @pytest.mark.parametrize("padding", ["zeros", "circular"])
 def test_same_bits_however_tiles_are_cut(padding):
-    """Alone, a sample is cut into more tiles than among others: no sum depends on the cut."""
+    """A sample alone is cut into more tiles than one of a batch: no sum may depend on the cut."""
     case = AttentionCase("samples", (40, 23), heads=3, head_size=7, padding=padding)
     arrays = replace(case, batch=(24,)).arguments()
 

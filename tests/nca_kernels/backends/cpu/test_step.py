@@ -53,7 +53,7 @@ def test_alive_radius_at_borders(padding, grid):
 
 
 def test_unknown_names_are_refused(monkeypatch):
-    """By the library itself: the names are its own, and no position stands for them."""
+    """The library itself refuses them: it reads names, not positions in a list of Python's."""
     calls = import_module("nca_kernels.backends.cpu.step")
     attributes = calls._attributes
     monkeypatch.setattr(
@@ -64,7 +64,7 @@ def test_unknown_names_are_refused(monkeypatch):
         conformance.check_values_and_gradients("cpu", CASES["line"])
 
 
-# By themselves, cases as small as these hardly run in tile registers: here all of them do.
+# The backend hardly chooses tile registers for cases as small as these: here all run in them.
 OF_SETS = [
     pytest.param(name, case, id=f"{name}-{case}")
     for name in SETS
@@ -120,7 +120,7 @@ WIDE = replace(CASES["plane"], name="wide", channels=24, hidden=(100, 40))
 
 @pytest.mark.parametrize("instruction_set", SETS)
 def test_float32_means_float32(instruction_set):
-    """Errors against float64 are those of XLA's float32, not of a few bits less."""
+    """Errors against float64 are as small as those of XLA's float32, without a few bits lost."""
     args = WIDE.arguments()
     with jax.enable_x64(True):
         exact = jax.tree.map(lambda a: a.astype("float64") if a.dtype == jnp.float32 else a, args)
@@ -140,13 +140,13 @@ def test_float32_means_float32(instruction_set):
 
 
 @pytest.mark.skipif("amx" not in SETS, reason="this processor has no tile registers (AMX)")
-def test_tile_registers_by_themselves():
-    """Where products are large enough, and there only; by their bits, which differ a little."""
+def test_tile_registers_are_chosen_for_large_products():
+    """And for no others. The bits, which differ a little, tell which instruction set ran."""
     for case, expected in ((CASES["growing"], "amx"), (CASES["plane"], SETS[1])):
         run = partial(conformance.value_and_gradients, "cpu", case, case.arguments(), 1)
-        by_itself = jax.block_until_ready(run())
+        chosen = jax.block_until_ready(run())
         with library.using(expected):
-            assert_same_bits(run(), by_itself, f"{case} on {expected}")
+            assert_same_bits(run(), chosen, f"{case} on {expected}")
 
 
 EMULATED = """
@@ -163,7 +163,7 @@ with library.using("amx"):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile with")
 def test_tile_products_without_tile_registers(tmp_path):
-    """What AMX computes, in plain C++: on any machine, and wherever XLA's headers are."""
+    """AMX's products, emulated in plain C++: on any machine with g++ and XLA's headers."""
     library_path = tmp_path / "libnca_cpu.so"
     sources = ROOT / "nca_kernels" / "backends" / "cpu" / "src"
     flags = ["-std=c++17", "-O1", "-fPIC", "-Wno-psabi", "-DNCA_HAS_AMX", "-DNCA_EMULATE_AMX"]

@@ -42,7 +42,7 @@ pallas_host.register()
 
 
 class TestStep(StepSuite):
-    """Forward only: the gradients are xla's, and few transformations concern the kernel."""
+    """The kernel is a forward and the gradients are xla's, so that few transformations matter."""
 
     backend = INTERPRETED
     cases = CONFORMANCE[::FEWER]

@@ -108,7 +108,7 @@ SKIPPED = {
 SMALL = [c for c in CONFORMANCE if c.name not in SKIPPED and c.batch != (0,)]
 
 
-# Of products and states of bfloat16 the loops know nothing.
+# The loops know nothing of products and states in bfloat16.
 VALUES = [
     case
     for case in covered_cases(dispatch.covers("xla"))
@@ -148,7 +148,7 @@ DIFFERENTIATED = ["plane", "dense_replicate", "perception_bias", "inputs_per_cel
 @pytest.mark.parametrize("backend", ["reference", "xla"])
 @pytest.mark.parametrize("name", DIFFERENTIATED)
 def test_gradients_against_finite_differences(backend, name):
-    """In float64, away from the kinks: smooth activations, and no cell near the threshold."""
+    """In float64, with smooth activations and no cell near the threshold: there are no kinks."""
     case = CASES[name]
     with jax.enable_x64(True):
         params, state, key, inputs = jax.tree.map(

@@ -1,9 +1,10 @@
 """What a lowered gradient of Growing NCA hands to JAX, and what a second grid size compiles.
 
-Run as a program of its own: Triton compiles, which a process that interprets cannot. Prints JSON:
-targets and API versions of the module's custom calls, by kernel whether its code is that of
-``tests.tools.triton_aot`` and what an older ptxas has against it, how many kernels were
-compiled for each of two grid sizes, and the grids that a vmap of 70,000 members is launched on.
+This is a program of its own because Triton compiles here, which it cannot do in a process that
+interprets. It prints JSON: targets and API versions of the module's custom calls; for each kernel
+whether its code is that of ``tests.tools.triton_aot``, and the complaints of an older ptxas; how
+many kernels were compiled for each of two grid sizes; and the launch grids of a vmap over 70,000
+members.
 """
 
 import json
@@ -44,7 +45,7 @@ def lowered(case):
 
 
 def grids_of_many_members(case) -> list[list[int]]:
-    """Of the forward's launches: [x, y, z]."""
+    """The grid ``[x, y, z]`` of each launch of the forward."""
     grids, call = [], gpu_triton.TritonKernelCall
 
     def recorded(code, *grid_and_parameters):

@@ -1,4 +1,4 @@
-"""Triton's PTX has to be of a version that the ptxas which JAX finds can read."""
+"""JAX assembles Triton's PTX with the ptxas that it finds, which has to know the PTX version."""
 
 import os
 from pathlib import Path
@@ -18,7 +18,7 @@ OWN = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 @pytest.fixture
 def ptxas(tmp_path, monkeypatch):
-    """Makes a ptxas of a version, the only one that JAX could find; None makes none."""
+    """``ptxas(version)`` makes the only ptxas that JAX could find; with None there is no ptxas."""
 
     def make(version):
         os.environ["PATH"] = f"{Path(__file__)}{os.pathsep}{tmp_path}"
@@ -42,7 +42,7 @@ def test_an_older_ptxas_is_written_for(ptxas):
     assert dict(os.environ) == before, "other users of Triton in the process are left alone"
 
 
-@pytest.mark.parametrize("version", ["99.0", "11.5", None])  # JAX takes none so old as the second
+@pytest.mark.parametrize("version", ["99.0", "11.5", None])  # JAX rejects one as old as the second
 def test_otherwise_triton_chooses(ptxas, version):
     ptxas(version)
     assert {assembler.ptx_version(arch) for arch in (80, 90, 100)} == {None}
@@ -50,7 +50,7 @@ def test_otherwise_triton_chooses(ptxas, version):
 
 
 def test_triton_takes_the_version(ptxas):
-    """In the terms of Triton's compiler, the version of its own ptxas is what it writes anyway."""
+    """Asked for its own ptxas's version, Triton's compiler writes what it writes by default."""
     ptxas("12.5")
     assert ptx_get_version(get_ptxas(90).version) >= 85
 

@@ -19,7 +19,7 @@ SHARED = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64} 
 TENSOR = {"sm_80": "HMMA", "sm_89": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
 TENSOR["gfx942"] = "v_mfma"
 SPILL_FREE = ("sm_80", "sm_90")
-# Bytes, of the widest rule alone: launches without any take many more instructions.
+# Bytes; only the widest rule spills: launches of it that spill nothing take more instructions.
 SPILLED = {("diffusing", "step_forward", "sm_90"): 48, ("diffusing", "step_backward", "sm_90"): 8}
 # Warp instructions a cell, growing on sm_90.
 ISSUED = {"step_forward": 38, "clear_dead": 4, "step_backward": 115, "add_overlaps": 8}
@@ -39,7 +39,7 @@ AWKWARD = (
 
 
 def compiled(tmp_path, *arguments):
-    """Rows of ``benchmarks.aot``, in a process that compiles: this one interprets."""
+    """Rows of ``benchmarks.aot``, run in a process that can compile: this one interprets."""
     path = tmp_path / "rows.json"
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.aot", "--json", str(path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -54,7 +54,7 @@ def compiled(tmp_path, *arguments):
     return json.loads(path.read_text())
 
 
-# All with the version of the machine with the H200; elsewhere one shows whether all is well.
+# All cases with Triton 3.6; with other versions one case, as it shows whether kernels compile.
 OLD = version("triton").startswith("3.6.")
 
 
@@ -74,11 +74,11 @@ def test_kernels_compile_for_every_target(tmp_path, case):
         if row["target"] == "sm_90" and case == "growing" and row["kernel"] in ISSUED:
             most = ISSUED[row["kernel"]]
             assert most / 4 < row["warp_instructions_a_cell"] < most, name
-        if row["kernel"] == "clear_dead":  # one before flags are written in place, one of layouts
+        if row["kernel"] == "clear_dead":  # before flags are written in place, and for layouts
             assert row["barriers"] > 1, name
 
 
-# What is ready to be tried on a GPU is not held up by spills: bytes, of the small grid alone.
+# Bytes, on the small grid alone: no launch that is to be tried on a GPU may lose to its spills.
 SPILLED_BY_VARIANTS = {"three_programs": 8}
 
 
@@ -96,7 +96,7 @@ def test_variants_compile_without_spills(tmp_path):
 
 @pytest.fixture(scope="module")
 def lowered():
-    """What ``lowered_for_cuda.py`` found, in a process that compiles."""
+    """What ``lowered_for_cuda.py`` prints, run in a process that can compile."""
     run = subprocess.run(
         [sys.executable, "-W", "ignore", str(Path(__file__).with_name("lowered_for_cuda.py"))],
         cwd=ROOT,
@@ -114,7 +114,7 @@ KERNELS = {"step_forward", "clear_dead", "step_backward", "add_overlaps", "add_p
 
 
 def test_kernels_are_called_as_cuda_graphs_want_it(lowered):
-    """XLA takes typed FFI calls into graphs, custom calls of the old kind it does not."""
+    """XLA captures typed FFI calls in CUDA graphs, and leaves out custom calls of the old kind."""
     assert lowered["calls"] == [["triton_kernel_call_ffi", "API_VERSION_TYPED_FFI"]]
 
 
@@ -131,7 +131,7 @@ def test_a_second_grid_size_compiles_nothing(lowered):
 
 
 def test_a_vmap_of_any_size_is_launched(lowered):
-    """On the first axis of the grid: the others end at 65,535."""
+    """Members are the first axis of the launch grid, as the others end at 65,535."""
     forward, clear = lowered["grids"]
     assert forward == clear == [70_000, 1, 1]
 
@@ -149,7 +149,7 @@ def test_indices_beyond_32_bits_compile(tmp_path):
 
 
 def test_says_that_there_is_no_gpu():
-    """In a process that could compile: "auto" must not choose Triton there."""
+    """A process that can compile has no GPU all the same: "auto" must not choose Triton there."""
     code = "from nca_kernels.backends.triton.launch import missing; print(missing())"
     unset = ("TRITON_INTERPRET", "NCA_CUDA_ARCH")
     environment = {k: v for k, v in os.environ.items() if k not in unset} | {"JAX_PLATFORMS": "cpu"}

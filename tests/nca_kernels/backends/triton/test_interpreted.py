@@ -82,7 +82,7 @@ def test_a_pool_beyond_a_word_is_refused():
 
 @pytest.mark.parametrize("name", ["dense", "three_hidden", "inputs_per_cell", "plane_batch_1"])
 def test_products_of_tensorfloat32(name):
-    """They cut off bits of their operands: where those are not rounded before, errors add up."""
+    """Products cut off bits of their operands: errors add up if the kernels do not round first."""
     case = CASES[name]
     case = replace(case, rule=replace(case.rule, precision="tensorfloat32"))
     check_values_and_gradients(BACKEND, case, calls=1)
@@ -108,14 +108,14 @@ def test_what_shared_memory_does_not_hold_is_told(arch, precision, changes, told
 
 
 def test_hidden_layers_of_several_blocks_of_rows():
-    """Each block's go where those of the one before were, forward and backward."""
+    """Each block's hidden units overwrite those of the block before, forward and backward."""
     case = CASES["two_hidden"]
     case = replace(case, grid=(40,), rule=replace(case.rule, fire_rate=1.0, alive=None))
     check_values_and_gradients(BACKEND, case, calls=1)
 
 
 def test_races_are_found(monkeypatch):
-    """As if the kernels had no barriers."""
+    """Without its barriers, a kernel has races, and the interpreter reports them."""
     monkeypatch.setattr(Accesses, "barrier", lambda self: None)
     with pytest.raises(jax.errors.JaxRuntimeError, match="another thread"):
         check_values_and_gradients(BACKEND, CASES["line"], calls=1)
@@ -130,7 +130,7 @@ def test_tensorfloat32_where_there_is_one(arch, precision, monkeypatch):
 
 @pytest.mark.parametrize(("precision", "error"), [("tensorfloat32", 1e-6), ("bfloat16", 1e-5)])
 def test_a_bias_is_not_rounded(precision, error):
-    """Side by side with the filters, it goes through the products: in two numbers."""
+    """Where filters lie side by side, the bias is part of the product, split into two numbers."""
     case = CASES["no_hidden"]
     rule = replace(case.rule, precision=precision, alive=None, fire_rate=1.0)
     params, state, key, _ = case.arguments()
@@ -141,7 +141,7 @@ def test_a_bias_is_not_rounded(precision, error):
 
 
 def test_constant_taps_are_compiled_in(monkeypatch):
-    """Wherever they come from a NumPy array, and not where they may be trained."""
+    """Taps from a NumPy array are; taps that may be trained are not."""
     case = CASES["constant_taps_line"]
     params, state, key, _ = case.arguments()
     seen = []

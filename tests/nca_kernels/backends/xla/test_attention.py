@@ -18,10 +18,10 @@ class TestAttention(AttentionSuite):
 
 def test_backward_keeps_queries_keys_values_and_log_sum_exp():
     arrays = replace(PLANE, dtype="bfloat16").arguments()
-    kept = jax.eval_shape(lambda *a: jax.vjp(attention("xla", PLANE), *a)[1], *arrays)
-    kept = sorted((a.size, a.dtype.name) for a in jax.tree.leaves(kept))
+    residuals = jax.eval_shape(lambda *a: jax.vjp(attention("xla", PLANE), *a)[1], *arrays)
+    residuals = sorted((a.size, a.dtype.name) for a in jax.tree.leaves(residuals))
     size = arrays[0].size
-    assert kept == [(size // PLANE.head_size, "float32")] + 3 * [(size, "bfloat16")]
+    assert residuals == [(size // PLANE.head_size, "float32")] + 3 * [(size, "bfloat16")]
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
@@ -42,7 +42,7 @@ def test_program_does_not_grow_with_the_window():
 
 
 def test_no_array_holds_all_neighbours():
-    """The largest array in a gradient is a padded one, whatever the window."""
+    """The largest array of a gradient is a padded input, however large the window is."""
     case = AttentionCase("wide", (40, 40), batch=(1,), radius=5)
     run = jax.jit(jax.grad(lambda *a: attention("xla", case)(*a).sum(), (0, 1, 2)))
     arrays = case.arguments()

@@ -13,10 +13,10 @@ class TestStep(StepSuite):
 
 
 class TestStepAllAtOnce(StepSuite):
-    """As lowered for an accelerator, run here: all cells at once, and groups by vmap."""
+    """The code for accelerators, run on the CPU: all cells at once, and groups by vmap."""
 
     backend = ALL_AT_ONCE
-    cases = CONFORMANCE[::3]  # the rows alone differ
+    cases = CONFORMANCE[::3]  # only the choice of rows differs
 
 
 dispatch.register(
