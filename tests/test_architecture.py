@@ -136,35 +136,18 @@ def test_every_backend_inherits_the_suite():
 # ---- sizes of functions ----
 
 MOST_LINES, MOST_POSITIONAL = 60, 6
-# Their signatures are the public contract, or that of another library.
+# Their signatures are the public contract, that of another library, or that of a backend's kernels
+# with the engine that runs them.
 CONTRACTS = {
-    "nca_kernels.checks.check_update",
-    "nca_kernels.ops.neighborhood_attention.nca_neighborhood_attention",
+    "nca_kernels.backends.reference.plain_step.update",
+    "nca_kernels.backends.triton.attention_calls.backward",
+    "nca_kernels.backends.triton.step_calls.backward",
     "nca_kernels.ops.rollout.rollout",
     "nca_kernels.ops.sharded_rollout.sharded_rollout",
-    "nca_kernels.ops.step.nca_step",
     "nca_kernels.ops.tiled_rollout.tiled_rollout",
-    "nca_kernels.ops.update.nca_update",
     "nca_kernels.ops.update.update",
     "nca_models.compat.jax_nca_trainer.emit_metrics",
     "nca_models.compat.jax_nca_trainer.train",
-}
-# To be mended, and then to be taken off this list.
-NOT_YET = {
-    "nca_kernels.backends.reference.plain_step.update",
-    "nca_kernels.backends.triton.attention_calls.backward",
-    "nca_kernels.backends.triton.configuration._chosen",
-    "nca_kernels.backends.triton.launch.launch",
-    "nca_kernels.backends.triton.step_calls.backward",
-    "nca_kernels.backends.triton.tuner.tuned",
-    "nca_kernels.backends.xla.active_rows.map_active_backward",
-    "nca_kernels.backends.xla.attention._key_value_gradients",
-    "nca_kernels.checks._check_update_operands",
-    "nca_kernels.ops.tiled_rollout._steps",
-    "nca_models.compat.jax_nca_trainer._loss",
-    "nca_models.compat.jax_nca_trainer._train_step",
-    "tests.tools.triton_aot.record",
-    "tests.tools.triton_host.launch",
 }
 
 
@@ -186,5 +169,5 @@ def test_functions_are_short_and_take_few_positional_arguments():
     folders = ("nca_kernels", "nca_models", "benchmarks", "tests/tools")
     paths = [path for folder in folders for path in files(folder)]
     large = {name for path in paths for name, node in functions(path) if is_large(node)}
-    assert large <= CONTRACTS | NOT_YET, large - CONTRACTS - NOT_YET
+    assert large <= CONTRACTS, large - CONTRACTS
     assert large >= CONTRACTS, "they need no exception"

@@ -116,7 +116,7 @@ def _turns(
         return config.mlp.widths[0] / config.mlp.block_h
     if outside + config.one_tile > 1:
         return math.ceil(config.perception.positions / launch.unroll)
-    return math.ceil(config.places / launch.rows) if has(LOAD) else 1
+    return math.ceil(config.reach / launch.rows) if has(LOAD) else 1
 
 
 def _mean_blocks(config: Any, launch: Launch, fire_rate: float) -> float:

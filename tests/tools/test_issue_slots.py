@@ -1,7 +1,10 @@
 """An instruction counts as often as a tile runs it."""
 
+from types import SimpleNamespace
+
 import pytest
 
+from nca_kernels.backends.triton.geometry import Axis, Sizes
 from nca_kernels.tuning import Launch
 from tests.tools.issue_slots import warp_instructions_a_cell
 
@@ -22,13 +25,22 @@ CODE = """
 LAUNCH = Launch(tile=(1, 4, 16), rows=32, warps=4)
 
 
-def constants(height: int, width: int) -> dict:
-    axes = {"z": (1, 1, 1), "y": (height, 4, 3), "x": (width, 16, 3)}
-    found = {"depth": 1, "height": height, "width": width}
-    for axis, (size, tile, reach) in axes.items():
-        found |= {f"tile_{axis}": tile, f"kernel_{axis}": reach, f"before_{axis}": reach // 2}
-        found |= {f"tiles_{axis}": -(-size // tile)}
-    return {**found, "tile": 64, "one_tile": True, "dense": False}
+Z = Axis(tile=1, kernel=1, pool=1, near=False)
+Y = Axis(tile=4, kernel=3, pool=3, near=True)
+X = Axis(tile=16, kernel=3, pool=3, near=True)
+CONFIG = SimpleNamespace(
+    axes=(Z, Y, X),
+    tile_cells=64,
+    pool_positions=9,
+    one_tile=True,
+    perception=SimpleNamespace(dense=False),
+)
+
+
+def counted(height, width, code=CODE, config=CONFIG):
+    """Instructions a cell of ``step_forward``, where all cells fire."""
+    sizes = Sizes(1, height, width, samples=1)
+    return warp_instructions_a_cell("step_forward", code, config, sizes, LAUNCH, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -38,10 +50,14 @@ def test_tiles_at_borders_take_another_way(height, width, inner):
     """A tile has two blocks of 32 rows that all fire, and in some tiles no cell is at a border."""
     block = 3 + (1 - inner) * 3 + inner * 1
     expected = (2 + 2 * block) * LAUNCH.warps / 64
-    found = warp_instructions_a_cell("step_forward", CODE, constants(height, width), LAUNCH, 1.0)
-    assert found == pytest.approx(expected)
+    assert counted(height, width) == pytest.approx(expected)
 
 
 def test_without_products_nothing_is_told():
-    code = CODE.replace("HMMA", "FFMA")
-    assert warp_instructions_a_cell("step_forward", code, constants(8, 48), LAUNCH) is None
+    assert counted(8, 48, CODE.replace("HMMA", "FFMA")) is None
+
+
+def test_with_large_pools_nothing_is_told():
+    """Their loops look like others."""
+    config = SimpleNamespace(**{**vars(CONFIG), "pool_positions": 125})
+    assert counted(8, 48, config=config) is None

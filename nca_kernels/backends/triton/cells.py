@@ -324,7 +324,7 @@ def _store_words(
 ):
     """Words of runs first .. first + N of the tile and its surroundings, pooled along x."""
     pool: tl.constexpr = config.pool_padding
-    reach: tl.constexpr = 2 * config.alive_radius  # 16 cells and the reach on both sides: 32 lanes
+    halo: tl.constexpr = 2 * config.alive_radius  # along x: 32 lanes hold 16 cells and two of it
     q = first + tl.arange(0, N)
     row = q[:, None]
     lane = tl.arange(0, 32)[None, :]
@@ -332,9 +332,9 @@ def _store_words(
     z, there_z = border(z, grid.depth, pool, config.z.near)
     y = y0 + row // config.runs_x % config.y.with_halo - config.y.halo
     y, there_y = border(y, grid.height, pool, config.y.near)
-    x = x0 + row % config.runs_x * 16 + lane - reach
+    x = x0 + row % config.runs_x * 16 + lane - halo
     x, there_x = border(x, grid.width, pool, config.x.near)
-    there = there_z & there_y & there_x & (lane < 16 + 2 * reach)
+    there = there_z & there_y & there_x & (lane < 16 + 2 * halo)
     there = there & (row < config.z.with_halo * config.y.with_halo * config.runs_x)
     at = cell_number(sample, z, y, x, grid, config) * config.channels + config.alive_channel
     alpha = tl.load(state_ptr + at, mask=there, other=0.0).to(tl.float32)
@@ -343,9 +343,9 @@ def _store_words(
     for i in tl.static_range(1, config.alive_radius + 1):
         once = once | (word << i) | (word >> i)
     twice = once
-    for i in tl.static_range(config.alive_radius + 1, reach + 1):
+    for i in tl.static_range(config.alive_radius + 1, halo + 1):
         twice = twice | (word << i) | (word >> i)
-    both = ((once >> reach) & 0xFFFF) | ((twice >> reach) << 16)
+    both = ((once >> halo) & 0xFFFF) | ((twice >> halo) << 16)
     tl.store(scratch_ptr + config.scratch.words_at + q, both.to(tl.float32, bitcast=True))
 
 

@@ -19,6 +19,8 @@ class CompileTime:
         self._config = config
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
         import triton.language as tl
 
         value = getattr(self._config, name)

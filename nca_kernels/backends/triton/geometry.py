@@ -76,13 +76,13 @@ class Axis:
         return self.tile + 2 * self.halo
 
     @property
-    def places(self) -> int:
-        """How many positions a tile's cells contribute to."""
+    def reach(self) -> int:
+        """How many positions a tile's cells contribute to: the tile and some around it."""
         return self.tile + self.kernel - 1
 
     @property
     def around(self) -> int:
-        """How many positions may contribute to those places."""
+        """How many positions may contribute to those."""
         return self.tile + 2 * (self.kernel - 1)
 
     @property

@@ -356,7 +356,7 @@ def overlap(s, j, size, axis: tl.constexpr, config: tl.constexpr):
     shown, there = border(position, size, config.padding, axis.near)
     nth = (position + axis.before) // axis.tile - s % axis.shares
     place = position + axis.before - nth * axis.tile
-    exists = there & (shown == j) & (nth >= 0) & (nth * axis.tile < size) & (place < axis.places)
+    exists = there & (shown == j) & (nth >= 0) & (nth * axis.tile < size) & (place < axis.reach)
     same = (position == j) & (nth == j // axis.tile)
     return nth, place, exists, same
 
@@ -447,5 +447,5 @@ def share(s, turns_y, turns_x, sample, z, y, x, inside, touched_ptr, grid, confi
     if config.int64_indices:
         tile = tile.to(tl.int64)
     channel, _ = channel_offsets(config)
-    place = tile * config.places + (pz * config.y.places + py) * config.x.places + px
+    place = tile * config.reach + (pz * config.y.reach + py) * config.x.reach + px
     return place[:, None] * config.channels + channel, there

@@ -29,11 +29,11 @@ def forward(engine: Engine, call: StepCall, platform: str, operands: Operands) -
     config, sizes = _configuration(engine, call, platform, operands, launch)
     run = partial(engine.run_kernel, config=config, sizes=sizes, launch=launch)
     kernels, groups = engine.step_kernels(), sizes.groups
-    state, fire, given, inputs = _flat_operands(operands)
+    state, fire, perception, inputs = _flat_operands(operands)
     cells = sizes.cells if config.alive else 1
     new, plane, mask, _ = run(
         kernels.step_forward,
-        [state, fire, pack(operands, config.packed, config.precision), given, inputs],
+        [state, fire, pack(operands, config.packed, config.precision), perception, inputs],
         [
             Shape(state.shape, state.dtype),
             Shape((groups, cells), jnp.float32),
@@ -70,12 +70,12 @@ def backward(
     config, sizes = _configuration(engine, call, platform, operands, launch, flags)
     run = partial(engine.run_kernel, config=config, sizes=sizes, launch=launch)
     kernels, groups, wanted = engine.step_kernels(), sizes.groups, config.wanted
-    overlaps = sizes.tiles * config.places * config.channels if config.has_overlaps else 1
-    state, fire, given, inputs = _flat_operands(operands)
+    overlaps = sizes.tiles * config.reach * config.channels if config.has_overlaps else 1
+    state, fire, perception, inputs = _flat_operands(operands)
     d_state, overlap, touched, d_weights, d_given, d_inputs, _ = run(
         kernels.step_backward,
         [
-            state, fire, pack(operands, config.packed, config.precision), given, inputs,
+            state, fire, pack(operands, config.packed, config.precision), perception, inputs,
             saved[0].reshape(groups, -1) if saved else jnp.zeros((groups, 1), jnp.bool_),
             cotangent.reshape(groups, -1),
         ],

@@ -145,11 +145,15 @@ class StepConfiguration:
 
     @property
     def pool_wraps(self) -> bool:
-        """Whether the alive pool sees cells across borders that it does not see anyway."""
+        """Whether the alive pool sees cells across borders.
+
+        Where paddings other than circular show it a cell, that cell is in its window anyway.
+        """
         return self.padding == "circular"
 
     @property
     def pool_padding(self) -> str:
+        """What :func:`.cells.border` is to do for the alive pool."""
         return "circular" if self.pool_wraps else "zeros"
 
     # ---- tiles ----
@@ -182,13 +186,13 @@ class StepConfiguration:
         return math.prod(axis.pool for axis in self.axes)
 
     @property
-    def places(self) -> int:
-        """How many positions a tile's cells contribute to."""
-        return math.prod(axis.places for axis in self.axes)
+    def reach(self) -> int:
+        """How many positions a tile's cells contribute to: the tile and some around it."""
+        return math.prod(axis.reach for axis in self.axes)
 
     @property
     def around(self) -> int:
-        """How many positions may contribute to those places."""
+        """How many positions may contribute to those."""
         return math.prod(axis.around for axis in self.axes)
 
     @property
@@ -199,7 +203,7 @@ class StepConfiguration:
     @property
     def has_overlaps(self) -> bool:
         """Whether tiles contribute to gradients of each other's cells, or across borders."""
-        reaches = self.perception.filters > 0 and self.places > self.tile_cells
+        reaches = self.perception.filters > 0 and self.reach > self.tile_cells
         return self.wanted.state and reaches
 
     # ---- memory ----
@@ -301,11 +305,11 @@ def _sizes_and_axes(
     z, y, x = (
         Axis(
             tile,
-            reach,
+            stencil,
             pool=2 * radius + 1 if size > 1 else 1,
-            near=max(reach // 2, 2 * radius) < size,
+            near=max(stencil // 2, 2 * radius) < size,
         )
-        for size, tile, reach in zip(grid, launch.tile, kernel, strict=True)
+        for size, tile, stencil in zip(grid, launch.tile, kernel, strict=True)
     )
     tiles = operands.samples * math.prod(
         -(-size // tile) for size, tile in zip(grid, launch.tile, strict=True)
@@ -358,6 +362,6 @@ def _largest_array(config: StepConfiguration, sizes: Sizes) -> int:
     """Numbers of the largest array that kernels index."""
     return sizes.groups * max(
         sizes.cells * max(config.channels, *config.mlp.source_sizes),
-        sizes.tiles * config.places * config.channels,
+        sizes.tiles * config.reach * config.channels,
         sizes.programs * max(config.scratch.size, config.packed.size),
     )

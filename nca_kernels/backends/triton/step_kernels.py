@@ -226,7 +226,7 @@ def step_backward(
     """All gradients, but for sums over tiles and over programs.
 
     The state's lacks what cells of other tiles contribute, which goes to ``overlap_ptr``
-    [tiles, places, C]; the weights' are sums of each program. The perception's gradient stays in
+    [tiles, reach, C]; the weights' are sums of each program. The perception's gradient stays in
     the program's scratch, a tile at a time.
     """
     program, group = program_and_group(programs, config)
@@ -241,7 +241,7 @@ def step_backward(
     d_inputs_ptr += group * grid.cells * config.mlp.source_sizes[1]
     weights_ptr += group * config.weights_per_group * config.packed.size
     alive_ptr += group * grid.cells
-    overlap_ptr += group * grid.tiles * config.places * config.channels
+    overlap_ptr += group * grid.tiles * config.reach * config.channels
     touched_ptr += group * grid.tiles
     d_weights_ptr += (group * programs + program) * config.packed.size
     scratch_ptr += (group * programs + program) * config.scratch.size
@@ -293,12 +293,12 @@ def step_backward(
                 store_contributions(d_before, first, scratch_ptr, weights_ptr, config)
             tl.debug_barrier()  # before others read the scratch, or add to the same sums
         if config.wanted.state:
-            first_place = program * 0 + tile
+            overlap_row = program * 0 + tile
             if config.int64_indices:
-                first_place = first_place.to(tl.int64)
+                overlap_row = overlap_row.to(tl.int64)
             _tile_gradient(
                 cotangent_ptr, alive_ptr, d_state_ptr,
-                overlap_ptr + first_place * config.places * config.channels,
+                overlap_ptr + overlap_row * config.reach * config.channels,
                 weights_ptr, scratch_ptr, count, sample, z0, y0, x0, grid, config,
             )  # fmt: skip
     store_register_sums(sums, d_weights_ptr, config)
@@ -339,11 +339,11 @@ def _tile_gradient(
 ):  # fmt: skip
     """Writes the state's gradient: the tile's to ``d_state``, that around it to ``overlap``."""
     channel, real = channel_offsets(config)
-    for first in range(0, config.places, config.rows):
+    for first in range(0, config.reach, config.rows):
         place = first + tl.arange(0, config.rows)
-        exists = place < config.places
-        rz = place // (config.y.places * config.x.places)
-        ry, rx = place // config.x.places % config.y.places, place % config.x.places
+        exists = place < config.reach
+        rz = place // (config.y.reach * config.x.reach)
+        ry, rx = place // config.x.reach % config.y.reach, place % config.x.reach
         acc = tl.zeros((config.rows, config.block_c), tl.float32)
         if config.perception.filters > 0:
             if count > 0:
@@ -366,7 +366,7 @@ def _tile_gradient(
         at = here[:, None] * config.channels + channel
         mask = in_tile[:, None] & real
         tl.store(d_state_ptr + at, total.to(d_state_ptr.dtype.element_ty), mask=mask)
-        if config.places > config.tile_cells:
+        if config.reach > config.tile_cells:
             if count > 0:
                 around = place[:, None] * config.channels + channel
                 tl.store(overlap_ptr + around, acc, mask=(exists & ~in_tile)[:, None] & real)
@@ -381,7 +381,7 @@ def add_overlaps(
     """Adds to each cell, in place, what cells of other tiles or across the border contribute."""
     grid = grid_of(depth, height, width, samples, config)
     tile, group = program_and_group(grid.tiles, config)
-    overlap_ptr += group * grid.tiles * config.places * config.channels
+    overlap_ptr += group * grid.tiles * config.reach * config.channels
     touched_ptr += group * grid.tiles
     sample, z0, y0, x0 = tile_origin(tile, grid, config)
     channel, real = channel_offsets(config)

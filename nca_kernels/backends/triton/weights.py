@@ -112,8 +112,8 @@ class MLP:
 
     @property
     def padded_sources(self) -> tuple[int, int]:
-        given, inputs = (-(-size // self.block_s) * self.block_s for size in self.source_sizes)
-        return given, inputs
+        perceived, inputs = (-(-size // self.block_s) * self.block_s for size in self.source_sizes)
+        return perceived, inputs
 
 
 class Section(NamedTuple):

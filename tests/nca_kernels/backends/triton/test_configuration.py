@@ -19,17 +19,17 @@ BY_NAME = {case.name: case for case in CONFORMANCE}
 SMALL = Launch(tile=(1, 4, 16), rows=16, block_h=16, programs=3)
 
 
-def operands_of(case, given=0):
-    """Of a ``step``, or with a ``given`` perception of so many numbers, of an ``update``."""
+def operands_of(case, perceived=0):
+    """Those of a ``step``, or of an ``update`` whose cells have ``perceived`` numbers each."""
     params, state, _, inputs = case.arguments()
     weights = Weights(params.perception, params.perception_bias, tuple(params.layers))
     perception = None
-    if given:
+    if perceived:
         (first, bias), *others = params.layers
         inputs_size = 0 if inputs is None else inputs.shape[-1]
-        first = jnp.resize(first, (given + inputs_size, first.shape[1]))
+        first = jnp.resize(first, (perceived + inputs_size, first.shape[1]))
         weights = Weights(None, None, ((first, bias), *others))
-        perception = jnp.zeros((1, *state.shape[:-1], given))
+        perception = jnp.zeros((1, *state.shape[:-1], perceived))
     inputs = None if inputs is None else inputs[None]
     weights = jax.tree.map(lambda w: jnp.asarray(w)[None], weights)
     return Operands(state[None], None, perception, inputs, weights)
@@ -54,10 +54,10 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "given", "side_by_side"), LAYOUTS)
-def test_weights_lie_where_kernels_look_for_them(name, given, side_by_side):
+@pytest.mark.parametrize(("name", "perceived", "side_by_side"), LAYOUTS)
+def test_weights_lie_where_kernels_look_for_them(name, perceived, side_by_side):
     """Each number at its offset, as loops find it; what no offset leads to is zero."""
-    operands = operands_of(BY_NAME[name], given)
+    operands = operands_of(BY_NAME[name], perceived)
     launch = replace(SMALL, side_by_side=side_by_side)
     config, _ = configuration(BY_NAME[name], operands, launch)
     perception, packed = config.perception, config.packed
@@ -90,8 +90,7 @@ def test_weights_lie_where_kernels_look_for_them(name, given, side_by_side):
     if filters:
         if weights.perception_bias is not None:
             bias = weights.perception_bias.reshape(sees)
-            found = take(packed.perception_bias_at, sees, by_filter)
-            np.testing.assert_array_equal(found, bias)
+            np.testing.assert_array_equal(take(packed.perception_bias_at, sees, by_filter), bias)
         rows = weights.layers[0][0][: np.prod(sees)].reshape(*sees, hidden)
         strides = *(width * n for n in by_filter), 1
         np.testing.assert_array_equal(take(packed.weight_at[0], rows.shape, strides), rows)
@@ -109,10 +108,10 @@ def test_weights_lie_where_kernels_look_for_them(name, given, side_by_side):
     assert not array.any()
 
 
-@pytest.mark.parametrize(("name", "given", "side_by_side"), LAYOUTS)
-def test_unpacking_is_the_transpose_of_packing(name, given, side_by_side):
+@pytest.mark.parametrize(("name", "perceived", "side_by_side"), LAYOUTS)
+def test_unpacking_is_the_transpose_of_packing(name, perceived, side_by_side):
     """And as each number is packed once, it brings the weights back."""
-    operands = operands_of(BY_NAME[name], given)
+    operands = operands_of(BY_NAME[name], perceived)
     launch = replace(SMALL, side_by_side=side_by_side)
     config, _ = configuration(BY_NAME[name], operands, launch)
     back = unpack(pack(operands, config.packed, "ieee"), operands, config.packed)
