@@ -39,7 +39,7 @@ RULE: dict[str, Values] = {
     "precision": ("default", "float32", "tensorfloat32", "bfloat16"),
     "negative_slope": EVERY,
 }
-ALIVE: dict[str, Values] = {"channel": EVERY, "threshold": EVERY}
+ALIVE: dict[str, Values] = {"channel": EVERY, "threshold": EVERY, "radius": EVERY}
 ATTENTION: dict[str, Values] = {"radius": EVERY, "padding": ("zeros", "circular")}
 COMMON = Covers(RULE, ALIVE, ATTENTION)  # what all of them do
 
@@ -84,7 +84,7 @@ for backend in (
         load=_loader("cpu"),
         platforms=("cpu",),
         missing=_ask("cpu.library", "missing"),
-        covers=replace(COMMON, alive=ALIVE | {"radius": EVERY}),
+        covers=COMMON,
         markers={
             "step": ("@nca_cpu_step_forward", "@nca_cpu_step_backward"),
             "neighborhood_attention": (
@@ -104,7 +104,6 @@ for backend in (
         load=_loader("xla"),
         covers=replace(
             COMMON,
-            alive=ALIVE | {"radius": EVERY},
             dtypes=("float32", "bfloat16", "float64"),
             symbolic_batch=True,
         ),

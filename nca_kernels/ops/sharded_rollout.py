@@ -34,7 +34,7 @@ from nca_kernels.ops.rollout import (
     scanned_steps,
     where_sample,
 )
-from nca_kernels.rule import Controls, Rule, RuleParams
+from nca_kernels.rule import Controls, Rule, RuleParams, wraps
 
 
 def sharded_rollout(
@@ -233,7 +233,7 @@ def _axes_of(
                 f"steps_per_exchange is {steps_per_exchange}): split it over fewer devices"
                 + (", or exchange more often" if steps_per_exchange > 1 else "")
             )
-        core, periodic = -(-size // shards), rule.padding == "circular"
+        core, periodic = -(-size // shards), wraps(rule.padding)
         axes.append(_Axis(size, core, halo, periodic, names, shards))
     return tuple(axes)
 

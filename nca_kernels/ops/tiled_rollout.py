@@ -22,7 +22,7 @@ from jax.random import fold_in
 from nca_kernels.checks import check_num_steps, check_rollout, check_step
 from nca_kernels.ops.parts import PartAxis, PartStep, reach
 from nca_kernels.ops.rollout import AfterStep, scan_steps
-from nca_kernels.rule import Controls, Rule, RuleParams
+from nca_kernels.rule import Controls, Rule, RuleParams, wraps
 
 
 def tiled_rollout(
@@ -83,7 +83,7 @@ def tiled_rollout(
     for first in range(0, num_steps, steps_per_pass):
         numbers = np.arange(first, min(first + steps_per_pass, num_steps), dtype=np.int32)
         axes = tuple(
-            _Axis(size, min(tile, size), len(numbers) * reached, rule.padding == "circular")
+            _Axis(size, min(tile, size), len(numbers) * reached, wraps(rule.padding))
             for size, reached in zip(grid, reaches, strict=True)
         )
         sources = _Sources(state, inputs, _masks(key, numbers))

@@ -17,7 +17,7 @@ from nca_kernels.backends.pallas import cells
 from nca_kernels.backends.pallas.cells import block, indices, load, load_block
 from nca_kernels.call import Operands, StepCall, Weights
 from nca_kernels.fire_mask import threefry_bits, threshold
-from nca_kernels.rule import Rule, activation
+from nca_kernels.rule import Rule, activation, wraps
 
 MOST_COLUMNS = 512  # numbers of a cell: its perception, its inputs and its update
 MOST_WEIGHTS = 2**13  # of one product: 32 KB, and three times that where products are precise
@@ -123,9 +123,9 @@ def is_alive(rule: Rule, state: Array) -> Array:
     """Where the pool of the alive channel exceeds the threshold: ``[G, B, *S]``."""
     assert rule.alive is not None
     plane = state[..., rule.alive.channel].astype(jnp.float32)
-    window = (1, 1, *(3,) * (plane.ndim - 2))
+    window = (1, 1, *(2 * rule.alive.radius + 1,) * (plane.ndim - 2))
     padding = "SAME"  # but for circular, a border shows the pool only cells that it sees anyway
-    if rule.padding == "circular":
+    if wraps(rule.padding):
         plane = jnp.pad(plane, [(side // 2, side // 2) for side in window], mode="wrap")
         padding = "VALID"
     lowest = np.float32(-np.inf)
