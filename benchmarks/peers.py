@@ -103,9 +103,22 @@ def _cax_system(case: Case, fire_rate: float, products: bool) -> Any:
         def _step(self, state: Any, input: Any = None, *, sow: bool = False) -> Any:
             return self.update(state, self.perceive(state), input)
 
-    class Product(nnx.Module):
-        """A 1x1 convolution as a matrix product, with the same weights."""
+    system = System(nnx.Rngs(0))
+    system.perceive.conv.kernel[...] = params.perception
+    for conv, (weight, bias) in zip(system.update.layers, params.layers, strict=True):
+        conv.kernel[...] = weight.reshape(conv.kernel.shape)
+        conv.bias[...] = bias
+    return with_products(system) if products else system
 
+
+def with_products(system: Any) -> Any:
+    """The CAX system with matrix products for the 1x1 convolutions of its update, in place.
+
+    XLA's gradient of such a convolution is most of the time of a training step on a CPU.
+    """
+    from flax import nnx
+
+    class Product(nnx.Module):
         def __init__(self, conv: Any):
             self.kernel, self.bias = conv.kernel, conv.bias
 
@@ -113,13 +126,7 @@ def _cax_system(case: Case, fire_rate: float, products: bool) -> Any:
             kernel = self.kernel[...]
             return x @ kernel.reshape(kernel.shape[-2:]) + self.bias[...]
 
-    system = System(nnx.Rngs(0))
-    system.perceive.conv.kernel[...] = params.perception
-    for conv, (weight, bias) in zip(system.update.layers, params.layers, strict=True):
-        conv.kernel[...] = weight.reshape(conv.kernel.shape)
-        conv.bias[...] = bias
-    if products:
-        system.update.layers = nnx.List(map(Product, system.update.layers))
+    system.update.layers = nnx.List(map(Product, system.update.layers))
     return system
 
 

@@ -15,6 +15,7 @@ import pytest
 from flax import nnx
 
 from benchmarks.measure import interleaved
+from benchmarks.peers import with_products
 from nca_models.compat import cax as cax_compat
 
 CHANNELS, BATCH = 16, 8
@@ -94,6 +95,7 @@ def test_a_cax_training_step(chosen, record, thorough):
     size, num_steps = 72, 8
     runs = {
         "accelerated": _training(cax_compat.accelerate(_growing(), strict=True), size, num_steps),
+        "cax_matmul": _training(with_products(_growing()), size, num_steps),
         "cax": _training(_growing(), size, num_steps),
     }
     row = {"suite": "dropin", "case": "cax", "kind": "training step", "mode": "training"}

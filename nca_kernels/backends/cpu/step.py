@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 
 from nca_kernels.backends.cpu import library
-from nca_kernels.call import Operands, StepCall
+from nca_kernels.call import Operands, StepCall, three_axes
 from nca_kernels.fire_mask import threshold
 
 
@@ -96,8 +96,8 @@ def _attributes(call: StepCall, operands: Operands) -> dict[str, Any]:
         "fire": operands.fire_source,
     }
     integers = {
-        "grid": _three_axes(operands.grid),
-        "kernel": _three_axes(operands.kernel),
+        "grid": _axes_to_split(operands.grid),
+        "kernel": _axes_to_split(operands.kernel),
         "groups": operands.groups,
         "batch": operands.samples,
         "channels": operands.channels,
@@ -122,8 +122,6 @@ def _attributes(call: StepCall, operands: Operands) -> dict[str, Any]:
     }
 
 
-def _three_axes(sizes: Sequence[int]) -> tuple[int, ...]:
+def _axes_to_split(sizes: Sequence[int]) -> tuple[int, ...]:
     """``(z, y, x)``: a line is a column of cells along y, which tiles can split."""
-    if len(sizes) == 1:
-        return (1, sizes[0], 1)
-    return (1,) * (3 - len(sizes)) + tuple(sizes)
+    return three_axes((*sizes, 1) if len(sizes) == 1 else sizes)
