@@ -18,6 +18,7 @@ help:
 	@echo "make test   whether an install can be trusted (under 6 minutes); test-all: all tests"
 	@echo "make check  formatting, lint and types"
 	@echo "make bench  against the reference, CAX and PyTorch on this machine; writes results"
+	@echo "            (the CAX of today: PYTHON=python3.12 VENV=.venv-bench)"
 	@echo "make gallery  train the small preset of every system; pictures and figures to docs/gallery"
 	@echo "make fuzz   10,000 random shapes and rules on the native kernels; can be interrupted"
 	@echo "make sanitize  the native kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer"
