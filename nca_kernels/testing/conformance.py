@@ -254,9 +254,15 @@ def check_gradients_under_vmap(backend: str, case: Case) -> None:
 
 
 def check_mask_in_place_of_key(backend: str, case: Case) -> None:
-    """A mask instead of a key says who fires, whatever the fire rate; it may be mapped over."""
+    """A mask instead of a key says which cells fire, whatever the fire rate.
+
+    The same mask drawn from a key gives the same bits. Masks may be mapped over.
+    """
     args = case.arguments()
     mask = jax.random.bernoulli(args.key, 0.4, args.state.shape[:-1])
+    rule = replace(case.rule, fire_rate=0.4)
+    run = jax.jit(lambda f: nk.step(rule, args.params, args.state, f, args.inputs, backend))
+    assert_same_bits(run(mask), run(args.key), "the mask that the key draws")
     masks = jnp.stack([mask, ~mask])
     for rate in (0.4, 1.0):
         rule = replace(case.rule, fire_rate=rate)
