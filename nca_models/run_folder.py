@@ -9,6 +9,7 @@ checkpoints/     see `nca_models.training.checkpoints`
 """
 
 import json
+import shutil
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -78,12 +79,12 @@ def create(folder: Path, request: Request) -> systems.System:
     (folder / _STARTING).touch()
     try:
         module.SystemClass.prepare(config, request.target, folder)
-    except ValueError:  # there is nothing to learn from: leave nothing behind
+        _write(folder, request.system, request.preset or "small", request.target, config)
+    except (ValueError, OSError):  # nothing to learn from, or no room: leave no half of a run
         (folder / _STARTING).unlink()
         if made:
-            folder.rmdir()
+            shutil.rmtree(folder)
         raise
-    _write(folder, request.system, request.preset or "small", request.target, config)
     (folder / _STARTING).unlink()
     system: systems.System = module.SystemClass(config, folder)
     return system
@@ -98,6 +99,8 @@ def resume(folder: Path, request: Request) -> systems.System:
     saved = _read(folder)
     asked = {"system": request.system, "preset": request.preset, "target": request.target}
     steps = request.settings.get("num_train_steps")
+    if unknown := sorted(_chosen(request.settings).keys() - saved["config"].keys()):
+        raise RunError(f"{folder} is a run of {saved['system']}, without {', '.join(unknown)}")
     for name, value in _chosen(asked | request.settings).items():
         before = saved[name] if name in saved else saved["config"].get(name)
         if value != before and not (name == "num_train_steps" and value > before):
@@ -113,11 +116,17 @@ def resume(folder: Path, request: Request) -> systems.System:
     return system
 
 
-def require(folder: Path, system: str | None = None) -> None:
-    """Raise RunError if `folder` holds no run, or none of `system`; nothing heavy is imported."""
-    trained = _read(folder)["system"]
-    if system not in (None, trained):
-        raise RunError(f"{folder} is a run of {trained}, not of {system}")
+def require(folder: Path, system: str | None = None) -> dict[str, Any]:
+    """Return the settings of the run in `folder`, by name; nothing heavy is imported.
+
+    Raises:
+        RunError: there is no run, it is not one of `system`, or `config.json` is not one.
+    """
+    saved = _read(folder)
+    if system not in (None, saved["system"]):
+        raise RunError(f"{folder} is a run of {saved['system']}, not of {system}")
+    settings: dict[str, Any] = saved["config"]
+    return settings
 
 
 def load(folder: Path, backend: str | None = None, size: int | None = None) -> systems.System:
@@ -130,8 +139,10 @@ def load(folder: Path, backend: str | None = None, size: int | None = None) -> s
     """
     saved = _read(folder)
     module = systems.load(saved["system"])
-    config = module.PRESETS[saved["preset"]]
-    config = replace(config, **{name: _tupled(v) for name, v in saved["config"].items()})
+    if saved["preset"] not in module.PRESETS:
+        known = ", ".join(module.PRESETS)
+        raise RunError(f"{folder / CONFIG}: preset {saved['preset']!r} is not one of {known}")
+    config = module.Config(**saved["config"])
     if backend is not None:
         config = replace(config, backend=backend)
     if size is not None:
@@ -165,8 +176,34 @@ def _read(folder: Path) -> dict[str, Any]:
     try:
         saved: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         missing = {"system", "preset", "target", "config"} - saved.keys()
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise RunError(f"{folder / CONFIG} is not a run's settings ({error})") from error
     if missing:
         raise RunError(f"{folder / CONFIG} lacks {', '.join(sorted(missing))}")
+    try:
+        saved["config"] = _checked(saved)
+    except (ValueError, TypeError) as error:
+        raise RunError(
+            f"{folder / CONFIG}: {error}; use the version of nca-kernels that wrote the file, or "
+            "correct it"
+        ) from error
     return saved
+
+
+def _checked(saved: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings in what was read, with tuples; a ValueError says what is wrong."""
+    name, settings = saved["system"], saved["config"]
+    if name not in systems.names():
+        raise ValueError(f"there is no system {name!r}, only {', '.join(systems.names())}")
+    for key, kinds in (("preset", str), ("target", str | None), ("config", dict)):
+        if not isinstance(saved[key], kinds):
+            raise ValueError(f"{key} cannot be {json.dumps(saved[key])[:40]}")
+    config = systems.settings(name)
+    declared = {each.name for each in fields(config)}
+    if unknown := sorted(settings.keys() - declared):
+        raise ValueError(f"{name} has no setting {', '.join(unknown)}")
+    if lacking := sorted(declared - settings.keys()):
+        raise ValueError(f"it lacks the setting {', '.join(lacking)}")
+    settings = {key: _tupled(value) for key, value in settings.items()}
+    config(**settings)  # which refuses impossible values
+    return settings

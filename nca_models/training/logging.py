@@ -11,7 +11,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from nca_models._files import write_text
+from nca_models._files import reason, write_text
+from nca_models.data import DataError
 
 _HEADER = "step,loss,log10_loss"
 
@@ -24,7 +25,7 @@ class Log(AbstractContextManager["Log"]):
 
         Raises:
             ImportError: `tensorboard`, but tensorboardX is not installed.
-            ValueError: the log lacks rows up to `last_step`.
+            DataError: the log lacks rows up to `last_step`, or is no log.
         """
         path = folder / "log.csv"
         _cut(path, last_step)
@@ -58,18 +59,32 @@ def log10(value: float) -> float:
 
 
 def read(path: Path) -> tuple[list[int], list[float]]:
-    """Return the steps and the losses in a `log.csv`."""
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [int(row["step"]) for row in rows], [float(row["loss"]) for row in rows]
+    """Return the steps and the losses in a `log.csv`.
+
+    Raises:
+        DataError: there is no such file, it is no log, or it has no rows.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
+        steps, losses = zip(*rows, strict=True)
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read as a training's log ({reason(error)})") from error
+    return list(steps), list(losses)
 
 
 def _cut(path: Path, last_step: int) -> None:
     """Rewrite the log at `path` with its header and its first `last_step` rows."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    except ValueError as error:
+        raise DataError(f"{path}: cannot be read as a training's log ({reason(error)})") from error
     rows = lines[1 : last_step + 1]
     if len(rows) < last_step:
-        raise ValueError(f"{path} has {len(rows)} rows, but the checkpoint is at step {last_step}")
+        raise DataError(
+            f"{path} has {len(rows)} rows, but the checkpoint is at step {last_step}: restore the "
+            "log, or remove the folder checkpoints to train from the start"
+        )
     write_text(path, "\n".join([_HEADER, *rows]) + "\n")
 
 

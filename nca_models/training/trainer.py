@@ -248,6 +248,8 @@ def train(
         Diverged: the loss is not finite.
         ProcessLost: another one of several processes has ended.
         TooLarge: the training does not fit into memory; nothing has run yet.
+        RunError: a checkpoint or the log is damaged.
+        OSError: the log or a checkpoint cannot be written; the checkpoints before it are whole.
     """
     trainer = Trainer(system, split)
     state = _train(trainer, folder, [folder], tensorboard=tensorboard, progress=progress)
@@ -342,11 +344,12 @@ def trained_model(system: System, folder: Path) -> Any:
     """Return the model of the newest checkpoint in `folder`.
 
     Raises:
-        RunError: there is no checkpoint yet.
+        RunError: there is no checkpoint yet, or it is damaged.
     """
-    trainer = Trainer(system)
-    with Checkpoints(folder / "checkpoints") as checkpoints:
-        params = checkpoints.restore_params(trainer.abstract_state())
+    trainer, params = Trainer(system), None
+    if (folder / "checkpoints").is_dir():
+        with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
+            params = checkpoints.restore_params(trainer.abstract_state())
     if params is None:
         raise RunError(f"{folder} has no checkpoint yet: let `nca train` run until it saves one")
     return trainer.model(params)
