@@ -204,6 +204,8 @@ def _train(grid: Grid, models: Sequence[Model], out: Path) -> Iterator[tuple[flo
             tqdm.write(f"{folder}: the loss is not finite")
             yield diverged
             continue
+        if ailment := trainer.diagnose(system, folder):
+            tqdm.write(f"{folder}: {ailment.line}")
         system.pictures(model, folder)
         yield system.swept(model)
 

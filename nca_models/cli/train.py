@@ -199,6 +199,9 @@ def _train_and_show(
             _show(system, model, folder, compare=compare)
         except OSError as error:
             return fail_to_write(error, resume)
+        if ailment := trainer.diagnose(system, folder):
+            code = fail(ailment.line, 1)
+            return code if ailment.dead else 0
     return 0
 
 

@@ -14,11 +14,16 @@ from typing import Any
 from nca_models._files import reason, write_text
 from nca_models.data import DataError
 
-_HEADER = "step,loss,log10_loss"
+_HEADER = "step,loss,log10_loss,unmoved"
+_RESOLUTION = 1e-6  # a loss that changes by less, as a share of it, has not moved
 
 
 class Log(AbstractContextManager["Log"]):
-    """The log of a run, a context manager."""
+    """The log of a run, a context manager.
+
+    Attributes:
+        unmoved: the number of steps, up to the last one, for which the loss has not moved.
+    """
 
     def __init__(self, folder: Path, last_step: int, *, tensorboard: bool = False):
         """Open the log, and drop the rows after `last_step`.
@@ -28,7 +33,7 @@ class Log(AbstractContextManager["Log"]):
             DataError: the log lacks rows up to `last_step`, or is no log.
         """
         path = folder / "log.csv"
-        _cut(path, last_step)
+        self._loss, self.unmoved = _cut(path, last_step)
         self._file = path.open("a", buffering=1, encoding="utf-8")  # written line by line
         self._board = _board(folder / "tensorboard", last_step) if tensorboard else None
 
@@ -40,7 +45,11 @@ class Log(AbstractContextManager["Log"]):
 
     def write(self, step: int, loss: float) -> None:
         """Add the loss of training step `step`, counted from 1."""
-        self._file.write(f"{step},{loss:.9g},{log10(loss):.6f}\n")
+        digits = f"{loss:.9g}"  # those of float32
+        before, self._loss = self._loss, float(digits)
+        still = self._loss != 0 and abs(self._loss - before) <= _RESOLUTION * abs(before)
+        self.unmoved = self.unmoved + 1 if still else 0
+        self._file.write(f"{step},{digits},{log10(loss):.6f},{self.unmoved}\n")
         if self._board is not None:
             self._board.add_scalar("loss", loss, step)
             self._board.add_scalar("log10_loss", log10(loss), step)
@@ -64,28 +73,57 @@ def read(path: Path) -> tuple[list[int], list[float]]:
     Raises:
         DataError: there is no such file, it is no log, or it has no rows.
     """
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
-        steps, losses = zip(*rows, strict=True)
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read as a training's log ({reason(error)})") from error
+    rows = [(int(row["step"]), float(row["loss"])) for row in _rows(path)]
+    steps, losses = zip(*rows, strict=True)
     return list(steps), list(losses)
 
 
-def _cut(path: Path, last_step: int) -> None:
-    """Rewrite the log at `path` with its header and its first `last_step` rows."""
+def read_unmoved(path: Path) -> int:
+    """Return `Log.unmoved` at the end of a `log.csv`; 0 if an older version wrote it.
+
+    Raises:
+        DataError: as `read`.
+    """
+    return int(_rows(path)[-1].get("unmoved") or 0)
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a log, at least one, whose steps, losses and other fields are numbers."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        for row in rows:
+            int(row["step"]), float(row["loss"]), int(row.get("unmoved") or 0)
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read as a training's log ({reason(error)})") from error
+    if not rows:
+        raise DataError(f"{path}: is a training's log without rows")
+    return rows
+
+
+def _cut(path: Path, last_step: int) -> tuple[float, int]:
+    """Rewrite the log at `path` with its header and its first `last_step` rows.
+
+    Return the last of their losses (NaN without rows), and for how many steps it has not moved.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     except ValueError as error:
         raise DataError(f"{path}: cannot be read as a training's log ({reason(error)})") from error
-    rows = lines[1 : last_step + 1]
+    rows = [row if row.count(",") > 2 else f"{row},0" for row in lines[1 : last_step + 1]]
     if len(rows) < last_step:
         raise DataError(
             f"{path} has {len(rows)} rows, but the checkpoint is at step {last_step}: restore the "
             "log, or remove the folder checkpoints to train from the start"
         )
     write_text(path, "\n".join([_HEADER, *rows]) + "\n")
+    if not rows:
+        return math.nan, 0
+    try:
+        _, loss, _, unmoved = rows[-1].split(",")
+        return float(loss), int(unmoved)
+    except ValueError as error:
+        raise DataError(f"{path}: {rows[-1]!r} is no row of a training's log") from error
 
 
 def _board(folder: Path, last_step: int) -> Any:

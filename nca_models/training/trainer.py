@@ -5,6 +5,7 @@ step needs is in the checkpoint, so a run that was killed and resumed reaches th
 uninterrupted one.
 """
 
+import math
 import shutil
 import signal
 import sys
@@ -14,7 +15,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ from tqdm import tqdm
 from nca_models.modules import NCA
 from nca_models.run_folder import RunError
 from nca_models.systems import System
+from nca_models.training import logging
 from nca_models.training import pool as pools
 from nca_models.training.checkpoints import Checkpoints
 from nca_models.training.config import TrainConfig
@@ -87,6 +89,7 @@ class Trainer:
             RunError: `split`, but the system's steps cannot be split.
         """
         self.system = system
+        self.systems: Sequence[System] = [system]
         self.split = split
         self.config = system.config
         self.optimizer = optimizer(self.config)
@@ -199,6 +202,7 @@ class Together(Trainer):
     def __init__(self, systems: Sequence[Any]):
         """Build the models and compile nothing yet."""
         super().__init__(systems[0])
+        self.systems = systems
         self.members = [Trainer(system) for system in systems]
         learned = [getattr(system, "learned", None) for system in systems]
         self.arguments = (
@@ -318,9 +322,10 @@ def _train(
             stop = received[:1]  # read once: a signal may come at any time
             save = bool(stop) or step == total or step % config.checkpoint_every == 0
             if save or len(losses) == _LOG_EVERY:
-                _record(logs, bar, step, losses)
+                _record(trainer, logs, bar, step, losses)
                 losses = []
             if save:
+                _require_finite(state.params, len(trainer.systems), step)
                 for log in logs:
                     log.flush()  # before the checkpoint, so that no checkpoint is ahead of its log
                 checkpoints.save(step, state)
@@ -355,17 +360,86 @@ def trained_model(system: System, folder: Path) -> Any:
     return trainer.model(params)
 
 
+class Ailment(NamedTuple):
+    """What is wrong with a training that did not diverge: a line, and whether all cells died."""
+
+    line: str
+    dead: bool
+
+
+def diagnose(system: System, folder: Path) -> Ailment | None:
+    """Say what is wrong with the training of a run, by its log; None if nothing is.
+
+    Raises:
+        DataError: the log is damaged.
+    """
+    path = folder / "log.csv"
+    losses, unmoved = logging.read(path)[1], logging.read_unmoved(path)
+    if unmoved >= _DEAD_AFTER and (ailment := _health(system, losses[-1], unmoved, len(losses))):
+        return ailment
+    width = min(100, len(losses) // 2)
+    first, last = np.mean(losses[:10]), np.mean(losses[-width:])
+    if width < 10 or last == 0 or last < (first if len(losses) >= _LEARNS_WITHIN else 10 * first):
+        return None
+    return Ailment(
+        f"nothing was learned: the mean loss of the last {width} steps, {last:.3g}, is not below "
+        f"that of the first 10, {first:.3g}; {_advice(system)}",
+        dead=False,
+    )
+
+
+def _health(system: System, loss: float, unmoved: int, step: int) -> Ailment | None:
+    """What a loss means that has not moved for `unmoved` steps up to `step`."""
+    since = f"since step {step - unmoved}"
+    if np.isclose(loss, _loss_of_the_dead(system), rtol=1e-5, atol=0):
+        text = f"all cells are dead {since}, and the loss has no gradient any more"
+    elif unmoved >= _STUCK_AFTER:
+        text = f"the loss has not moved {since}"
+    else:
+        return None
+    return Ailment(f"{text}; {_advice(system)}", dead="dead" in text)
+
+
+def _loss_of_the_dead(system: System) -> float:
+    """The mean error of samples without a living cell; NaN if the system's have no states."""
+    samples = system.fresh(jax.random.key(0), system.config.batch_size)
+    if not isinstance(samples, dict) or "state" not in samples:
+        return math.nan
+    return float(jnp.mean(system.errors(samples | {"state": jnp.zeros_like(samples["state"])})))
+
+
+def _advice(system: System) -> str:
+    rate = f"{system.config.learning_rate:g}"
+    return f"start anew with a --learning-rate below {rate} and another --out"
+
+
+def _require_finite(params: Any, models: int, step: int) -> None:
+    """Raise Diverged if no model's weights are all finite; they have a leading axis of several."""
+    leaves = [np.asarray(leaf).reshape(models, -1) for leaf in jax.tree.leaves(local(params))]
+    if not np.isfinite(np.concatenate(leaves, axis=1)).all(axis=1).any():
+        raise Diverged(f"the weights are not finite after step {step}: try a lower learning rate")
+
+
+_DEAD_AFTER = 20  # steps without movement of the loss, after which dead cells are looked for
+_STUCK_AFTER = 200  # such steps after which a training counts as stuck
+_LEARNS_WITHIN = 500  # training steps within which the loss must fall; it may rise before
 _LOG_EVERY = 10  # steps between reads of the loss, which make the host wait for the device
 
 
-def _record(logs: Sequence[Log], bar: Any, step: int, losses: list[jax.Array]) -> None:
+def _record(
+    trainer: Trainer, logs: Sequence[Log], bar: Any, step: int, losses: list[jax.Array]
+) -> None:
     """Log the losses of the steps up to `step`, each a scalar or `[logs]`, and show them."""
     values = np.stack(jax.device_get(losses)).reshape(len(losses), -1)
     for i, row in enumerate(values, start=step - len(values) + 1):
+        for log, system, value in zip(logs, trainer.systems, row, strict=False):
+            log.write(i, float(value))
+            if log.unmoved in (_DEAD_AFTER, _STUCK_AFTER):
+                health = _health(system, float(value), log.unmoved, i)
+                if health:
+                    tqdm.write(health.line, file=sys.stderr)
         if not np.isfinite(row).any():
             raise Diverged(f"the loss is {row[0]} at step {i}: try a lower learning rate")
-        for log, value in zip(logs, row, strict=False):
-            log.write(i, float(value))
     mean = float(values[np.isfinite(values)].mean())
     bar.set_postfix_str(f"loss {mean:.2e}, log10 {log10(mean):.2f}", refresh=False)
     bar.update(len(values))

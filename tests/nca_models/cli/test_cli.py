@@ -1,9 +1,11 @@
 """The command `nca`, as a user meets it."""
 
 import json
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
@@ -12,6 +14,7 @@ from PIL import Image
 
 from nca_models import cli, demo
 from nca_models.systems import growing
+from nca_models.training import trainer
 
 TRAIN = "train growing --size 7 --padding 2 --batch-size 4 --pool-size 8 --damaged-per-batch 1"
 
@@ -39,6 +42,8 @@ WRONG = [
     ("train growing --out new --resume", "no run to resume"),
     ("train growing --out old --resume --seed 7", "seed 0, not 7"),
     ("train growing --out old --resume --preset paper", "preset small, not paper"),
+    ("train attention --out old --resume", "system growing, not attention"),
+    ("train growing --out old --resume --vgg16 w.npz", "a run of growing, without vgg16"),
     ("demo --out old", "add --resume"),
     ("run nowhere", "holds no run"),
     ("run old --gif film.mp4", "must end in .gif"),
@@ -151,6 +156,40 @@ def test_demo(tmp_path, tiny, capsys, monkeypatch):
     files = {"growth.gif", "growth.png", "target_and_result.png", "loss.png", "checkpoints"}
     assert files <= {path.name for path in folder.iterdir()}
     assert all(name in said for name in files)
+
+
+def test_a_training_whose_cells_died_does_not_end_as_if_all_were_well(make_run, tmp_path, capsys):
+    folder = make_run(alive_threshold=2.0, num_train_steps=30)  # no seed is above it
+    assert cli.main(["train", "growing", "--out", str(folder), "--resume"]) == 1
+    out, err = capsys.readouterr()
+    assert "growth.gif" in out
+    assert err.splitlines()[-1].startswith("nca: all cells are dead since step 1, ")
+
+
+def test_suggested_commands_are_read_by_a_shell(make_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("-it's a 🦎 $run", 'two\n"lines" & more'):
+        make_run(name, num_train_steps=1)
+        assert cli.main(["train", "growing", f"--out={name}", "--resume"]) == 0
+        suggested = capsys.readouterr().out.split("now try: ")[1]
+        words = shlex.split(suggested)
+        assert words[:2] == ["nca", "run"]
+        assert Path(words[2]) == Path(name)
+        assert cli.main([*words[1:], "--steps", "2"]) == 0
+        assert Path(words[-1]).is_file()
+
+        def fails(*_, **__):
+            raise trainer.Interrupted(2, 1)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer, "train", fails)
+            options = ["--resume", "--tensorboard", "--mesh", "data=1"]
+            assert cli.main(["train", "growing", f"--out={name}", *options]) == 130
+        words = shlex.split(capsys.readouterr().err.split("continue with: ")[1])
+        assert Path(words[words.index("--out") + 1]) == Path(name)
+        assert set(options) <= set(words)
+        assert cli.main(words[1:]) == 0
+        capsys.readouterr()
 
 
 def test_doctor(capsys):
