@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, whenever the process is killed.
+"""Files that are written whole or not at all, whenever the process is killed, and pipes.
 
 Not ``nca_kernels.files``: the command line refuses wrong input before JAX starts, which importing
 ``nca_kernels`` does.
@@ -9,7 +9,10 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+
+LARGEST_PIPED = 1 << 28
 
 # What can go wrong with files that are written and read.
 _NUMBERS = (
@@ -61,6 +64,28 @@ def reason(error: Exception) -> str:
     text = " ".join(str(error).split())
     words = (os.strerror(number) for number in _NUMBERS)
     return next((phrase for phrase in words if phrase in text), text[:200] or type(error).__name__)
+
+
+def is_pipe(path: Path) -> bool:
+    """Tell whether `path` is a pipe, as `<(command)` of a shell and /dev/stdin can be."""
+    try:
+        return path.is_fifo()
+    except OSError:
+        return False
+
+
+@cache
+def piped(path: Path) -> bytes:
+    """Return what comes out of a pipe, of which a process can read it only once.
+
+    Raises:
+        OSError: the pipe cannot be read, or more than `LARGEST_PIPED` bytes come out of it.
+    """
+    with path.open("rb") as pipe:
+        content = pipe.read(LARGEST_PIPED + 1)
+    if len(content) > LARGEST_PIPED:
+        raise OSError(errno.EFBIG, f"more than {LARGEST_PIPED >> 20} MiB come out of it", str(path))
+    return content
 
 
 def write_text(path: Path, text: str) -> None:

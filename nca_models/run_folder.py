@@ -11,11 +11,12 @@ checkpoints/     see `nca_models.training.checkpoints`
 import json
 import shutil
 from dataclasses import asdict, dataclass, fields, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from nca_models import systems
-from nca_models._files import write_text
+from nca_models._files import is_pipe, piped, write_text
 
 CONFIG = "config.json"
 _STARTING = ".starting"  # there from the first moment of a run until its config.json is
@@ -79,7 +80,8 @@ def create(folder: Path, request: Request) -> systems.System:
     (folder / _STARTING).touch()
     try:
         module.SystemClass.prepare(config, request.target, folder)
-        _write(folder, request.system, request.preset or "small", request.target, config)
+        target = _name_of(request.target)
+        _write(folder, request.system, request.preset or "small", target, config)
     except (ValueError, OSError):  # nothing to learn from, or no room: leave no half of a run
         (folder / _STARTING).unlink()
         if made:
@@ -97,7 +99,8 @@ def resume(folder: Path, request: Request) -> systems.System:
         RunError: a setting differs from the run's.
     """
     saved = _read(folder)
-    asked = {"system": request.system, "preset": request.preset, "target": request.target}
+    target = _name_of(request.target)
+    asked = {"system": request.system, "preset": request.preset, "target": target}
     steps = request.settings.get("num_train_steps")
     if unknown := sorted(_chosen(request.settings).keys() - saved["config"].keys()):
         raise RunError(f"{folder} is a run of {saved['system']}, without {', '.join(unknown)}")
@@ -156,6 +159,13 @@ def load(folder: Path, backend: str | None = None, size: int | None = None) -> s
 
 def _chosen(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}
+
+
+def _name_of(target: str | None) -> str | None:
+    """What `config.json` calls a target: a pipe by what comes out of it, as its path is reused."""
+    if target is None or not is_pipe(Path(target)):
+        return target
+    return f"a pipe with SHA-256 {sha256(piped(Path(target))).hexdigest()}"
 
 
 def _tupled(value: Any) -> Any:

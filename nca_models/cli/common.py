@@ -3,6 +3,7 @@
 import argparse
 import errno
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any, NoReturn
 from nca_models import systems
 from nca_models._files import reason
 
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:(//|image/)")  # also data:image/png;base64,...
 Commands = Any  # what `add_subparsers` returns, a class that argparse does not name
 
 
@@ -102,8 +104,13 @@ def check_target(system: str, target: str | None) -> None:
     """Refuse a target that the system cannot learn, before JAX starts."""
     if target is None:
         return
+    config = systems.settings(system)
+    if config.target_help and _ADDRESS.match(target) and not os.path.exists(target):
+        raise InputError(
+            f"--target {target[:80]}: addresses are not fetched: download it, and give the file"
+        )
     try:
-        systems.settings(system).check_target(system, target)
+        config.check_target(system, target)
     except ValueError as error:
         raise InputError(str(error)) from error
 

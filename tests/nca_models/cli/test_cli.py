@@ -1,9 +1,11 @@
 """The command `nca`, as a user meets it."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nca_models import cli, demo
+from nca_models import _files, cli, demo
 from nca_models.systems import growing
 from nca_models.training import trainer
 
@@ -33,6 +35,14 @@ WRONG = [
     ("train growing --out new --target text.png", "cannot be read as an image"),
     ("train growing --out new --target clear.png", "transparent"),
     ("train growing --out new --target old", "is a folder"),
+    ("train growing --out new --target https://a.b/c.png", "c.png: addresses are not fetched"),
+    ("train growing --out new --target file:///a.png", "download it, and give the file"),
+    ("train dynamics --out new --target s3://bucket/a.png", "addresses are not fetched"),
+    ("train growing --out new --target data:image/png;base64,AA==", "are not fetched"),
+    ("train attention --out new --data-dir http://a.b/mnist", "addresses are not fetched"),
+    ("sweep growing --out new --targets http://a.b/c.png", "addresses are not fetched"),
+    (f"train growing --out new --target {'a' * 400}.png", "File name too long"),
+    ("train growing --out new --target /dev/null", "is a device"),
     ("train growing --out new --damage fire", "'fire'"),
     ("train growing --out new --batch-size 9000", "pool_size"),
     ("train growing --out new --backend abacus", "abacus: no such backend"),
@@ -156,6 +166,30 @@ def test_demo(tmp_path, tiny, capsys, monkeypatch):
     files = {"growth.gif", "growth.png", "target_and_result.png", "loss.png", "checkpoints"}
     assert files <= {path.name for path in folder.iterdir()}
     assert all(name in said for name in files)
+
+
+def test_a_picture_from_a_pipe(tmp_path, picture, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    preset = replace(growing.PRESETS["small"], num_steps=6, min_steps=4, hidden=8)
+    monkeypatch.setitem(growing.PRESETS, "small", preset)
+    Image.new("RGB", (5, 5), "red").save("other.png")
+    for name in ("pipe", "again"):
+        os.mkfifo(name)
+
+    def train(line, pipe, file):
+        _files.piped.cache_clear()
+        content = Path(file).read_bytes()
+        threading.Thread(target=Path(pipe).write_bytes, args=(content,), daemon=True).start()
+        return cli.main([*line.split(), "--out", "run", "--target", pipe])
+
+    assert train(f"{TRAIN} --steps 2", "pipe", picture) == 0
+    assert Image.open("run/target.png").size == (7, 7)
+    assert json.loads(Path("run/config.json").read_text())["target"].startswith("a pipe with SHA-")
+    assert cli.main(["train", "growing", "--out", "run", "--resume", "--steps", "3"]) == 0
+    assert train("train growing --resume --steps 4", "again", picture) == 0
+    capsys.readouterr()
+    assert train("train growing --resume --steps 5", "again", "other.png") == 2
+    assert "was started with target a pipe with SHA-256" in capsys.readouterr().err
 
 
 def test_a_training_whose_cells_died_does_not_end_as_if_all_were_well(make_run, tmp_path, capsys):
