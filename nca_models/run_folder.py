@@ -3,7 +3,7 @@
 config.json      system, preset, target and every setting; written last, so a folder that has
                  it is complete
 target.png ...   the system's data
-log.csv          one row for each training step
+log.csv          one row for each training step; see `nca_models.training.logging`
 checkpoints/     see `nca_models.training.checkpoints`
 *.png *.gif      pictures, written when training ends
 """

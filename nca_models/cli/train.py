@@ -32,7 +32,8 @@ examples:
 
 Ctrl-C saves a checkpoint and says how to resume; a run that was killed resumes as well, and ends
 with the same bits as one left alone. DIR receives config.json, what is learned (such as
-target.png), log.csv, checkpoints/ and, at the end, pictures.
+target.png), log.csv, checkpoints/ and, at the end, pictures. The column `unmoved` of log.csv
+counts the steps for which the loss has not moved.
 """
 
 

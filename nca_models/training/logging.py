@@ -1,5 +1,8 @@
 """The training log: CSV always, TensorBoard on request.
 
+The columns of the CSV are the training step, its loss, log10 of that, and `unmoved`: the number of
+steps, up to this one, for which the loss has not moved. Where it grows, the training has died.
+
 A row holds only what is the same in every run with the same seed, so that the log of a run that was
 killed and resumed equals that of an uninterrupted run, byte for byte.
 """
@@ -7,6 +10,7 @@ killed and resumed equals that of an uninterrupted run, byte for byte.
 import csv
 import math
 import os
+import time
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -35,7 +39,7 @@ class Log(AbstractContextManager["Log"]):
         path = folder / "log.csv"
         self._loss, self.unmoved = _cut(path, last_step)
         self._file = path.open("a", buffering=1, encoding="utf-8")  # written line by line
-        self._board = _board(folder / "tensorboard", last_step) if tensorboard else None
+        self._board = _Board(folder / "tensorboard", last_step) if tensorboard else None
 
     def __exit__(self, *_: object) -> None:
         """Close the files."""
@@ -126,12 +130,37 @@ def _cut(path: Path, last_step: int) -> tuple[float, int]:
         raise DataError(f"{path}: {rows[-1]!r} is no row of a training's log") from error
 
 
-def _board(folder: Path, last_step: int) -> Any:
-    """A TensorBoard writer; steps after `last_step` in older event files are hidden."""
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise ImportError("TensorBoard logs need `pip install tensorboardX`") from error
-    # The suffix, because files of the same second would have the same name.
-    suffix = f".{last_step}"
-    return SummaryWriter(str(folder), purge_step=last_step + 1, filename_suffix=suffix)
+class _Board:
+    """Event files of TensorBoard; steps after `last_step` in older files are hidden.
+
+    They are written here and now. The thread of tensorboardX's `SummaryWriter` ends when the disk
+    is full, and the training would wait for it for ever.
+    """
+
+    def __init__(self, folder: Path, last_step: int):
+        try:
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto import event_pb2, summary_pb2
+        except ImportError as error:
+            raise ImportError("TensorBoard logs need `pip install tensorboardX`") from error
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        folder.mkdir(parents=True, exist_ok=True)
+        # The suffix, because files of the same second would have the same name.
+        self._writer = EventsWriter(str(folder / "events"), filename_suffix=f".{last_step}")
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._add(last_step + 1, session_log=start)
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        """Add a value."""
+        self._add(step, summary=self._summary(value=[{"tag": name, "simple_value": value}]))
+
+    def _add(self, step: int, **content: Any) -> None:
+        self._writer.write_event(self._event(wall_time=time.time(), step=step, **content))
+
+    def flush(self) -> None:
+        """Return when all values are in the file."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._writer.close()

@@ -243,6 +243,33 @@ def test_a_backend_that_is_not_here(capsys, monkeypatch, tmp_path):
     assert "triton: not available here (no NVIDIA GPU)" in capsys.readouterr().err
 
 
+def test_a_backend_that_cannot_run_the_call_is_one_line(capsys, monkeypatch):
+    import nca_kernels as nk
+
+    def fails(args):
+        raise nk.BackendUnavailable("cpu: no such padding;\nuse xla")
+
+    monkeypatch.setattr(cli.doctor, "_doctor", fails)
+    assert cli.main(["doctor"]) == 2
+    assert capsys.readouterr().err == "nca: cpu: no such padding; use xla\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("grid.json", "{", "is not a sweep's settings"),
+        ("grid.json", "[]", "is not a sweep's settings"),
+        ("sweep.csv", "", "is not a sweep's table"),
+    ],
+)
+def test_a_damaged_sweep_is_one_line(tmp_path, capsys, file, content, words):
+    (tmp_path / file).write_text(content)
+    assert cli.main(["sweep", "growing", "--out", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert f"{tmp_path / file} {words}" in err
+
+
 def test_estimate(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(f"{TRAIN} --estimate".split()) == 0

@@ -1,5 +1,6 @@
 """The training loop: its steps, its logs, and that a resumed training is the same to the bit."""
 
+import errno
 import os
 import random
 import signal
@@ -278,6 +279,18 @@ def test_log_is_cut_back_to_the_checkpoint(tmp_path):
     assert losses == pytest.approx([0.1, 0.2, 0.3, 0.5])
     with pytest.raises(ValueError, match="has 4 rows"):
         logging.Log(tmp_path, 9)
+
+
+def test_a_tensorboard_log_on_a_full_disk_raises_instead_of_waiting(tmp_path, monkeypatch):
+    from tensorboardX.event_file_writer import EventsWriter
+
+    def full(self, event):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with logging.Log(tmp_path, 0, tensorboard=True) as log:
+        monkeypatch.setattr(EventsWriter, "write_event", full)
+        with pytest.raises(OSError, match="No space left"):
+            log.write(1, 0.5)
 
 
 def test_tensorboard_hides_the_steps_after_the_checkpoint(tmp_path):
