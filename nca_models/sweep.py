@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from nca_models import render, run_folder, systems
 from nca_models._files import write_text
-from nca_models.training import logging, trainer
+from nca_models.training import diagnosis, logging, trainer
 from nca_models.training.config import option
 from nca_models.training.estimate import available_memory, planned_memory, resident_memory
 
@@ -204,7 +204,7 @@ def _train(grid: Grid, models: Sequence[Model], out: Path) -> Iterator[tuple[flo
             tqdm.write(f"{folder}: the loss is not finite")
             yield diverged
             continue
-        if ailment := trainer.diagnose(system, folder):
+        if ailment := diagnosis.diagnose(system, folder):
             tqdm.write(f"{folder}: {ailment.line}")
         system.pictures(model, folder)
         yield system.swept(model)

@@ -179,7 +179,7 @@ def _train_and_show(
         split.wait("the run's folder")
     system = run_folder.load(folder)
 
-    from nca_models.training import trainer
+    from nca_models.training import diagnosis, trainer
 
     steps = system.config.num_train_steps
     if first:
@@ -200,7 +200,7 @@ def _train_and_show(
             _show(system, model, folder, compare=compare)
         except OSError as error:
             return fail_to_write(error, resume)
-        if ailment := trainer.diagnose(system, folder):
+        if ailment := diagnosis.diagnose(system, folder):
             code = fail(ailment.line, 1)
             return code if ailment.dead else 0
     return 0

@@ -5,7 +5,6 @@ step needs is in the checkpoint, so a run that was killed and resumed reaches th
 uninterrupted one.
 """
 
-import math
 import shutil
 import signal
 import sys
@@ -15,7 +14,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +26,7 @@ from tqdm import tqdm
 from nca_models.modules import NCA
 from nca_models.run_folder import RunError
 from nca_models.systems import System
-from nca_models.training import logging
+from nca_models.training import diagnosis
 from nca_models.training import pool as pools
 from nca_models.training.checkpoints import Checkpoints
 from nca_models.training.config import TrainConfig
@@ -360,59 +359,6 @@ def trained_model(system: System, folder: Path) -> Any:
     return trainer.model(params)
 
 
-class Ailment(NamedTuple):
-    """What is wrong with a training that did not diverge: a line, and whether all cells died."""
-
-    line: str
-    dead: bool
-
-
-def diagnose(system: System, folder: Path) -> Ailment | None:
-    """Say what is wrong with the training of a run, by its log; None if nothing is.
-
-    Raises:
-        DataError: the log is damaged.
-    """
-    path = folder / "log.csv"
-    losses, unmoved = logging.read(path)[1], logging.read_unmoved(path)
-    if unmoved >= _DEAD_AFTER and (ailment := _health(system, losses[-1], unmoved, len(losses))):
-        return ailment
-    width = min(100, len(losses) // 2)
-    first, last = np.mean(losses[:10]), np.mean(losses[-width:])
-    if width < 10 or last == 0 or last < (first if len(losses) >= _LEARNS_WITHIN else 10 * first):
-        return None
-    return Ailment(
-        f"nothing was learned: the mean loss of the last {width} steps, {last:.3g}, is not below "
-        f"that of the first 10, {first:.3g}; {_advice(system)}",
-        dead=False,
-    )
-
-
-def _health(system: System, loss: float, unmoved: int, step: int) -> Ailment | None:
-    """What a loss means that has not moved for `unmoved` steps up to `step`."""
-    since = f"since step {step - unmoved}"
-    if np.isclose(loss, _loss_of_the_dead(system), rtol=1e-5, atol=0):
-        text = f"all cells are dead {since}, and the loss has no gradient any more"
-    elif unmoved >= _STUCK_AFTER:
-        text = f"the loss has not moved {since}"
-    else:
-        return None
-    return Ailment(f"{text}; {_advice(system)}", dead="dead" in text)
-
-
-def _loss_of_the_dead(system: System) -> float:
-    """The mean error of samples without a living cell; NaN if the system's have no states."""
-    samples = system.fresh(jax.random.key(0), system.config.batch_size)
-    if not isinstance(samples, dict) or "state" not in samples:
-        return math.nan
-    return float(jnp.mean(system.errors(samples | {"state": jnp.zeros_like(samples["state"])})))
-
-
-def _advice(system: System) -> str:
-    rate = f"{system.config.learning_rate:g}"
-    return f"start anew with a --learning-rate below {rate} and another --out"
-
-
 def _require_finite(params: Any, models: int, step: int) -> None:
     """Raise Diverged if no model's weights are all finite; they have a leading axis of several."""
     leaves = [np.asarray(leaf).reshape(models, -1) for leaf in jax.tree.leaves(local(params))]
@@ -420,9 +366,6 @@ def _require_finite(params: Any, models: int, step: int) -> None:
         raise Diverged(f"the weights are not finite after step {step}: try a lower learning rate")
 
 
-_DEAD_AFTER = 20  # steps without movement of the loss, after which dead cells are looked for
-_STUCK_AFTER = 200  # such steps after which a training counts as stuck
-_LEARNS_WITHIN = 500  # training steps within which the loss must fall; it may rise before
 _LOG_EVERY = 10  # steps between reads of the loss, which make the host wait for the device
 
 
@@ -434,10 +377,8 @@ def _record(
     for i, row in enumerate(values, start=step - len(values) + 1):
         for log, system, value in zip(logs, trainer.systems, row, strict=False):
             log.write(i, float(value))
-            if log.unmoved in (_DEAD_AFTER, _STUCK_AFTER):
-                health = _health(system, float(value), log.unmoved, i)
-                if health:
-                    tqdm.write(health.line, file=sys.stderr)
+            if ailment := diagnosis.while_training(system, float(value), log.unmoved, i):
+                tqdm.write(ailment.line, file=sys.stderr)
         if not np.isfinite(row).any():
             raise Diverged(f"the loss is {row[0]} at step {i}: try a lower learning rate")
     mean = float(values[np.isfinite(values)].mean())

@@ -21,10 +21,10 @@ from nca_models import run_folder
 from nca_models.systems import growing
 from nca_models.training import logging
 from nca_models.training.checkpoints import Checkpoints
+from nca_models.training.diagnosis import diagnose
 from nca_models.training.trainer import (
     Diverged,
     Trainer,
-    diagnose,
     optimizer,
     train,
     trained_model,
@@ -120,7 +120,7 @@ def test_a_diverged_training_says_so(make_run, tiny):
 
 
 def test_a_training_whose_cells_die_says_so_and_logs_it(make_run, capsys):
-    changes = {"alive_threshold": 2.0, "num_train_steps": 40}  # no seed is above it
+    changes = {"alive_threshold": 2.0, "num_train_steps": 210}  # no seed is above it
     whole, parts = (
         make_run("whole", **changes),
         make_run("parts", **changes | {"num_train_steps": 13}),
@@ -131,11 +131,11 @@ def test_a_training_whose_cells_die_says_so_and_logs_it(make_run, capsys):
         assert words in line
     system = run_folder.load(whole)
     assert diagnose(system, whole) == (line, True)
-    assert [int(row["unmoved"]) for row in logging._rows(whole / "log.csv")] == list(range(40))
+    assert [int(row["unmoved"]) for row in logging._rows(whole / "log.csv")] == list(range(210))
 
     train(run_folder.load(parts), parts, progress=False)
     assert diagnose(system, parts) is None  # too early to tell
-    request = run_folder.Request("growing", None, None, {"num_train_steps": 40})
+    request = run_folder.Request("growing", None, None, {"num_train_steps": 210})
     train(run_folder.resume(parts, request), parts, progress=False)
     assert_same_run(whole, parts)
     assert "all cells are dead since step 1" in capsys.readouterr().err
