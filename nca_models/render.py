@@ -3,6 +3,9 @@
 Pictures are `[height, width, 3]` uint8, films `[frames, height, width, 3]` uint8.
 """
 
+import errno
+import os
+import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -86,7 +89,7 @@ def above(pictures: Sequence[np.ndarray], gap: int = 2) -> np.ndarray:
 def save_png(path: Path, picture: np.ndarray) -> None:
     """Write a picture."""
     with whole_file(path) as temporary:
-        iio.imwrite(temporary, picture, extension=".png")
+        Image.fromarray(picture).save(temporary, format="PNG")
 
 
 def save_gif(path: Path, film: Iterable[np.ndarray], fps: float = 20.0) -> None:
@@ -107,7 +110,26 @@ def save_mp4(path: Path, film: Iterable[np.ndarray], fps: float = 20.0) -> None:
     with whole_file(path) as temporary, warnings.catch_warnings():
         # JAX warns of every fork; this one only starts ffmpeg.
         warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
-        iio.imwrite(temporary, frames, plugin="FFMPEG", is_batch=True, fps=fps, macro_block_size=2)
+        iio.imwrite(
+            temporary,
+            frames,
+            plugin="FFMPEG",
+            is_batch=True,
+            fps=fps,
+            macro_block_size=2,
+            ffmpeg_log_level="quiet",
+        )
+        _require_whole(temporary)
+
+
+def _require_whole(path: Path) -> None:
+    """Raise OSError if ffmpeg failed, of which imageio says nothing, as on a disk that is full."""
+    try:
+        iio.immeta(path, plugin="FFMPEG")  # reads the index, which ffmpeg writes last
+    except (OSError, ValueError, IndexError) as error:
+        free = shutil.disk_usage(path.parent).free
+        number = errno.ENOSPC if free < 1 << 20 else errno.EIO
+        raise OSError(number, os.strerror(number)) from error
 
 
 def save_film(path: Path, film: Iterable[np.ndarray], fps: float = 20.0) -> None:

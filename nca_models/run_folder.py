@@ -3,18 +3,20 @@
 config.json      system, preset, target and every setting; written last, so a folder that has
                  it is complete
 target.png ...   the system's data
-log.csv          one row for each training step
+log.csv          one row for each training step; see `nca_models.training.logging`
 checkpoints/     see `nca_models.training.checkpoints`
 *.png *.gif      pictures, written when training ends
 """
 
 import json
+import shutil
 from dataclasses import asdict, dataclass, fields, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from nca_models import systems
-from nca_models._files import write_text
+from nca_models._files import is_pipe, piped, write_text
 
 CONFIG = "config.json"
 _STARTING = ".starting"  # there from the first moment of a run until its config.json is
@@ -78,12 +80,13 @@ def create(folder: Path, request: Request) -> systems.System:
     (folder / _STARTING).touch()
     try:
         module.SystemClass.prepare(config, request.target, folder)
-    except ValueError:  # there is nothing to learn from: leave nothing behind
+        target = _name_of(request.target)
+        _write(folder, request.system, request.preset or "small", target, config)
+    except (ValueError, OSError):  # nothing to learn from, or no room: leave no half of a run
         (folder / _STARTING).unlink()
         if made:
-            folder.rmdir()
+            shutil.rmtree(folder)
         raise
-    _write(folder, request.system, request.preset or "small", request.target, config)
     (folder / _STARTING).unlink()
     system: systems.System = module.SystemClass(config, folder)
     return system
@@ -96,8 +99,11 @@ def resume(folder: Path, request: Request) -> systems.System:
         RunError: a setting differs from the run's.
     """
     saved = _read(folder)
-    asked = {"system": request.system, "preset": request.preset, "target": request.target}
+    target = _name_of(request.target)
+    asked = {"system": request.system, "preset": request.preset, "target": target}
     steps = request.settings.get("num_train_steps")
+    if unknown := sorted(_chosen(request.settings).keys() - saved["config"].keys()):
+        raise RunError(f"{folder} is a run of {saved['system']}, without {', '.join(unknown)}")
     for name, value in _chosen(asked | request.settings).items():
         before = saved[name] if name in saved else saved["config"].get(name)
         if value != before and not (name == "num_train_steps" and value > before):
@@ -113,11 +119,17 @@ def resume(folder: Path, request: Request) -> systems.System:
     return system
 
 
-def require(folder: Path, system: str | None = None) -> None:
-    """Raise RunError if `folder` holds no run, or none of `system`; nothing heavy is imported."""
-    trained = _read(folder)["system"]
-    if system not in (None, trained):
-        raise RunError(f"{folder} is a run of {trained}, not of {system}")
+def require(folder: Path, system: str | None = None) -> dict[str, Any]:
+    """Return the settings of the run in `folder`, by name; nothing heavy is imported.
+
+    Raises:
+        RunError: there is no run, it is not one of `system`, or `config.json` is not one.
+    """
+    saved = _read(folder)
+    if system not in (None, saved["system"]):
+        raise RunError(f"{folder} is a run of {saved['system']}, not of {system}")
+    settings: dict[str, Any] = saved["config"]
+    return settings
 
 
 def load(folder: Path, backend: str | None = None, size: int | None = None) -> systems.System:
@@ -130,8 +142,10 @@ def load(folder: Path, backend: str | None = None, size: int | None = None) -> s
     """
     saved = _read(folder)
     module = systems.load(saved["system"])
-    config = module.PRESETS[saved["preset"]]
-    config = replace(config, **{name: _tupled(v) for name, v in saved["config"].items()})
+    if saved["preset"] not in module.PRESETS:
+        known = ", ".join(module.PRESETS)
+        raise RunError(f"{folder / CONFIG}: preset {saved['preset']!r} is not one of {known}")
+    config = module.Config(**saved["config"])
     if backend is not None:
         config = replace(config, backend=backend)
     if size is not None:
@@ -145,6 +159,13 @@ def load(folder: Path, backend: str | None = None, size: int | None = None) -> s
 
 def _chosen(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}
+
+
+def _name_of(target: str | None) -> str | None:
+    """What `config.json` calls a target: a pipe by what comes out of it, as its path is reused."""
+    if target is None or not is_pipe(Path(target)):
+        return target
+    return f"a pipe with SHA-256 {sha256(piped(Path(target))).hexdigest()}"
 
 
 def _tupled(value: Any) -> Any:
@@ -165,8 +186,34 @@ def _read(folder: Path) -> dict[str, Any]:
     try:
         saved: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         missing = {"system", "preset", "target", "config"} - saved.keys()
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise RunError(f"{folder / CONFIG} is not a run's settings ({error})") from error
     if missing:
         raise RunError(f"{folder / CONFIG} lacks {', '.join(sorted(missing))}")
+    try:
+        saved["config"] = _checked(saved)
+    except (ValueError, TypeError) as error:
+        raise RunError(
+            f"{folder / CONFIG}: {error}; use the version of nca-kernels that wrote the file, or "
+            "correct it"
+        ) from error
     return saved
+
+
+def _checked(saved: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings in what was read, with tuples; a ValueError says what is wrong."""
+    name, settings = saved["system"], saved["config"]
+    if name not in systems.names():
+        raise ValueError(f"there is no system {name!r}, only {', '.join(systems.names())}")
+    for key, kinds in (("preset", str), ("target", str | None), ("config", dict)):
+        if not isinstance(saved[key], kinds):
+            raise ValueError(f"{key} cannot be {json.dumps(saved[key])[:40]}")
+    config = systems.settings(name)
+    declared = {each.name for each in fields(config)}
+    if unknown := sorted(settings.keys() - declared):
+        raise ValueError(f"{name} has no setting {', '.join(unknown)}")
+    if lacking := sorted(declared - settings.keys()):
+        raise ValueError(f"it lacks the setting {', '.join(lacking)}")
+    settings = {key: _tupled(value) for key, value in settings.items()}
+    config(**settings)  # which refuses impossible values
+    return settings

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from nca_models import render, run_folder, systems
 from nca_models._files import write_text
-from nca_models.training import logging, trainer
+from nca_models.training import diagnosis, logging, trainer
 from nca_models.training.config import option
 from nca_models.training.estimate import available_memory, planned_memory, resident_memory
 
@@ -204,6 +204,8 @@ def _train(grid: Grid, models: Sequence[Model], out: Path) -> Iterator[tuple[flo
             tqdm.write(f"{folder}: the loss is not finite")
             yield diverged
             continue
+        if ailment := diagnosis.diagnose(system, folder):
+            tqdm.write(f"{folder}: {ailment.line}")
         system.pictures(model, folder)
         yield system.swept(model)
 
@@ -214,8 +216,11 @@ def _require_same(grid: Grid, out: Path) -> None:
     options = {each.name: option(each).removeprefix("--") for each in declared}
     shared = {"preset": grid.preset} | {options[name]: v for name, v in grid.shared.items()}
     if path.exists():
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        before = {name: value for name, value in saved.items() if value is not None}
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            before = {name: value for name, value in saved.items() if value is not None}
+        except (ValueError, AttributeError) as error:
+            raise run_folder.RunError(f"{path} is not a sweep's settings ({error})") from error
         if before != shared:
             raise run_folder.RunError(
                 f"{out} was started with {before}, not {shared}: choose another --out"
@@ -227,8 +232,11 @@ def _read(table: Path, grid: Grid) -> list[tuple[str, ...]]:
     """Read the rows of a table; refuse (RunError) a table of other columns."""
     if not table.exists():
         return []
-    with table.open(encoding="utf-8", newline="") as file:
-        header, *rows = map(tuple, csv.reader(file))
+    try:
+        with table.open(encoding="utf-8", newline="") as file:
+            header, *rows = map(tuple, csv.reader(file))
+    except (ValueError, csv.Error) as error:
+        raise run_folder.RunError(f"{table} is not a sweep's table ({error})") from error
     if header != grid.header:
         raise run_folder.RunError(
             f"{table} has the columns {', '.join(header)}, not {', '.join(grid.header)}: choose "

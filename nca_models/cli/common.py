@@ -1,6 +1,10 @@
 """What the commands share: errors, types of arguments, and checks of arguments."""
 
 import argparse
+import errno
+import os
+import re
+import shlex
 import sys
 from collections.abc import Callable
 from fractions import Fraction
@@ -8,7 +12,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nca_models import systems
+from nca_models._files import reason
 
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:(//|image/)")  # also data:image/png;base64,...
 Commands = Any  # what `add_subparsers` returns, a class that argparse does not name
 
 
@@ -28,6 +34,37 @@ def fail(message: object, code: int) -> int:
     """Print why the command fails, and return its exit code."""
     print(f"nca: {message}", file=sys.stderr)
     return code
+
+
+# Errors that another argument would not avoid.
+_MACHINE = (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENOMEM)
+
+
+def fail_to_write(error: OSError, then: str = "") -> int:
+    """Print that a file or folder could not be read or written, and return the exit code.
+
+    `then` is the command that goes on once the cause is gone.
+    """
+    machine = error.errno in _MACHINE
+    where = f"{error.filename}: " if error.filename else ""
+    why = reason(error)
+    full = any(os.strerror(number) in why for number in (errno.ENOSPC, errno.EDQUOT))
+    cure = "make room there" if full else "mend that"
+    if not machine:
+        cure = "choose another place, or change its permissions"
+    more = f", then continue with: {then}" if then else ""
+    return fail(f"{where}{why}; {cure}{more}", 1 if machine else 2)
+
+
+def command(*words: object) -> str:
+    """Return the command `nca` with these arguments, so that a shell reads them."""
+    texts = map(str, words)
+    return shlex.join(["nca", *texts])
+
+
+def path_word(path: Path) -> str:
+    """Return a path as an argument, which must not look like an option."""
+    return f"./{path}" if str(path).startswith("-") else str(path)
 
 
 def whole(lowest: int) -> Callable[[str], int]:
@@ -67,8 +104,13 @@ def check_target(system: str, target: str | None) -> None:
     """Refuse a target that the system cannot learn, before JAX starts."""
     if target is None:
         return
+    config = systems.settings(system)
+    if config.target_help and _ADDRESS.match(target) and not os.path.exists(target):
+        raise InputError(
+            f"--target {target[:80]}: addresses are not fetched: download it, and give the file"
+        )
     try:
-        systems.settings(system).check_target(system, target)
+        config.check_target(system, target)
     except ValueError as error:
         raise InputError(str(error)) from error
 
@@ -79,20 +121,30 @@ def check_not_a_file(folder: Path) -> None:
         raise InputError(f"--out {folder}: is a file; give a folder, which is made if absent")
 
 
-def check_backend(name: str | None) -> None:
-    """Refuse a backend that does not exist or is not available here."""
+def check_backend(name: str | None, named_by: str = "--backend") -> None:
+    """Refuse a backend that does not exist or is not available here.
+
+    `named_by` says where the name comes from.
+    """
     if name in (None, "auto"):
         return
     import nca_kernels as nk
 
     rows = {row.name: row for row in nk.backends()}
     if name not in rows:
-        raise InputError(f"--backend {name}: no such backend; choose auto, {', '.join(rows)}")
+        raise InputError(f"{named_by} {name}: no such backend; choose auto, {', '.join(rows)}")
     if not rows[name].available:
         raise InputError(
-            f"--backend {name}: not available here ({rows[name].reason}); leave it out, or see "
+            f"{named_by} {name}: not available here ({rows[name].reason}); choose auto, or see "
             "`nca doctor`"
         )
+
+
+def check_backend_of_run(name: str | None, settings: dict[str, Any]) -> None:
+    """Refuse the backend of `--backend`, or else that of a run's settings, as `check_backend`."""
+    if name is None:
+        check_backend(settings["backend"], "without --backend NAME, that of the run is used,")
+    check_backend(name)
 
 
 def print_metrics(measured: str, metrics: dict[str, float]) -> None:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from nca_models import run_folder, systems
-from nca_models.cli.common import Commands, check_backend, print_metrics
+from nca_models.cli.common import Commands, check_backend_of_run, print_metrics
 
 
 def add(commands: Commands) -> None:
@@ -17,8 +17,8 @@ def add(commands: Commands) -> None:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    run_folder.require(args.folder, args.system)
-    check_backend(args.backend)
+    settings = run_folder.require(args.folder, args.system)
+    check_backend_of_run(args.backend, settings)
 
     from nca_models import demo
     from nca_models.training import trainer

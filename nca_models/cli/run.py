@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from nca_models import run_folder
-from nca_models.cli.common import Commands, InputError, check_backend, scale, whole
+from nca_models.cli.common import Commands, InputError, check_backend_of_run, scale, whole
 from nca_models.training import DAMAGE_NAMES
 
 _EXAMPLES = """\
@@ -110,8 +110,7 @@ def _check(args: argparse.Namespace) -> int:
         raise InputError(f"--damage-at {damage_at}: is after the last step, --steps {args.steps}")
     if args.damage_at is not None and args.damage == "none":
         raise InputError(f"--damage-at {damage_at}: says when, so --damage must say what")
-    run_folder.require(args.folder)
-    check_backend(args.backend)
+    check_backend_of_run(args.backend, run_folder.require(args.folder))
     return damage_at
 
 
@@ -161,15 +160,16 @@ def _write(args: argparse.Namespace, frames: Iterable[np.ndarray], *, progress: 
     smaller = lambda frame: render.scaled(frame, min(size(frame), Fraction(1)))
     larger = lambda frame: render.scaled(frame, max(size(frame), Fraction(1)))
     count = 1 + math.ceil(args.steps / args.every)
-    shown = tqdm(frames, total=count, desc="running", unit="frame") if progress else frames
-    if list(paths) == ["png"]:  # a few of the frames
-        indices = set(render.spread(count))
-        film: Any = [smaller(frame) for i, frame in enumerate(shown) if i in indices]
-    else:  # frames go to disk as they come, unless several files want them
-        film = map(smaller, shown)
-        film = film if len(paths) == 1 else list(film)
-    for suffix in paths.keys() - {"png"}:
-        render.save_film(paths[suffix], map(larger, film), args.fps)
-    if "png" in paths:
-        render.save_png(paths["png"], render.strip([larger(frame) for frame in film], gap=8))
+    bar = tqdm(frames, total=count, desc="running", unit="frame", disable=not progress)
+    with bar as shown:
+        if list(paths) == ["png"]:  # a few of the frames
+            indices = set(render.spread(count))
+            film: Any = [smaller(frame) for i, frame in enumerate(shown) if i in indices]
+        else:  # frames go to disk as they come, unless several files want them
+            film = map(smaller, shown)
+            film = film if len(paths) == 1 else list(film)
+        for suffix in paths.keys() - {"png"}:
+            render.save_film(paths[suffix], map(larger, film), args.fps)
+        if "png" in paths:
+            render.save_png(paths["png"], render.strip([larger(frame) for frame in film], gap=8))
     return list(paths.values())

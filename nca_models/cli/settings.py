@@ -7,7 +7,7 @@ from typing import Any
 
 from nca_models import systems
 from nca_models.cli.common import above_zero, whole
-from nca_models.training.config import option
+from nca_models.training.config import option, type_name
 
 _PREFIX = "setting "  # tells settings from other options in the parsed arguments
 _Declarations = dict[str, Field[Any]]  # system -> how it declares a setting
@@ -68,13 +68,13 @@ def _add(group: Any, name: str, declarations: _Declarations, **options: Any) -> 
     each_metadata = [each.metadata for each in declarations.values()]
     lowest = min(metadata.get("lowest", 1) for metadata in each_metadata)
     types = {"int": (whole(lowest), "N"), "float": (above_zero, "X"), "str": (str, None)}
-    kinds = {(_type_name(each), option(each)) for each in declarations.values()}
+    kinds = {(type_name(each), option(each)) for each in declarations.values()}
     if len(kinds) > 1:
         raise ValueError("the systems declare different types or flags")
-    ((type_name, flag),) = kinds
-    if type_name not in types:
-        raise ValueError(f"{flag} cannot be of type {type_name}, only of {', '.join(types)}")
-    parse, metavar = types[type_name]
+    ((kind, flag),) = kinds
+    if kind not in types:
+        raise ValueError(f"{flag} cannot be of type {kind}, only of {', '.join(types)}")
+    parse, metavar = types[kind]
     texts = dict.fromkeys(metadata.get("help", "") for metadata in each_metadata)
     everywhere = len(declarations) == len(systems.names())
     note = "" if everywhere else f"; only for {', '.join(declarations)}"
@@ -88,9 +88,3 @@ def _add(group: Any, name: str, declarations: _Declarations, **options: Any) -> 
         help=("; ".join(texts) + note).replace("%", "%%"),
         **options,
     )
-
-
-def _type_name(setting: Field[Any]) -> str:
-    """The name of a setting's type, without `| None`."""
-    name = setting.type.__name__ if isinstance(setting.type, type) else str(setting.type)
-    return name.removesuffix(" | None")

@@ -10,6 +10,7 @@ from nca_models.cli.common import (
     check_not_a_file,
     check_target,
     fail,
+    fail_to_write,
     whole,
 )
 from nca_models.cli.settings import add_swept_settings, chosen
@@ -79,6 +80,8 @@ def _sweep(args: argparse.Namespace) -> int:
         table, maps = sweep.sweep(grid, args.out)
     except trainer.Interrupted as stop:
         return fail(f"{stop}, and saved; the same command continues", 128 + stop.signum)
+    except OSError as error:
+        return fail_to_write(error, "the same command")
     print(table.read_text(encoding="utf-8"), end="")
     for path in maps:
         print(path)

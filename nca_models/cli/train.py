@@ -14,7 +14,10 @@ from nca_models.cli.common import (
     check_backend,
     check_not_a_file,
     check_target,
+    command,
     fail,
+    fail_to_write,
+    path_word,
     print_metrics,
     whole,
 )
@@ -29,7 +32,8 @@ examples:
 
 Ctrl-C saves a checkpoint and says how to resume; a run that was killed resumes as well, and ends
 with the same bits as one left alone. DIR receives config.json, what is learned (such as
-target.png), log.csv, checkpoints/ and, at the end, pictures.
+target.png), log.csv, checkpoints/ and, at the end, pictures. The column `unmoved` of log.csv
+counts the steps for which the loss has not moved.
 """
 
 
@@ -77,7 +81,8 @@ def add_demo(commands: Commands) -> None:
     text = "training steps (default: the preset's)"
     add_setting(demo, "num_train_steps", "--steps", type=whole(1), metavar="N", help=text)
     _add_resume_and_tensorboard(demo)
-    demo.set_defaults(run=_demo, mesh=None, coordinator=None)
+    split = dict.fromkeys(("mesh", "coordinator", "processes", "process_id"))
+    demo.set_defaults(run=_demo, **split)
 
 
 def _targets(names: list[str]) -> str:
@@ -121,15 +126,23 @@ def _train(args: argparse.Namespace) -> int:
         return _estimate(request, _split(args))
     if args.out is None:
         raise InputError("--out is needed: the folder of the run; see `nca train --help`")
-    resume = f"nca train {args.system} --out {args.out} --resume"
-    if args.mesh:
-        resume += f" --mesh {args.mesh}"
+    resume = command("train", args.system, *_resuming(args))
     return _train_and_show(args, request, resume, compare=False)
 
 
 def _demo(args: argparse.Namespace) -> int:
     request = run_folder.Request(demo_system(), None, None, chosen(args))
-    return _train_and_show(args, request, f"nca demo --out {args.out} --resume", compare=True)
+    return _train_and_show(args, request, command("demo", *_resuming(args)), compare=True)
+
+
+def _resuming(args: argparse.Namespace) -> list[str]:
+    """The options that continue a run as it was started."""
+    words = ["--out", path_word(args.out), "--resume"]
+    words += ["--tensorboard"] if args.tensorboard else []
+    for option in ("--mesh", "--coordinator", "--processes", "--process-id"):
+        value = getattr(args, option[2:].replace("-", "_"))
+        words += [] if value is None else [option, str(value)]
+    return words
 
 
 def _estimate(request: run_folder.Request, split: "Split | None") -> int:
@@ -156,6 +169,9 @@ def _train_and_show(
     _check(args, request)
     split = _split(args)
     check_backend(request.settings.get("backend"))
+    if run_folder.exists(folder):
+        backend = run_folder.require(folder)["backend"]
+        check_backend(backend, "a resumed run keeps its backend,")
     first = split is None or split.first_process
     if first:
         _open(folder, request)
@@ -163,7 +179,7 @@ def _train_and_show(
         split.wait("the run's folder")
     system = run_folder.load(folder)
 
-    from nca_models.training import trainer
+    from nca_models.training import diagnosis, trainer
 
     steps = system.config.num_train_steps
     if first:
@@ -174,11 +190,19 @@ def _train_and_show(
         return fail(f"{stop}, and saved; continue with: {resume}", 128 + stop.signum)
     except trainer.Diverged as error:
         return fail(f"{error}, with --learning-rate X and another --out", 1)
+    except OSError as error:
+        return fail_to_write(error, resume)
     except trainer.ProcessLost as error:
         fail(f"another process is gone ({error}); once all have stopped, run: {resume}", 1)
         os._exit(1)  # an orderly exit of JAX would wait for the lost process
     if first:
-        _show(system, model, folder, compare=compare)
+        try:
+            _show(system, model, folder, compare=compare)
+        except OSError as error:
+            return fail_to_write(error, resume)
+        if ailment := diagnosis.diagnose(system, folder):
+            code = fail(ailment.line, 1)
+            return code if ailment.dead else 0
     return 0
 
 
@@ -197,7 +221,9 @@ def _show(system: systems.System, model: Any, folder: Path, *, compare: bool) ->
     print(f"\nfiles in {folder}")
     for path in paths:
         print(f"  {path.relative_to(folder)}")
-    print(f"\nnow try: nca run {folder} --steps 600 --damage circle --gif {folder / 'run.gif'}")
+    place, film = path_word(folder), path_word(folder / "run.gif")
+    options = ("--steps", 600, "--damage", "circle", "--gif", film)
+    print(f"\nnow try: {command('run', place, *options)}")
 
 
 def _check(args: argparse.Namespace, request: run_folder.Request) -> None:
@@ -242,4 +268,5 @@ def _open(folder: Path, request: run_folder.Request) -> systems.System:
     try:
         return run_folder.open_run(folder, request)
     except OSError as error:
-        raise InputError(f"--out {folder}: cannot be written to ({error.strerror})") from error
+        error.filename = f"--out {folder}"
+        raise

@@ -1,12 +1,13 @@
 """Pictures to learn: an image file, an emoji, or the one in the package."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from nca_models._files import whole_file
 from nca_models.data.emoji import emoji, is_emoji
-from nca_models.data.images import PACKAGED_TARGET, fit, open_rgba
+from nca_models.data.images import PACKAGED_TARGET, ImageError, fit, open_rgba
 from nca_models.training.config import TrainConfig, setting, target_side
 
 
@@ -42,13 +43,19 @@ def save_target(target: str | None, size: int, path: Path) -> None:
         path: where it is written to.
 
     Raises:
-        ImageError: the picture cannot be had.
+        ImageError: the picture cannot be had, or is invisible at that size.
     """
     named = target is not None and _names_emoji(target)
     picture = emoji(str(target)) if named else open_rgba(Path(target or PACKAGED_TARGET))
+    small = fit(picture, size)
+    if small.getchannel("A").getextrema()[1] == 0:
+        raise ImageError(
+            f"{target}: at {size} x {size} pixels every one is transparent: there is nothing to "
+            "learn; cut its margins off, or choose a larger --size"
+        )
     with whole_file(path) as temporary:
-        fit(picture, size).save(temporary)
+        small.save(temporary)
 
 
 def _names_emoji(target: str) -> bool:
-    return not Path(target).exists() and is_emoji(target)
+    return not os.path.exists(target) and is_emoji(target)

@@ -5,8 +5,10 @@ its `help` is what the options show.
 Nothing heavy is imported here, so that the command line knows all settings before JAX starts.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 
@@ -38,6 +40,26 @@ def setting(
 def option(setting: Field[Any]) -> str:
     """Return the name of a setting's option: its flag, or else its name, as in `--fire-rate`."""
     return setting.metadata.get("flag") or "--" + setting.name.replace("_", "-")
+
+
+def type_name(setting: Field[Any]) -> str:
+    """Return the name of a setting's type, without `| None`."""
+    return _annotation(setting).removesuffix(" | None")
+
+
+def _annotation(setting: Field[Any]) -> str:
+    return setting.type.__name__ if isinstance(setting.type, type) else str(setting.type)
+
+
+def _require_type(setting: Field[Any], value: Any) -> None:
+    """Refuse (ValueError) a value that is not of the setting's type, if it is one of these."""
+    if value is None and _annotation(setting).endswith(" | None"):
+        return
+    kinds = {"int": (Integral, "a whole number"), "float": (Real, "a finite number")}
+    kind, words = (kinds | {"str": (str, "a text")}).get(type_name(setting), (object, ""))
+    fits = isinstance(value, kind) and not (isinstance(value, bool) and words)
+    if not fits or (kind is Real and not math.isfinite(value)):
+        raise ValueError(f"{setting.name} is {value!r}, but must be {words}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +114,9 @@ class TrainConfig:
         """Refuse settings that cannot be trained with (ValueError)."""
         for each in fields(self):
             value = getattr(self, each.name)
+            _require_type(each, value)
             lowest = each.metadata.get("lowest", 1)
-            if each.type in (int, "int") and value < lowest:
+            if type_name(each) == "int" and value is not None and value < lowest:
                 raise ValueError(f"{each.name} is {value}, but must be at least {lowest}")
             choices = each.metadata.get("choices") or (value,)
             if value not in choices:

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from nca_models.modules import NCA
 from nca_models.run_folder import RunError
 from nca_models.systems import System
+from nca_models.training import diagnosis
 from nca_models.training import pool as pools
 from nca_models.training.checkpoints import Checkpoints
 from nca_models.training.config import TrainConfig
@@ -87,6 +88,7 @@ class Trainer:
             RunError: `split`, but the system's steps cannot be split.
         """
         self.system = system
+        self.systems: Sequence[System] = [system]
         self.split = split
         self.config = system.config
         self.optimizer = optimizer(self.config)
@@ -199,6 +201,7 @@ class Together(Trainer):
     def __init__(self, systems: Sequence[Any]):
         """Build the models and compile nothing yet."""
         super().__init__(systems[0])
+        self.systems = systems
         self.members = [Trainer(system) for system in systems]
         learned = [getattr(system, "learned", None) for system in systems]
         self.arguments = (
@@ -248,6 +251,8 @@ def train(
         Diverged: the loss is not finite.
         ProcessLost: another one of several processes has ended.
         TooLarge: the training does not fit into memory; nothing has run yet.
+        RunError: a checkpoint or the log is damaged.
+        OSError: the log or a checkpoint cannot be written; the checkpoints before it are whole.
     """
     trainer = Trainer(system, split)
     state = _train(trainer, folder, [folder], tensorboard=tensorboard, progress=progress)
@@ -316,9 +321,10 @@ def _train(
             stop = received[:1]  # read once: a signal may come at any time
             save = bool(stop) or step == total or step % config.checkpoint_every == 0
             if save or len(losses) == _LOG_EVERY:
-                _record(logs, bar, step, losses)
+                _record(trainer, logs, bar, step, losses)
                 losses = []
             if save:
+                _require_finite(state.params, len(trainer.systems), step)
                 for log in logs:
                     log.flush()  # before the checkpoint, so that no checkpoint is ahead of its log
                 checkpoints.save(step, state)
@@ -342,27 +348,39 @@ def trained_model(system: System, folder: Path) -> Any:
     """Return the model of the newest checkpoint in `folder`.
 
     Raises:
-        RunError: there is no checkpoint yet.
+        RunError: there is no checkpoint yet, or it is damaged.
     """
-    trainer = Trainer(system)
-    with Checkpoints(folder / "checkpoints") as checkpoints:
-        params = checkpoints.restore_params(trainer.abstract_state())
+    trainer, params = Trainer(system), None
+    if (folder / "checkpoints").is_dir():
+        with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
+            params = checkpoints.restore_params(trainer.abstract_state())
     if params is None:
         raise RunError(f"{folder} has no checkpoint yet: let `nca train` run until it saves one")
     return trainer.model(params)
 
 
+def _require_finite(params: Any, models: int, step: int) -> None:
+    """Raise Diverged if no model's weights are all finite; they have a leading axis of several."""
+    leaves = [np.asarray(leaf).reshape(models, -1) for leaf in jax.tree.leaves(local(params))]
+    if not np.isfinite(np.concatenate(leaves, axis=1)).all(axis=1).any():
+        raise Diverged(f"the weights are not finite after step {step}: try a lower learning rate")
+
+
 _LOG_EVERY = 10  # steps between reads of the loss, which make the host wait for the device
 
 
-def _record(logs: Sequence[Log], bar: Any, step: int, losses: list[jax.Array]) -> None:
+def _record(
+    trainer: Trainer, logs: Sequence[Log], bar: Any, step: int, losses: list[jax.Array]
+) -> None:
     """Log the losses of the steps up to `step`, each a scalar or `[logs]`, and show them."""
     values = np.stack(jax.device_get(losses)).reshape(len(losses), -1)
     for i, row in enumerate(values, start=step - len(values) + 1):
+        for log, system, value in zip(logs, trainer.systems, row, strict=False):
+            log.write(i, float(value))
+            if ailment := diagnosis.while_training(system, float(value), log.unmoved, i):
+                tqdm.write(ailment.line, file=sys.stderr)
         if not np.isfinite(row).any():
             raise Diverged(f"the loss is {row[0]} at step {i}: try a lower learning rate")
-        for log, value in zip(logs, row, strict=False):
-            log.write(i, float(value))
     mean = float(values[np.isfinite(values)].mean())
     bar.set_postfix_str(f"loss {mean:.2e}, log10 {log10(mean):.2f}", refresh=False)
     bar.update(len(values))

@@ -87,7 +87,18 @@ def test_loss_plot(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, film):
     render.save_png(tmp_path / "a.png", film[0])
-    with pytest.raises(Exception, match="object"):
+    with pytest.raises(Exception, match="data type"):
         render.save_png(tmp_path / "a.png", np.array([object()]))
     np.testing.assert_array_equal(iio.imread(tmp_path / "a.png"), film[0])
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_a_film_that_ffmpeg_could_not_finish_is_no_film(tmp_path, film):
+    path = tmp_path / "film.mp4"
+    render.save_mp4(path, film)
+    render._require_whole(path)
+    whole = path.read_bytes()
+    for size in (0, len(whole) // 2, len(whole) - 100):
+        path.write_bytes(whole[:size])
+        with pytest.raises(OSError, match="Input/output error"):
+            render._require_whole(path)

@@ -1,17 +1,22 @@
 """The command `nca`, as a user meets it."""
 
 import json
+import os
+import shlex
 import subprocess
 import sys
+import threading
 from dataclasses import replace
+from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
 from PIL import Image
 
-from nca_models import cli, demo
+from nca_models import _files, cli, demo
 from nca_models.systems import growing
+from nca_models.training import trainer
 
 TRAIN = "train growing --size 7 --padding 2 --batch-size 4 --pool-size 8 --damaged-per-batch 1"
 
@@ -30,6 +35,14 @@ WRONG = [
     ("train growing --out new --target text.png", "cannot be read as an image"),
     ("train growing --out new --target clear.png", "transparent"),
     ("train growing --out new --target old", "is a folder"),
+    ("train growing --out new --target https://a.b/c.png", "c.png: addresses are not fetched"),
+    ("train growing --out new --target file:///a.png", "download it, and give the file"),
+    ("train dynamics --out new --target s3://bucket/a.png", "addresses are not fetched"),
+    ("train growing --out new --target data:image/png;base64,AA==", "are not fetched"),
+    ("train attention --out new --data-dir http://a.b/mnist", "addresses are not fetched"),
+    ("sweep growing --out new --targets http://a.b/c.png", "addresses are not fetched"),
+    (f"train growing --out new --target {'a' * 400}.png", "File name too long"),
+    ("train growing --out new --target /dev/null", "is a device"),
     ("train growing --out new --damage fire", "'fire'"),
     ("train growing --out new --batch-size 9000", "pool_size"),
     ("train growing --out new --backend abacus", "abacus: no such backend"),
@@ -39,6 +52,8 @@ WRONG = [
     ("train growing --out new --resume", "no run to resume"),
     ("train growing --out old --resume --seed 7", "seed 0, not 7"),
     ("train growing --out old --resume --preset paper", "preset small, not paper"),
+    ("train attention --out old --resume", "system growing, not attention"),
+    ("train growing --out old --resume --vgg16 w.npz", "a run of growing, without vgg16"),
     ("demo --out old", "add --resume"),
     ("run nowhere", "holds no run"),
     ("run old --gif film.mp4", "must end in .gif"),
@@ -153,6 +168,64 @@ def test_demo(tmp_path, tiny, capsys, monkeypatch):
     assert all(name in said for name in files)
 
 
+def test_a_picture_from_a_pipe(tmp_path, picture, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    preset = replace(growing.PRESETS["small"], num_steps=6, min_steps=4, hidden=8)
+    monkeypatch.setitem(growing.PRESETS, "small", preset)
+    Image.new("RGB", (5, 5), "red").save("other.png")
+    for name in ("pipe", "again"):
+        os.mkfifo(name)
+
+    def train(line, pipe, file):
+        _files.piped.cache_clear()
+        content = Path(file).read_bytes()
+        threading.Thread(target=Path(pipe).write_bytes, args=(content,), daemon=True).start()
+        return cli.main([*line.split(), "--out", "run", "--target", pipe])
+
+    assert train(f"{TRAIN} --steps 2", "pipe", picture) == 0
+    assert Image.open("run/target.png").size == (7, 7)
+    assert json.loads(Path("run/config.json").read_text())["target"].startswith("a pipe with SHA-")
+    assert cli.main(["train", "growing", "--out", "run", "--resume", "--steps", "3"]) == 0
+    assert train("train growing --resume --steps 4", "again", picture) == 0
+    capsys.readouterr()
+    assert train("train growing --resume --steps 5", "again", "other.png") == 2
+    assert "was started with target a pipe with SHA-256" in capsys.readouterr().err
+
+
+def test_a_training_whose_cells_died_does_not_end_as_if_all_were_well(make_run, tmp_path, capsys):
+    folder = make_run(alive_threshold=2.0, num_train_steps=30)  # no seed is above it
+    assert cli.main(["train", "growing", "--out", str(folder), "--resume"]) == 1
+    out, err = capsys.readouterr()
+    assert "growth.gif" in out
+    assert err.splitlines()[-1].startswith("nca: all cells are dead since step 1, ")
+
+
+def test_suggested_commands_are_read_by_a_shell(make_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("-it's a 🦎 $run", 'two\n"lines" & more'):
+        make_run(name, num_train_steps=1)
+        assert cli.main(["train", "growing", f"--out={name}", "--resume"]) == 0
+        suggested = capsys.readouterr().out.split("now try: ")[1]
+        words = shlex.split(suggested)
+        assert words[:2] == ["nca", "run"]
+        assert Path(words[2]) == Path(name)
+        assert cli.main([*words[1:], "--steps", "2"]) == 0
+        assert Path(words[-1]).is_file()
+
+        def fails(*_, **__):
+            raise trainer.Interrupted(2, 1)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer, "train", fails)
+            options = ["--resume", "--tensorboard", "--mesh", "data=1"]
+            assert cli.main(["train", "growing", f"--out={name}", *options]) == 130
+        words = shlex.split(capsys.readouterr().err.split("continue with: ")[1])
+        assert Path(words[words.index("--out") + 1]) == Path(name)
+        assert set(options) <= set(words)
+        assert cli.main(words[1:]) == 0
+        capsys.readouterr()
+
+
 def test_doctor(capsys):
     assert cli.main(["doctor"]) == 0
     said = capsys.readouterr().out
@@ -168,6 +241,33 @@ def test_a_backend_that_is_not_here(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["train", "growing", "--out", "new", "--backend", "triton"]) == 2
     assert "triton: not available here (no NVIDIA GPU)" in capsys.readouterr().err
+
+
+def test_a_backend_that_cannot_run_the_call_is_one_line(capsys, monkeypatch):
+    import nca_kernels as nk
+
+    def fails(args):
+        raise nk.BackendUnavailable("cpu: no such padding;\nuse xla")
+
+    monkeypatch.setattr(cli.doctor, "_doctor", fails)
+    assert cli.main(["doctor"]) == 2
+    assert capsys.readouterr().err == "nca: cpu: no such padding; use xla\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("grid.json", "{", "is not a sweep's settings"),
+        ("grid.json", "[]", "is not a sweep's settings"),
+        ("sweep.csv", "", "is not a sweep's table"),
+    ],
+)
+def test_a_damaged_sweep_is_one_line(tmp_path, capsys, file, content, words):
+    (tmp_path / file).write_text(content)
+    assert cli.main(["sweep", "growing", "--out", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert f"{tmp_path / file} {words}" in err
 
 
 def test_estimate(tmp_path, capsys, monkeypatch):

@@ -1,6 +1,8 @@
 """Targets: image files of every kind, emoji, the packaged picture."""
 
 import importlib.util
+import os
+import threading
 import urllib.error
 from pathlib import Path
 
@@ -8,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nca_models.data import emoji, images
+from nca_models import _files
+from nca_models.data import emoji, images, pictures
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F"])
@@ -45,6 +48,120 @@ def test_exif_orientation_is_applied(tmp_path):
     exif[0x0112] = 6  # turned by 90 degrees
     Image.new("RGB", (6, 2), "red").save(tmp_path / "e.jpg", exif=exif)
     assert images.open_rgba(tmp_path / "e.jpg").size == (2, 6)
+
+
+def test_cmyk_of_a_jpeg_is_not_inverted(tmp_path):
+    Image.new("RGB", (16, 16), (250, 20, 20)).convert("CMYK").save(tmp_path / "c.jpg")
+    pixels = np.asarray(images.open_rgba(tmp_path / "c.jpg")).astype(int)
+    assert np.abs(pixels - [250, 20, 20, 255]).max() <= 8
+
+
+def test_16_bits_are_scaled_by_their_range_and_keep_their_transparency(tmp_path):
+    values = np.array([[0, 200, 65535, 128 * 257]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "g.png", transparency=65535)
+    pixels = np.asarray(images.open_rgba(tmp_path / "g.png"))
+    np.testing.assert_array_equal(pixels[0, :, 3], [255, 255, 0, 255])
+    np.testing.assert_array_equal(pixels[0, [0, 1, 3], 0], [0, 1, 128])
+    Image.fromarray(values // 400).save(tmp_path / "dark.png")
+    assert np.asarray(images.open_rgba(tmp_path / "dark.png"))[..., :3].max() <= 1
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp", "tiff"])
+def test_of_an_animation_the_first_frame_is_used_and_that_is_said_once(tmp_path, caplog, suffix):
+    path = tmp_path / f"a.{suffix}"
+    red, blue = (Image.new("RGBA", (4, 4), colour) for colour in ("red", "blue"))
+    red.save(path, save_all=True, append_images=[blue, red])
+    for _ in range(2):
+        pixels = np.asarray(images.open_rgba(path)).astype(int)
+        assert np.abs(pixels - [255, 0, 0, 255]).max() <= 2
+    assert caplog.messages == [f"{path}: of its 3 frames, the first one is used"]
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png"])
+def test_an_animation_whose_first_frame_is_empty_says_so(tmp_path, caplog, suffix):
+    path = tmp_path / f"a.{suffix}"
+    empty, full = Image.new("RGBA", (16, 16)), Image.new("RGBA", (16, 16), "red")
+    empty.save(path, save_all=True, append_images=[full], duration=100, disposal=2)
+    with pytest.raises(images.ImageError, match="of the first of 2 frames, which is the one read"):
+        images.open_rgba(path)
+    assert not caplog.messages
+
+
+def test_large_pictures_are_read_and_larger_ones_refused_in_a_line(tmp_path, monkeypatch, recwarn):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    for side in (12, 15):
+        Image.new("RGB", (side, side), "red").save(tmp_path / f"{side}.png")
+    assert images.open_rgba(tmp_path / "12.png").size == (12, 12)
+    assert not recwarn.list
+    with pytest.raises(images.ImageError, match=r"too large to open safely, scale it down \(.*\)"):
+        images.open_rgba(tmp_path / "15.png")
+
+
+@pytest.mark.parametrize(
+    "suffix", ["png", "gif", "jpg", "tiff", "webp", "bmp", "ico", "ppm", "tga", "pcx", "jp2"]
+)
+def test_damaged_files_are_read_or_refused_in_a_line(tmp_path, suffix, recwarn):
+    path = tmp_path / f"noise.{suffix}"
+    Image.effect_noise((32, 32), 80).convert("RGB").save(path)
+    whole, random = path.read_bytes(), np.random.default_rng(0)
+    contents = [whole[: len(whole) * part // 16] for part in range(16)]
+    for _ in range(60):
+        damaged = np.frombuffer(whole, np.uint8).copy()
+        damaged[random.integers(0, min(len(whole), 200), 3)] = random.integers(0, 256, 3)
+        contents.append(damaged.tobytes())
+    refused = 0
+    for content in contents:
+        path.write_bytes(content)
+        try:
+            images.open_rgba(path)
+        except images.ImageError as error:
+            refused += 1
+            line = str(error)
+            assert line.startswith(str(path))
+            assert "\n" not in line
+    assert refused >= 3
+
+
+@pytest.fixture
+def pipe(tmp_path):
+    """A pipe, and a function that starts to write into it."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+
+    def feed(content: bytes) -> Path:
+        _files.piped.cache_clear()
+        threading.Thread(target=path.write_bytes, args=(content,), daemon=True).start()
+        return path
+
+    return feed
+
+
+def test_a_pipe_is_read_as_often_as_a_file(pipe, picture):
+    path = pipe(picture.read_bytes())
+    for _ in range(3):
+        assert np.array_equal(images.open_rgba(path), images.open_rgba(picture))
+
+
+def test_pipes_of_nothing_or_too_much_and_devices_are_refused(pipe, monkeypatch):
+    with pytest.raises(images.ImageError, match="cannot be read as an image"):
+        images.open_rgba(pipe(b""))
+    monkeypatch.setattr(_files, "LARGEST_PIPED", 1 << 20)
+    with pytest.raises(images.ImageError, match="more than 1 MiB come out of it"):
+        images.open_rgba(pipe(bytes((1 << 20) + 1)))
+    with pytest.raises(images.ImageError, match="is a device"):
+        images.open_rgba(Path("/dev/zero"))
+
+
+def test_a_picture_that_vanishes_when_it_is_scaled_is_refused(tmp_path):
+    image = Image.new("RGBA", (2000, 2000))
+    image.putpixel((1000, 1000), (255, 0, 0, 255))
+    image.save(tmp_path / "dot.png")
+    with pytest.raises(images.ImageError, match="at 7 x 7 pixels every one is transparent"):
+        pictures.save_target(str(tmp_path / "dot.png"), 7, tmp_path / "target.png")
+    assert not (tmp_path / "target.png").exists()
+    Image.new("RGB", (1, 1), "red").save(tmp_path / "one.png")
+    pictures.save_target(str(tmp_path / "one.png"), 7, tmp_path / "target.png")
+    assert (np.asarray(Image.open(tmp_path / "target.png")) == [255, 0, 0, 255]).all()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1), (53, 31), (2400, 1800)])

@@ -1,5 +1,6 @@
 """The training loop: its steps, its logs, and that a resumed training is the same to the bit."""
 
+import errno
 import os
 import random
 import signal
@@ -20,7 +21,14 @@ from nca_models import run_folder
 from nca_models.systems import growing
 from nca_models.training import logging
 from nca_models.training.checkpoints import Checkpoints
-from nca_models.training.trainer import Diverged, Trainer, optimizer, train, trained_model
+from nca_models.training.diagnosis import diagnose
+from nca_models.training.trainer import (
+    Diverged,
+    Trainer,
+    optimizer,
+    train,
+    trained_model,
+)
 
 TRAIN = """
 import sys
@@ -108,7 +116,88 @@ def test_a_diverged_training_says_so(make_run, tiny):
     folder = make_run()
     with pytest.raises(Diverged, match="nan at step"):
         train(Overflowing(tiny, folder), folder, progress=False)
-    assert (folder / "log.csv").exists()
+    assert ",nan,nan,0\n" in (folder / "log.csv").read_text()
+
+
+def test_a_training_whose_cells_die_says_so_and_logs_it(make_run, capsys):
+    changes = {"alive_threshold": 2.0, "num_train_steps": 210}  # no seed is above it
+    whole, parts = (
+        make_run("whole", **changes),
+        make_run("parts", **changes | {"num_train_steps": 13}),
+    )
+    train(run_folder.load(whole), whole, progress=False)
+    (line,) = capsys.readouterr().err.splitlines()
+    for words in ("all cells are dead since step 1", "--learning-rate below 0.002"):
+        assert words in line
+    system = run_folder.load(whole)
+    assert diagnose(system, whole) == (line, True)
+    assert [int(row["unmoved"]) for row in logging._rows(whole / "log.csv")] == list(range(210))
+
+    train(run_folder.load(parts), parts, progress=False)
+    assert diagnose(system, parts) is None  # too early to tell
+    request = run_folder.Request("growing", None, None, {"num_train_steps": 210})
+    train(run_folder.resume(parts, request), parts, progress=False)
+    assert_same_run(whole, parts)
+    assert "all cells are dead since step 1" in capsys.readouterr().err
+
+
+def test_a_training_that_learns_has_no_ailment(make_run, capsys):
+    folder = make_run(num_train_steps=60, learning_rate=1e-2, damaged_per_batch=0)
+    train(run_folder.load(folder), folder, progress=False)
+    assert diagnose(run_folder.load(folder), folder) is None
+    assert capsys.readouterr().err == ""
+    assert logging.read_unmoved(folder / "log.csv") == 0
+
+
+@pytest.mark.parametrize(
+    ("losses", "words"),
+    [
+        (np.geomspace(1, 0.1, 600), None),
+        (np.geomspace(1, 2, 400), None),  # it may rise at first
+        (np.geomspace(1, 2, 600), "nothing was learned"),
+        (np.geomspace(1, 1e6, 60), "nothing was learned"),
+        (np.r_[np.geomspace(2, 1, 50), np.full(199, 0.7)], None),
+        (np.r_[np.geomspace(2, 1, 50), np.full(201, 0.7)], "has not moved since step 51"),
+        (np.zeros(300), None),  # all is learned
+    ],
+)
+def test_diagnoses(make_run, losses, words):
+    folder = make_run()
+    with logging.Log(folder, 0) as log:
+        for step, loss in enumerate(losses, start=1):
+            log.write(step, loss)
+    ailment = diagnose(run_folder.load(folder), folder)
+    if words is None:
+        assert ailment is None
+    else:
+        assert words in ailment.line
+        assert not ailment.dead
+
+
+def test_weights_that_are_not_finite_are_never_saved(make_run):
+    """The loss of the last step is finite, but the step that it led to is not."""
+
+    class Steep(growing.SystemClass):
+        def loss(self, model, samples, key):
+            loss, samples = super().loss(model, samples, key)
+            return loss + 0 * jnp.sqrt(0 * loss), samples  # with a gradient that is not a number
+
+    folder = make_run(num_train_steps=1)
+    with pytest.raises(Diverged, match="weights are not finite after step 1"):
+        train(Steep(run_folder.load(folder).config, folder), folder, progress=False)
+    assert not list((folder / "checkpoints").iterdir())
+
+
+def test_a_log_of_an_older_version_goes_on(make_run):
+    folder = make_run(num_train_steps=7)
+    train(run_folder.load(folder), folder, progress=False)
+    path = folder / "log.csv"
+    expected = path.read_text()
+    old = [line.rpartition(",")[0] for line in expected.splitlines()]
+    path.write_text("\n".join(old) + "\n")
+    assert logging.read_unmoved(path) == 0
+    train(run_folder.load(folder), folder, progress=False)
+    assert path.read_text() == expected
 
 
 def test_a_longer_training_continues_to_the_same_bits(make_run):
@@ -190,6 +279,18 @@ def test_log_is_cut_back_to_the_checkpoint(tmp_path):
     assert losses == pytest.approx([0.1, 0.2, 0.3, 0.5])
     with pytest.raises(ValueError, match="has 4 rows"):
         logging.Log(tmp_path, 9)
+
+
+def test_a_tensorboard_log_on_a_full_disk_raises_instead_of_waiting(tmp_path, monkeypatch):
+    from tensorboardX.event_file_writer import EventsWriter
+
+    def full(self, event):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with logging.Log(tmp_path, 0, tensorboard=True) as log:
+        monkeypatch.setattr(EventsWriter, "write_event", full)
+        with pytest.raises(OSError, match="No space left"):
+            log.write(1, 0.5)
 
 
 def test_tensorboard_hides_the_steps_after_the_checkpoint(tmp_path):
