@@ -7,6 +7,7 @@ pytree, so that reading needs no class of the library that wrote them.
 
 import logging
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -129,9 +130,13 @@ def _quiet() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     before = [logger.disabled for logger in loggers]
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    filters = warnings.catch_warnings()
+    filters.__enter__()
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     for logger in loggers:
         logger.disabled = True
     yield
+    filters.__exit__(None, None, None)
     sys.unraisablehook = hook
     for logger, disabled in zip(loggers, before, strict=True):
         logger.disabled = disabled
