@@ -7,10 +7,11 @@ Arguments are checked before JAX starts. Wrong input prints one line on stderr a
 import argparse
 import sys
 
-from nca_models import data, run_folder, systems
+from nca_models import _require, data, run_folder, systems
 from nca_models.cli import bench, doctor, evaluate, run, sweep, train
 from nca_models.cli.common import InputError, Parser, fail
 
+_require()
 _ADDERS = (train.add, train.add_demo, run.add, evaluate.add, sweep.add, bench.add, doctor.add)
 _EXAMPLES = """\
 examples:
