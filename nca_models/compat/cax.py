@@ -25,7 +25,7 @@ from typing import Any
 import nca_kernels as nk
 from nca_models.compat import cax_checks as checks
 from nca_models.compat import cax_report as report
-from nca_models.compat.cax_classes import accelerate_module, accelerated, is_accelerated, original
+from nca_models.compat.cax_classes import is_accelerated, swap_class
 
 
 def accelerate(
@@ -36,19 +36,16 @@ def accelerate(
     The system is changed in place, so that optimizers and references to it stay valid. Calling
     again with another backend is fine. What cannot be fused exactly is left as it is.
 
-    Two things are fused, wherever they are in the system: a `ConvPerceive` (stride 1, depthwise or
-    dense, padding SAME, CIRCULAR or REFLECT, with or without bias and activation) with the
-    `MLPUpdate`, `ResidualUpdate` or `NCAUpdate` that follows it, and such an update behind any
-    other perceive. The activations are those of `nk.Rule`, recognised by what they compute. States,
-    parameters and inputs are float32.
+    Fused are a `ConvPerceive` (stride 1, depthwise or dense, padding SAME, CIRCULAR or REFLECT,
+    with or without bias and activation) with the `MLPUpdate`, `ResidualUpdate` or `NCAUpdate` that
+    follows it, and such an update behind any other perceive, wherever they are in the system. The
+    activations are those of `nk.Rule`. States, parameters and inputs are float32.
 
     Two things differ, neither of which shows in a trajectory that stays finite: sums are rounded
     in another order, and dead cells are exactly 0 where CAX multiplies by 0 (which keeps NaN).
-    Outside of `jit`, the unused convolution is still computed; `cs(...)` itself is jitted.
 
     A step is traced on a copy to see what is fused, with `state` and `input`, or else on a small
-    grid with an input of the size that the parts allow. If no such step can be traced, only the
-    parts are judged.
+    grid. If no such step can be traced, only the parts are judged.
 
     Args:
         cs: a `cax.core.ComplexSystem`, with or without a `_step` of its own.
@@ -71,27 +68,16 @@ def accelerate(
     checks.require_system(cs)
     checks.require_backend(backend)
     parts = report.parts(cs)
-    calls = [(part.module, part.call) for part in parts if part.call is not None]
-    changed = [
-        (module, call)
-        for module, call in calls
-        if type(module) is not accelerated(original(module), call, backend)
-    ]
-    if changed:
+    changes = report.changes(parts, backend)
+    if changes:
         checks.require_not_passed_in(cs)
     problems = _problems(cs, _verdicts(cs, parts, backend, state, input))
     if problems and strict:
         raise ValueError(problems)
-    if problems:
-        warnings.warn(problems, stacklevel=2)
-    if changed and checks.has_copy_with_same_variables(cs):
-        warnings.warn(
-            "another copy of the system shares its variables, as one made by nnx.cached_partial "
-            "does: that copy is not accelerated. Call accelerate(cs) before the copy is made",
-            stacklevel=2,
-        )
-    for module, call in changed:
-        accelerate_module(module, call, backend)
+    for message in filter(None, (problems, checks.about_copies(cs) if changes else "")):
+        warnings.warn(message, stacklevel=2)
+    for module, cls in changes:
+        swap_class(module, cls)
     return cs
 
 

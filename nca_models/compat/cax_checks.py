@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable
 from typing import Any
 
 from flax import nnx
 
 import nca_kernels as nk
-from nca_models.compat.cax_classes import original
 from nca_models.compat.cax_facts import cax_is_needed
 
 
@@ -49,30 +47,28 @@ def require_not_passed_in(cs: Any) -> None:
         )
 
 
-def has_copy_with_same_variables(cs: Any) -> bool:
-    """Whether other modules hold a system's variables, as those of `nnx.cached_partial` do."""
-    if not _holders(cs):
-        return False
+def about_copies(cs: Any) -> str:
+    """A warning if `nnx.cached_partial` has copied a system: it steps the copy, whose classes stay.
+
+    Empty if it has not.
+    """
+    if not _is_cached(cs):
+        return ""
     gc.collect()  # a copy that nothing uses any more may still be there
-    return bool(_holders(cs))
+    if not _is_cached(cs):
+        return ""
+    return (
+        f"nnx.cached_partial was called with this {type(cs).__name__} and steps a copy of it, "
+        "which is not accelerated: call accelerate(cs) first, and nnx.cached_partial after it"
+    )
 
 
-def _holders(cs: Any) -> list[Any]:
-    """Modules outside of a system, of the classes in it, that hold variables of the system."""
-    mine = [module for _, module in nnx.iter_modules(cs)]
-    classes, ids = {original(module) for module in mine}, {id(module) for module in mine}
-    variables = [v for module in mine for v in vars(module).values() if isinstance(v, nnx.Variable)]
-    # Until Python 3.12, attributes may lie in a dictionary of their own.
-    referrers = gc.get_referrers(*variables)
-    dicts = [r for r in referrers if isinstance(r, dict)]
-    return [
-        module
-        for module in _modules_among([*referrers, *(gc.get_referrers(*dicts) if dicts else ())])
-        if original(module) in classes
-        and id(module) not in ids
-        and any(value is v for value in vars(module).values() for v in variables)
-    ]
-
-
-def _modules_among(values: Iterable[Any]) -> list[Any]:
-    return [value for value in values if isinstance(value, nnx.Module)]
+def _is_cached(cs: Any) -> bool:
+    """Whether a cache of nnx holds a system's variables, which a copy shares."""
+    try:
+        from flax.nnx.graphlib import StaticCache
+    except ImportError:  # not a public interface
+        return False
+    mine = {id(value) for _, value in nnx.iter_graph(cs) if isinstance(value, nnx.Variable)}
+    caches = [value for value in gc.get_objects() if type(value) is StaticCache]
+    return any(id(variable) in mine for cache in caches for variable in cache.variables)

@@ -18,12 +18,10 @@ class AcceleratedMeta(type(nnx.Module)):  # type: ignore[misc]
 
 
 @functools.cache
-def accelerated(
-    original: type, call: Callable[..., Any], backend: str, path: str | None = None
-) -> type:
+def accelerated(original: type, call: Callable[..., Any], backend: str, path: str | None) -> type:
     """The subclass that accelerated modules of a class get; the same class each time.
 
-    A `path` is that of the module in a system whose step is being watched.
+    `path` is that of the module in a system whose step is being watched, and None otherwise.
     """
     content = {
         "__call__": call,
@@ -66,8 +64,6 @@ def original(module: Any) -> type:
     return cls
 
 
-def accelerate_module(
-    module: Any, call: Callable[..., Any], backend: str, path: str | None = None
-) -> None:
-    """Swap the class of a module."""
-    object.__setattr__(module, "__class__", accelerated(original(module), call, backend, path))
+def swap_class(module: Any, cls: type) -> None:
+    """Make an nnx module, which guards its attributes, an instance of another class."""
+    object.__setattr__(module, "__class__", cls)

@@ -13,7 +13,7 @@ from flax import nnx
 from nca_models.compat import cax_calls as calls
 from nca_models.compat import cax_facts as facts
 from nca_models.compat.cax_activations import CannotFuse
-from nca_models.compat.cax_classes import accelerate_module, is_accelerated, original
+from nca_models.compat.cax_classes import accelerated, is_accelerated, original, swap_class
 from nca_models.compat.cax_watch import Watch, trace
 
 
@@ -86,6 +86,16 @@ def _part(path: str, module: Any) -> Part:
     return replace(part, call=calls.update, why_no_mask=mask)
 
 
+def changes(known: list[Part], backend: str) -> list[tuple[Any, type]]:
+    """The modules that `accelerate` changes, each with the class that it gets."""
+    classes = [
+        (part.module, accelerated(original(part.module), part.call, backend, None))
+        for part in known
+        if part.call is not None
+    ]
+    return [(module, cls) for module, cls in classes if type(module) is not cls]
+
+
 def _require_call_of(cls: type, *bases: type) -> None:
     """Refuse classes whose `__call__` is not known; subclasses that inherit it are fine."""
     if cls.__call__ not in {base.__call__ for base in bases}:
@@ -126,7 +136,8 @@ def of_step(
         for path, module in modules(copy):
             call = call_at.get(path)
             if call is not None:
-                accelerate_module(module, call, backend or type(module)._nca_backend, path)
+                name = backend or type(module)._nca_backend
+                swap_class(module, accelerated(original(module), call, name, path))
         return copy._step(state, input), nnx.split(copy)[1]
 
     return list(_of_watch(known, trace(step, content, state, input)))
