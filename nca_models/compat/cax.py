@@ -11,7 +11,8 @@ what depends on them (`nnx.state`, filters, optimizers, checkpoints, `nnx.vmap`)
 A perceive still returns its perception, and remembers which state and taps it was computed from. An
 update that receives this perception, unchanged, with that state, runs both as one `nk.step`; the
 result of the convolution is then unused, and XLA removes it. In every other case the perception is
-computed as before, and the update alone is fused, as `nk.update`.
+computed as before, and the update alone is fused, as `nk.update`. Only a trace of a step tells
+which case it is, so `explain` and `strict` trace one.
 
 CAX (Faldor and Cully, "CAX: Cellular Automata Accelerated in JAX", ICLR 2025) is needed when a
 function is called, not to import this module. Both of its interfaces work, 0.3.x and 0.4.x.
