@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 _NEEDED = ("flax", "optax", "orbax.checkpoint", "tqdm", "PIL", "imageio", "matplotlib")
 
 
-def _missing(modules: tuple[str, ...]) -> list[str]:
-    """Return the top-level names of `modules` that are not installed."""
-    return [name for name in (m.partition(".")[0] for m in modules) if find_spec(name) is None]
+def _require(modules: tuple[str, ...] = _NEEDED) -> None:
+    """Raise an ImportError that names the extra if a module is not installed."""
+    names = (module.partition(".")[0] for module in modules)
+    if absent := [name for name in names if find_spec(name) is None]:
+        raise ImportError(
+            f'nca_models needs {", ".join(absent)}: run `pip install "nca-kernels[models]"`'
+        )
 
 
-if _absent := _missing(_NEEDED):
-    raise ImportError(
-        f'nca_models needs {", ".join(_absent)}: run `pip install "nca-kernels[models]"`'
-    )
+_require(("flax",))  # The rest is not needed by `nca_models.compat` and `nca_models.modules`.
 
 if TYPE_CHECKING:
     from nca_models.modules import NCA as NCA
@@ -38,4 +39,5 @@ def __getattr__(name: str) -> Any:
     """Import a public name from its module on first use."""
     if name not in _HOMES:
         raise AttributeError(f"module 'nca_models' has no attribute {name!r}")
+    _require()
     return getattr(importlib.import_module(_HOMES[name]), name)

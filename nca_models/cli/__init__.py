@@ -9,10 +9,11 @@ import argparse
 import os
 import sys
 
-from nca_models import data, run_folder, systems
+from nca_models import _require, data, run_folder, systems
 from nca_models.cli import bench, doctor, evaluate, run, sweep, train
 from nca_models.cli.common import InputError, Parser, fail, fail_to_write
 
+_require()
 _ADDERS = (train.add, train.add_demo, run.add, evaluate.add, sweep.add, bench.add, doctor.add)
 _EXAMPLES = """\
 examples:

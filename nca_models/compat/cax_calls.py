@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from contextvars import ContextVar
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,13 +15,16 @@ import jax.numpy as jnp
 from jax import Array
 
 import nca_kernels as nk
+from nca_models.compat import cax_watch as watch
+from nca_models.compat.cax_activations import Activation, CannotFuse
+from nca_models.compat.cax_classes import original
 from nca_models.compat.cax_facts import (
-    CannotFuse,
     Stencil,
     firing,
     network,
     require_float32,
     stencil,
+    step_size,
     why_no_alive_mask,
 )
 from nca_models.modules import mlp_layers
@@ -39,21 +41,27 @@ class _Source:
     stencil: Stencil
     taps: Array
     bias: Array | None
+    path: str | None  # of the perceive, if a step is being watched
 
 
 _sources: dict[int, _Source] = {}
 
 
 def _remember(perception: Any, state: Any, perceive: Any) -> None:
+    """Store what a perception was computed from, unless it could still be changed in place."""
+    taps, bias = perceive.conv.kernel[...], perceive.conv.bias
+    bias = None if bias is None else bias[...]
+    arrays = (perception, state, taps) if bias is None else (perception, state, taps, bias)
+    if not all(isinstance(array, jax.Array) for array in arrays):
+        return
     name = id(perception)
-    conv = perceive.conv
-    bias = None if conv.bias is None else conv.bias[...]
     _sources[name] = _Source(
         weakref.ref(perception, lambda _: _sources.pop(name, None)),
         weakref.ref(state),
         stencil(perceive),
-        conv.kernel[...],
+        taps,
         bias,
+        type(perceive)._nca_path,
     )
 
 
@@ -69,32 +77,10 @@ def _source(perception: Any, state: Any) -> _Source | None:
 _Layers = tuple[tuple[Array, Array | None], ...]
 
 
-@functools.cache
-def accelerated(original: type, call: Callable[..., Any], backend: str) -> type:
-    """The subclass that accelerated modules of a class get; the same class each time."""
-    content = {
-        "__call__": call,
-        "__doc__": original.__doc__,
-        "__module__": original.__module__,
-        "__qualname__": original.__qualname__,
-        "_nca_original": original,
-        "_nca_backend": backend,
-    }
-    return type(original)(original.__name__, (original,), content)
-
-
-def is_accelerated(module: Any) -> bool:
-    return "_nca_original" in vars(type(module))
-
-
-def original(module: Any) -> type:
-    cls: type = vars(type(module)).get("_nca_original", type(module))
-    return cls
-
-
 def perceive(self: Any, state: Any) -> Any:
     """Call a `ConvPerceive`, and remember what its perception was computed from."""
-    perception = original(self).__call__(self, state)
+    path = type(self)._nca_path
+    perception = watch.mark(original(self).__call__(self, state), path)
     with suppress(CannotFuse):  # the module has changed: the update will not find a source
         _remember(perception, state, self)
     return perception
@@ -104,41 +90,73 @@ def update(self: Any, state: Any, perception: Any, input: Any = None) -> Any:
     """Call an update fused, with its perception too if that was computed from this state."""
     from cax.core.update import NCAUpdate, ResidualUpdate
 
+    path = type(self)._nca_path
     try:
         require_float32(self, state, perception, input)
         activation, precision = network(self)
         fire_rate, draws = firing(self)
-        step_size = self.step_size if isinstance(self, ResidualUpdate) else 1.0
-        if not isinstance(step_size, (int, float)):
-            raise CannotFuse(f"its step_size is a {type(step_size).__name__}, not a number")
+        size = step_size(self)
     except CannotFuse as reason:
-        _note(f"{type(self).__name__} as it was ({reason})")
-        warnings.warn(f"{type(self).__name__} is not fused here: {reason}", stacklevel=2)
+        watch.note("update", path, str(reason))
+        watch.note("alive mask", path, "its update is not fused")
+        if not watch.is_watched():
+            warnings.warn(f"{type(self).__name__} is not fused here: {reason}", stacklevel=2)
         return original(self).__call__(self, state, perception, input)
-    rule = nk.Rule(
-        activation=activation,
-        precision=precision,
-        fire_rate=fire_rate,
-        step_size=step_size / fire_rate,  # dropout scales what it keeps by the inverse
-        alive=None,
+    watch.note("update", path)
+    rule = _with_slope(
+        nk.Rule(
+            activation=activation.name,
+            precision=precision,
+            fire_rate=fire_rate,
+            step_size=size / fire_rate,  # dropout scales what it keeps by the inverse
+            alive=None,
+        ),
+        activation,
     )
     key = self.dropout.rngs() if draws else jax.random.key(0)
-    source = _source(perception, state)
-    if source is not None and source.stencil.precision != precision:
-        source = None
+    source = _joined(_source(perception, state), activation, precision)
     run = functools.partial(_run, self, state=state, key=key, inputs=input)
     if not isinstance(self, ResidualUpdate):
         return _without_residual(run, rule, mlp_layers(self.layers), source, state, perception)
     if not isinstance(self, NCAUpdate):
         return run(rule, source, perception)
-    # The pool of an NCAUpdate has no cells beyond the border, whatever the perception has.
-    pads = source is None or source.stencil.padding == "zeros"
-    if pads and not why_no_alive_mask(self, NCAUpdate):
+    why_not = why_no_alive_mask(self, NCAUpdate) or _why_no_pool(source)
+    watch.note("alive mask", path, why_not)
+    if not why_not:
         alive = nk.Alive(channel=-1, threshold=self.alive_threshold)
         return run(replace(rule, alive=alive), source, perception)
     before = self.get_alive_mask(state)
     state = run(rule, source, perception)
     return (before & self.get_alive_mask(state)) * state
+
+
+def _joined(source: _Source | None, activation: Activation, precision: str) -> _Source | None:
+    """The source, if one rule can hold both the perception and the network."""
+    if source is None:
+        return None
+    why_not, first = "", source.stencil
+    if first.precision != precision:
+        why_not = f"its precision is {first.precision}, that of the update is {precision}"
+    slopes = {first.activation.negative_slope, activation.negative_slope} - {None}
+    if len(slopes) > 1:
+        why_not = f"its activation is {first.activation}, that of the update is {activation}"
+    watch.note("perception", source.path, why_not)
+    return None if why_not else source
+
+
+def _why_no_pool(source: _Source | None) -> str:
+    """The pool of an `NCAUpdate` has no cells beyond the border, whatever the perception has."""
+    if source is None or source.stencil.padding == "zeros":
+        return ""
+    return (
+        f"it sees nothing beyond the border, and in a fused step it would see what the perception "
+        f"sees there ({source.stencil.padding} padding)"
+    )
+
+
+def _with_slope(rule: nk.Rule, activation: Activation) -> nk.Rule:
+    slope = activation.negative_slope
+    return rule if slope is None else replace(rule, negative_slope=slope)
 
 
 def _run(
@@ -154,18 +172,16 @@ def _run(
 ) -> Any:
     """One `nk.step`, or `nk.update` if the source of the perception is not known."""
     layers = mlp_layers(update.layers) if layers is None else layers
-    backend, masked = type(update)._nca_backend, " and alive mask" if rule.alive else ""
+    backend = type(update)._nca_backend
     if source is None:
-        _note(f"update{masked} fused, with the perception as it is given")
         dims = len(update.layers[0].kernel_size)
         return nk.update(
             rule, layers, state, perception, key, inputs, backend, num_spatial_dims=dims
         )
-    _note(f"perception, update{masked} fused")
-    stencil = source.stencil
-    rule = replace(rule, padding=stencil.padding, perception_activation=stencil.activation)
+    padding, activation = source.stencil.padding, source.stencil.activation
+    rule = replace(rule, padding=padding, perception_activation=activation.name)
     params = nk.RuleParams(source.taps, source.bias, layers)
-    return nk.step(rule, params, state, key, inputs, backend=backend)
+    return nk.step(_with_slope(rule, activation), params, state, key, inputs, backend=backend)
 
 
 def _without_residual(
@@ -210,24 +226,3 @@ def _append_zeros(array: Array, count: int, axis: int) -> Array:
     widths = [(0, 0)] * array.ndim
     widths[axis] = (0, count)
     return jnp.pad(array, widths)
-
-
-# ---- what `explain` prints ----
-
-_notes: ContextVar[list[str] | None] = ContextVar("notes", default=None)
-
-
-def _note(line: str) -> None:
-    notes = _notes.get()
-    if notes is not None:
-        notes.append(line)
-
-
-@contextmanager
-def noting() -> Iterator[list[str]]:
-    notes: list[str] = []
-    token = _notes.set(notes)
-    try:
-        yield notes
-    finally:
-        _notes.reset(token)

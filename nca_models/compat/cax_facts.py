@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
+from jax import Array, lax
+
+from nca_models.compat.cax_activations import Activation, CannotFuse, recognise
 
 
 @contextmanager
@@ -25,16 +26,12 @@ def cax_is_needed() -> Iterator[None]:
         ) from error
 
 
-class CannotFuse(Exception):
-    """Why a part cannot be fused exactly."""
-
-
 @dataclass(frozen=True)
 class Stencil:
     """What a rule holds of a `ConvPerceive`."""
 
     padding: str
-    activation: str
+    activation: Activation
     precision: str
 
 
@@ -51,11 +48,12 @@ def stencil(perceive: Any) -> Stencil:
             f"its feature_group_count is {conv.feature_group_count}, neither 1 (dense) nor the "
             f"number of channels, {conv.in_features} (depthwise)"
         )
-    name = "identity" if activation is None else _activation(activation)
-    return Stencil(_PADDINGS[conv.padding], name, precision)
+    dims = len(conv.kernel.shape) - 2
+    known = recognise(activation, dims, conv.out_features) if activation else Activation()
+    return Stencil(_PADDINGS[conv.padding], known, precision)
 
 
-def network(update: Any) -> tuple[str, str]:
+def network(update: Any) -> tuple[Activation, str]:
     """(activation, precision) of an update's MLP."""
     precisions = set()
     for i, layer in enumerate(update.layers):
@@ -64,8 +62,12 @@ def network(update: Any) -> tuple[str, str]:
             raise CannotFuse(f"layer {i} is not a dense convolution of kernel size 1")
     if len(precisions) != 1:
         raise CannotFuse(f"its layers have different precisions, {', '.join(sorted(precisions))}")
-    activation = _activation(update.activation_fn) if len(update.layers) > 1 else "identity"
-    return activation, precisions.pop()
+    dims = len(update.layers[0].kernel_size)
+    widths = {layer.out_features for layer in update.layers[:-1]}
+    activations = {recognise(update.activation_fn, dims, width) for width in widths}
+    if len(activations) > 1:
+        raise CannotFuse("its activation depends on the width of the layer")
+    return (activations or {Activation()}).pop(), precisions.pop()
 
 
 def _plain_conv(conv: Any, name: str) -> str:
@@ -89,35 +91,23 @@ def _plain_conv(conv: Any, name: str) -> str:
     raise CannotFuse(f"{name} has precision {conv.precision}")
 
 
-_ACTIVATIONS: dict[Callable[..., Any], str] = {
-    jax.nn.relu: "relu",
-    jax.nn.gelu: "gelu",
-    jax.nn.silu: "silu",
-    jnp.tanh: "tanh",
-    lax.tanh: "tanh",
-    jax.nn.leaky_relu: "leaky_relu",
-    jax.nn.identity: "identity",
-}
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "gelu": {"approximate": True},
-    "leaky_relu": {"negative_slope": 0.01},
-}
+def step_size(update: Any) -> float | Array:
+    """What an update multiplies its network's output by: a number, or a scalar float32 array.
 
-
-def _activation(function: Any) -> str:
-    """The name that `nk.Rule` has for an activation function."""
-    plain: Any = function
-    keywords: dict[str, Any] = {}
-    if isinstance(function, functools.partial) and not function.args:
-        plain, keywords = function.func, function.keywords
-    try:
-        name = _ACTIVATIONS.get(plain)
-    except TypeError:  # not hashable
-        name = None
-    if name is None or not keywords.items() <= _DEFAULTS.get(name, {}).items():
-        known = ", ".join(sorted({f.__name__ for f in _ACTIVATIONS}))
-        raise CannotFuse(f"its activation {function!r} is not one of {known} with their defaults")
-    return name
+    CAX takes any scalar, a variable too, which is then trained.
+    """
+    size = getattr(update, "step_size", 1.0)  # an MLPUpdate has none
+    if isinstance(size, nnx.Variable):
+        size = size[...]
+    if isinstance(size, (int, float)) and not isinstance(size, bool):
+        return size
+    dtype, shape = getattr(size, "dtype", None), getattr(size, "shape", None)
+    if shape != () or dtype is None or not jnp.issubdtype(dtype, jnp.number):
+        kind = f"{dtype}{list(shape)}" if shape else type(size).__name__
+        raise CannotFuse(f"its step_size is a {kind}, not a scalar number")
+    if jnp.result_type(dtype, jnp.float32) != jnp.float32:
+        raise CannotFuse(f"its step_size is {dtype}, which makes the state one as well")
+    return jnp.asarray(size, jnp.float32)
 
 
 def firing(update: Any) -> tuple[float, bool]:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +20,13 @@ import numpy as np
 import optax
 from flax.training import train_state
 from jax import Array
-from tqdm import tqdm
 
 import nca_kernels as nk
-from nca_models.data.emoji import emoji as emoji_picture
-from nca_models.data.images import fit, premultiplied
 from nca_models.training import pool as pools
-from nca_models.training.checkpoints import Checkpoints
 from nca_models.training.damage import circle
-from nca_models.training.trainer import Diverged, TrainState, stop_signals
+
+if TYPE_CHECKING:  # at run time where they are used: to import the NCA takes flax and optax alone
+    from nca_models.training.trainer import TrainState
 
 _LAST_STATES = 8  # which the loss is the mean of
 _EMOJI_SIZE = 40
@@ -52,6 +50,9 @@ class ImageDataset:
         if (emoji is None) == (img is None):
             raise ValueError("give either an emoji or an img")
         if img is None:
+            from nca_models.data.emoji import emoji as emoji_picture
+            from nca_models.data.images import fit, premultiplied
+
             padding = (img_size - _EMOJI_SIZE) // 2
             img = premultiplied(fit(emoji_picture(emoji or ""), _EMOJI_SIZE), padding)
         if np.ndim(img) != 3 or np.shape(img)[-1] != 4:
@@ -171,6 +172,11 @@ class EmojiTrainer:
 
         It goes on from the newest checkpoint, or else from what `start` returns.
         """
+        from tqdm import tqdm
+
+        from nca_models.training.checkpoints import Checkpoints
+        from nca_models.training.trainer import stop_signals
+
         with ExitStack() as stack:
             checkpoints = restored = None
             if checkpoint_dir is not None:
@@ -218,6 +224,8 @@ class EmojiTrainer:
 
     def _report(self, bar: Any, writer: Any, done: int, metrics: dict[str, Any]) -> None:
         """Show the loss of step `done`, counted from 1, and log it if there is a writer."""
+        from nca_models.training.trainer import Diverged
+
         loss = float(metrics["loss"])
         if not np.isfinite(loss):
             raise Diverged(f"the loss is {loss} at step {done}: try a lower learning rate")
@@ -271,6 +279,8 @@ class _Training:
 
     def start(self, key: Array) -> TrainState:
         """Return the state before the first step; `key` is that of the parameters."""
+        from nca_models.training.trainer import TrainState
+
         params = self.nca.init(key, self.seeds, key)["params"]
         pool = jnp.broadcast_to(self.seeds, (self.pool_size, *self.seeds.shape[1:]))
         step = jnp.zeros((), jnp.int32)
@@ -295,7 +305,9 @@ class _Training:
         params = optax.apply_updates(state.params, updates)
         pool = pools.update(state.pool, indices, outputs)
         metrics = {"loss": loss, "gradients": grads, "batch": batch, "outputs": outputs}
-        return TrainState(state.step + 1, params, opt_state, pool), metrics
+        return replace(
+            state, step=state.step + 1, params=params, opt_state=opt_state, pool=pool
+        ), metrics
 
     def loss(self, params: Any, batch: Array, key: Array, num_steps: Array) -> tuple[Array, Array]:
         """Return the loss, and the states `[batch_size, height, width, C]` after `num_steps`.

@@ -291,6 +291,7 @@ class Inherits(NCAUpdate):
     """A subclass that computes nothing of its own."""
 
 
+STEEP = partial(nnx.leaky_relu, negative_slope=0.2)
 DENSE = {"perception_size": 11, "feature_group_count": 1}
 FIRES = {"cell_dropout_rate": 0.3, "step_size": 0.5}
 KINDS = (
@@ -299,7 +300,8 @@ KINDS = (
     Kind("no_hidden", {}, FIRES | {"hidden_layer_sizes": ()}),
     Kind("circular", {"padding": "CIRCULAR"}, FIRES),
     Kind("reflect_dense", DENSE | {"padding": "REFLECT"}, FIRES),
-    Kind("circular_with_alive", {"padding": "CIRCULAR"}, FIRES, NCAUpdate),
+    Kind("circular_with_alive", {"padding": "CIRCULAR"}, FIRES, NCAUpdate,
+         "alive mask.*beyond the border"),
     Kind("even_kernel", {"kernel_size": (2, 4)}, FIRES, NCAUpdate),
     Kind("bias_and_tanh", {"use_bias": True, "activation_fn": nnx.tanh}, FIRES, NCAUpdate),
     Kind("gelu", {"activation_fn": nnx.gelu}, FIRES | {"activation_fn": nnx.silu}),
@@ -311,9 +313,15 @@ KINDS = (
     Kind("wide_pool", {}, FIRES | {"kernel_size": (5, 5)}, NCAUpdate, "not a max-pool over"),
     Kind("valid", {"kernel_size": (1, 1), "padding": "VALID"}, FIRES, warns="padding is 'VALID'"),
     Kind("groups", {"feature_group_count": 2}, FIRES, warns="feature_group_count is 2"),
-    Kind("elu", {}, FIRES | {"activation_fn": nnx.elu}, warns="its activation"),
-    Kind("steep", {"activation_fn": partial(nnx.leaky_relu, negative_slope=0.2)}, FIRES,
-         warns="its activation"),
+    Kind("elu", {"activation_fn": nnx.elu}, FIRES | {"activation_fn": nnx.elu}, NCAUpdate),
+    Kind("steep", {"activation_fn": STEEP}, FIRES | {"activation_fn": STEEP}),
+    Kind("steep_alone", {}, {"activation_fn": STEEP}, MLPUpdate),
+    Kind("two_slopes", {"activation_fn": nnx.leaky_relu}, FIRES | {"activation_fn": STEEP},
+         warns="slope 0.01, that of the update is leaky_relu of slope 0.2"),
+    Kind("softmax", {}, FIRES | {"activation_fn": nnx.softmax}, warns="its activation softmax"),
+    Kind("step_array", {}, FIRES | {"step_size": np.array(0.7, np.float32)}, NCAUpdate),
+    Kind("step_vector", {}, FIRES | {"step_size": np.ones(1, np.float32)},
+         warns=r"its step_size is a float32\[1\], not a scalar number"),
     Kind("nothing_fires", {}, {"cell_dropout_rate": 1.0}, warns="dropout rate is 1.0"),
 )  # fmt: skip
 
@@ -359,7 +367,7 @@ def test_another_perceive_has_its_update_fused(capsys):
     state, _ = arguments(Moore)
     assert_same_trajectory(plain, fast, state, steps=4)
     explain(fast, state)
-    assert "with the perception as it is given" in capsys.readouterr().out
+    assert "update (NCAUpdate): fused" in capsys.readouterr().out
 
 
 def test_the_perceive_of_the_attention_example():
@@ -393,21 +401,23 @@ def test_bfloat16_is_left_as_it_is():
     assert_close(got, plain._step(state), 1e-6)
 
 
-# ---- what it says ----
+def test_a_step_size_that_is_trained():
+    """CAX takes any scalar as a step size; an array or a variable is differentiable."""
+
+    class Trained(System):
+        def __init__(self, *, rngs):
+            super().__init__(rngs=rngs)
+            self.update.step_size = nnx.data(nnx.Param(jnp.array(0.6)))
+
+    plain, fast = pair(Trained, strict=True)
+    state, _ = arguments(Trained)
+    loss = lambda cs: jnp.sum(jnp.sin(cs(state, num_steps=3)))
+    grads = [pure(nnx.grad(loss)(cs)) for cs in (plain, fast)]
+    assert_close(grads[1], grads[0], 1e-4)
+    assert_same_trajectory(plain, fast, state, steps=4)
 
 
-def test_explain(capsys):
-    cs = Growing(rngs=nnx.Rngs(0))
-    explain(cs)
-    assert "not accelerated; accelerate(cs) would make it:" in capsys.readouterr().out
-    state, _ = arguments(Growing)
-    before = nnx.to_pure_dict(nnx.state(accelerate(cs), nnx.RngCount))
-    explain(cs, jax.ShapeDtypeStruct(state.shape, state.dtype))
-    out = capsys.readouterr().out
-    assert "perceive (ConvPerceive): fused into the update that follows" in out
-    assert "update (NCAUpdate): fused" in out
-    assert "one step runs: perception, update and alive mask fused" in out
-    assert before == nnx.to_pure_dict(nnx.state(cs, nnx.RngCount))
+# ---- what it refuses ----
 
 
 def test_bad_arguments():
