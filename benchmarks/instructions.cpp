@@ -35,7 +35,7 @@ int main(int, char** arguments) {
   const std::vector<float> biases(hidden + channels);
   std::vector<std::uint8_t> alive(cells);
 
-  Layer layers[2];
+  std::vector<Layer> layers(2);
   Index weight = 0, bias = 0, sizes[] = {perceived, hidden, channels};
   for (int i = 0; i < 2; ++i) {
     layers[i].in = sizes[i], layers[i].out = sizes[i + 1];
@@ -54,8 +54,9 @@ int main(int, char** arguments) {
   step.activation = Activation::relu, step.perception_activation = Activation::identity;
   step.step_size = 1;
   step.fire = Fire::key, step.fire_threshold = 1u << 22, step.key.data = key;
-  step.alive = true, step.alive_channel = channels - 1, step.alive_threshold = 0.1f;
-  step.num_layers = 2, step.layers = layers;
+  step.alive = true, step.alive_channel = channels - 1, step.alive_radius = 1;
+  step.alive_threshold = 0.1f;
+  step.layers = layers;
   step.state = state.data(), step.taps.data = taps.data();
   step.new_state = new_state.data(), step.alive_mask = alive.data();
 
