@@ -5,7 +5,8 @@
     python -m benchmarks.agree out/interleaved.json out/alone.json
 
 The first times contestants in turn, the second one after another. They agree on a contestant if the
-quartiles of its ratio to the best backend overlap.
+quartiles of its ratio to the best backend overlap, or its medians differ by less than what
+`nca bench --compare` calls no difference. With --save, the table goes to benchmarks/results/<device>/.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import rows
-from benchmarks.measure import markdown_table
+from benchmarks.compare import TOLERANCE
+from benchmarks.measure import ROOT, device_name, markdown_table, provenance
+from nca_kernels.files import write_json
 
 
 class Agreement(NamedTuple):
@@ -28,8 +31,9 @@ class Agreement(NamedTuple):
     alone: tuple[float, float, float]
 
     @property
-    def overlap(self) -> bool:
-        return self.in_turn[0] <= self.alone[2] and self.alone[0] <= self.in_turn[2]
+    def same(self) -> bool:
+        overlap = self.in_turn[0] <= self.alone[2] and self.alone[0] <= self.in_turn[2]
+        return overlap or abs(self.alone[1] / self.in_turn[1] - 1) < TOLERANCE
 
 
 def agreements(interleaved: list[rows.Row], alone: list[dict[str, Any]]) -> list[Agreement]:
@@ -62,7 +66,7 @@ def table(found: list[Agreement]) -> str:
     def text(low: float, middle: float, high: float) -> str:
         return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
-    body = [[a.what, text(*a.in_turn), text(*a.alone), "yes" if a.overlap else "no"] for a in found]
+    body = [[a.what, text(*a.in_turn), text(*a.alone), "yes" if a.same else "no"] for a in found]
     return markdown_table(["", "in turn", "one after another", "agree"], body)
 
 
@@ -74,12 +78,18 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("interleaved", type=Path, help="what nca bench --json wrote")
     parser.add_argument("alone", type=Path, help="what pytest --benchmark-json wrote")
+    parser.add_argument("--save", action="store_true", help="into the results of this device")
     options = parser.parse_args(argv)
     interleaved = json.loads(options.interleaved.read_text())["rows"]
     found = agreements(interleaved, json.loads(options.alone.read_text())["benchmarks"])
     print(table(found))
-    apart = sum(not a.overlap for a in found)
+    apart = sum(not a.same for a in found)
     print(f"{len(found) - apart} of {len(found)} agree")
+    if options.save:
+        about = provenance("python -m benchmarks.agree --save")
+        rows_of_table = [agreement._asdict() for agreement in found]
+        folder = ROOT / "results" / device_name()
+        write_json(folder / "agree.json", {**about, "agreements": rows_of_table})
     return 0 if found and not apart else 1
 
 

@@ -195,13 +195,13 @@ def test_what_both_ways_of_timing_say():
 
     found = row({"cpu": [1.0, 1.1], "slices": [4.0, 4.0], "torch": [9.0, 9.0]})
     alone = [entry("cpu", 2.0), entry("slices", 8.0), entry("torch", 40.0), entry("cax", 1.0)]
-    same, other = agree.agreements([found], alone)
-    assert same.what == "growing rollout forward slices"
-    assert same.alone == pytest.approx((7.2 / 2.2, 4.0, 8.8 / 1.8))
-    assert same.overlap
-    assert not other.overlap
-    assert "| yes |" in agree.table([same, other])
-    assert "| no |" in agree.table([same, other])
+    slices, torch = agree.agreements([found], alone)
+    assert slices.what == "growing rollout forward slices"
+    assert slices.alone == pytest.approx((7.2 / 2.2, 4.0, 8.8 / 1.8))
+    assert slices.same
+    assert not torch.same
+    assert "| yes |" in agree.table([slices, torch])
+    assert "| no |" in agree.table([slices, torch])
 
 
 def test_pytest_benchmarks(tmp_path):
