@@ -6,7 +6,7 @@
 
 The first times contestants in turn, the second one after another. They agree on a contestant if the
 quartiles of its ratio to the best backend overlap, or its medians differ by less than what
-`nca bench --compare` calls no difference. With --save, the table goes into the results of the device.
+`nca bench --compare` calls no difference. --save writes the table to the results of the device.
 """
 
 from __future__ import annotations

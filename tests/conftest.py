@@ -45,7 +45,6 @@ QUICK = (
     "nca_models/systems/test_new_system.py",
     "nca_models/training/test_export_for_cuda.py",
     "nca_models/training/test_pool_and_damage.py",
-    "nca_models/training/test_training.py",
     "tools/test_issue_slots.py",
     "tools/test_races.py",
 )
