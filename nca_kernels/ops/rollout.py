@@ -136,13 +136,13 @@ class AfterStepCaller:
         if self.after_step is None:
             return after
         is_key = source is not None and source.dtype != jnp.bool_
-        own_key = jax.random.fold_in(source, 1) if is_key else None
+        noise_key = jax.random.fold_in(source, 1) if is_key else None
         parameters = inspect.signature(self.after_step).parameters.values()
         required = [p for p in parameters if p.kind in _POSITIONAL and p.default is p.empty]
         arguments = [before, after, broadcast_positions(positions)]
         if len(required) == 5:
-            return self.after_step(*arguments, t, own_key)
-        by_name = {"step": t, "key": own_key}
+            return self.after_step(*arguments, t, noise_key)
+        by_name = {"step": t, "key": noise_key}
         named = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
         return self.after_step(*arguments, **{n: v for n, v in by_name.items() if n in named})
 

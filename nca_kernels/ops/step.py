@@ -36,9 +36,9 @@ def step(
         out_i = y_i where it is alive, else 0
 
     A cell fires where ``jax.random.bernoulli(key, rule.fire_rate, state.shape[:-1])`` is true:
-    the same bits on every backend. It is alive if the max-pool of the alive channel around it
-    (3^d cells, see :class:`Alive`) exceeds the threshold both in ``state`` and in ``y`` (rounded to
-    the state's dtype).
+    the same bits on every backend. It is alive if the max-pool of the alive channel around it (see
+    :class:`Alive`) exceeds the threshold both in ``state`` and in ``y`` (rounded to the state's
+    dtype).
 
     Args:
         rule: what is fixed; static under ``jax.jit``.
