@@ -1,116 +1,225 @@
-"""Trains the small preset of every system, with pictures and figures for ``docs/gallery/``.
+"""Trains the presets of every system, with pictures and figures for ``docs/gallery/``.
 
-``make gallery`` takes about an hour on two cores; trainings that were stopped go on.
+``make gallery`` trains `small` with three seeds and `medium` with one: an evening on two cores,
+each of which has a training of its own. A training that was stopped goes on, one that is done is
+kept. ``--redo`` measures and draws those that are done once more, as their code may have changed;
+``--page`` only writes the page.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import queue
 import shutil
+import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
 
 from benchmarks.measure import ROOT, device_name, provenance
 from nca_kernels.files import write_json, write_text
 from nca_models import systems
 
 GALLERY = Path(__file__).parents[1] / "docs" / "gallery"
-LARGEST = 450_000  # bytes of a picture that is kept
-SWEEP_LINE = "sweep dynamics --channels 6 9 12 --hidden 16 32 48 --steps 1000"
-SWEEP = SWEEP_LINE.split()
-NCA = "import sys; from nca_models.cli import main; sys.exit(main(sys.argv[1:]))"
+LARGEST = 900_000  # bytes of a picture that is kept
+SEEDS = {"medium": 1, "small": 3}  # trainings of each preset, with seeds from 0
+TARGETS = {"dynamics": ("brick", "cracked", "interlaced")}
+NOT_SHOWN = ("target.png", "elsewhere.png", "loss.png")
+NCA = """import os, sys
+if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, {int(sys.argv[1])})
+from nca_models.cli import main
+sys.exit(main(sys.argv[2:]))"""
 
 
-def train(system: str, runs: Path) -> dict:
-    """Trains a system unless it is trained; returns its metrics and the seconds of the training."""
-    folder, done = runs / system, runs / system / "gallery.json"
-    if not done.exists():
-        command = ["train", system, "--preset", "small", "--out", str(folder)]
+@dataclass(frozen=True)
+class Training:
+    """One training of the gallery."""
+
+    system: str
+    preset: str
+    target: str | None
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Its folder's name, and its own."""
+        parts = [self.system, *([self.target] if self.target else []), self.preset]
+        return "-".join([*parts, f"s{self.seed}"])
+
+    @property
+    def command(self) -> list[str]:
+        """The arguments of ``nca`` that train it, without the folder."""
+        target = ["--target", self.target] if self.target else []
+        return ["train", self.system, "--preset", self.preset, *target, "--seed", str(self.seed)]
+
+    def record(self, runs: Path, core: int, redo: bool) -> None:
+        """Trains it on a core, unless it is trained, and writes what was measured to its folder.
+
+        What the training says goes to a file beside the folder.
+        """
+        folder = runs / self.name
+        done = folder / "gallery.json"
+        if done.exists() and not redo:
+            return
         resumed = (folder / "config.json").exists()
         start = time.perf_counter()
-        subprocess.run(
-            [sys.executable, "-c", NCA, *command, *(["--resume"] if resumed else [])], check=True
-        )
-        taken = None if resumed else time.perf_counter() - start
+        words = [*self.command, "--out", str(folder), *(["--resume"] if resumed else [])]
+        runs.mkdir(parents=True, exist_ok=True)
+        with (runs / f"{self.name}.log").open("w") as log:
+            ended = subprocess.run(
+                [sys.executable, "-c", NCA, str(core), *words], stdout=log, stderr=log
+            )
+        if ended.returncode:
+            raise RuntimeError(f"{self.name} failed: see {log.name}")
+        seconds = None if resumed else time.perf_counter() - start
+        if done.exists():
+            seconds = json.loads(done.read_text())["seconds"]
         metrics = json.loads((folder / "metrics.json").read_text())
-        record = {"metrics": metrics, "seconds": taken, **provenance("make gallery")}
-        write_json(done, record)
-    result: dict = json.loads(done.read_text())
-    return result
+        about = provenance(f"nca {' '.join(self.command)}")
+        write_json(done, {"metrics": metrics, "seconds": seconds, "cores": 1, **about})
 
 
-def page(system: str, result: dict, pictures: list[str]) -> list[str]:
-    """The part of the gallery that shows a system."""
-    title = (systems.load(system).__doc__ or "").splitlines()[0]
-    taken = result["seconds"]
-    minutes = "" if taken is None else f", {taken / 60:.1f} minutes with all of its pictures"
-    lines = [f"## {title}", "", f"`nca train {system} --preset small`{minutes}.", ""]
-    for picture in pictures:
-        lines += [f"![{Path(picture).stem.replace('_', ' ')}]({picture})", ""]
-    measured = systems.load(system).SystemClass.measured
-    lines += [f"| | {measured} |", "|---|---|"]
-    for name, value in result["metrics"].items():
-        lines.append(f"| {name} | {'not finite' if value is None else f'{value:.2f}'} |")
+def trainings(presets: list[str], names: list[str], seeds: int | None) -> list[Training]:
+    """What is trained: the quick presets first, and the first seed of everything before others."""
+    every = [
+        Training(system, preset, target, seed)
+        for preset in presets
+        for system in names
+        for target in TARGETS.get(system, (None,))
+        for seed in range(seeds or SEEDS[preset])
+    ]
+    return sorted(every, key=lambda one: (one.seed, one.preset != "small"))
+
+
+def collected(runs: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """What was measured, by system (with its target) and preset: a record for each seed."""
+    records: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for one in trainings(list(SEEDS), systems.names(), 10):
+        done = runs / one.name / "gallery.json"
+        if done.exists():
+            subject = one.system if one.target is None else f"{one.system}, {one.target}"
+            by_preset = records.setdefault(subject, {})
+            by_preset.setdefault(one.preset, []).append(
+                {"seed": one.seed, **json.loads(done.read_text())}
+            )
+    return records
+
+
+def table(by_preset: dict[str, list[dict[str, Any]]], measured: str) -> list[str]:
+    """A table of what was measured: the median over the seeds, and their range."""
+    presets = [preset for preset in SEEDS if preset in by_preset]
+    names = dict.fromkeys(
+        name for preset in presets for record in by_preset[preset] for name in record["metrics"]
+    )
+    lines = [f"| {measured} | {' | '.join(map(heading(by_preset), presets))} |"]
+    lines.append("|---|" + "---|" * len(presets))
+    for name in names:
+        cells = [spread([r["metrics"].get(name) for r in by_preset[p]]) for p in presets]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
-def sweep(runs: Path) -> list[str]:
-    """Trains nine models of dynamics unless they are trained; returns their part of the gallery."""
-    out, done = runs / "sweep", runs / "sweep" / "gallery.json"
-    resumed, start = out.exists(), time.perf_counter()
-    subprocess.run([sys.executable, "-c", NCA, *SWEEP, "--out", str(out)], check=True)
-    if not done.exists():
-        taken = None if resumed else time.perf_counter() - start
-        write_json(done, {"seconds": taken})
-    seconds = json.loads(done.read_text())["seconds"]
-    minutes = "" if seconds is None else f" in {seconds / 60:.0f} minutes"
-    (GALLERY / "sweep").mkdir(parents=True, exist_ok=True)
-    for name in ("motion.png", "sweep.csv"):
-        shutil.copy(out / name, GALLERY / "sweep" / name)
-    return [
-        "## A sweep: motion against channels and hidden units.",
+def heading(by_preset: dict[str, list[dict[str, Any]]]) -> Any:
+    """A function that says of a preset how long it took, and of how many seeds."""
+
+    def text(preset: str) -> str:
+        records = by_preset[preset]
+        taken = [record["seconds"] for record in records if record["seconds"] is not None]
+        minutes = f", {statistics.median(taken) / 60:.1f} minutes" if taken else ""
+        seeds = "1 seed" if len(records) == 1 else f"{len(records)} seeds"
+        return f"`{preset}`{minutes}, {seeds}"
+
+    return text
+
+
+def spread(values: list[float | None]) -> str:
+    """The median of values, and from where to where they go if there are several."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    median = f"{statistics.median(known):.2f}"
+    return median if len(known) == 1 else f"{median} ({min(known):.2f} to {max(known):.2f})"
+
+
+def pictures(runs: Path, one: Training) -> list[str]:
+    """Copies the pictures of a training, and returns their lines of the page."""
+    folder = GALLERY / one.name
+    shutil.rmtree(folder, ignore_errors=True)
+    lines = []
+    for path in sorted((runs / one.name).glob("*.*")):
+        shown = path.suffix in (".png", ".gif") and path.name not in NOT_SHOWN
+        if shown and path.stat().st_size <= LARGEST:
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, folder / path.name)
+            title = f"{one.name}: {path.stem.replace('_', ' ')}"
+            lines += [f"![{title}]({one.name}/{path.name})", ""]
+    return lines
+
+
+def page(runs: Path) -> str:
+    """The gallery: of every system its pictures and its table."""
+    records, device = collected(runs), device_name()
+    lines = [
+        "# Gallery",
         "",
-        f"`nca {SWEEP_LINE}`: nine models, each trained for 1,000 steps{minutes}.",
-        "[The table](sweep/sweep.csv) has the loss of each model, and its motion with the spread",
-        "over three runs.",
-        "",
-        "![motion](sweep/motion.png)",
+        "What the presets learn from data that comes with the packages: a picture, textures and",
+        "scikit-learn's digits. `small` takes minutes on two cores, `medium` up to an hour. It is",
+        "measured with what training never saw: other random numbers, other digits. Figures are",
+        f"medians over seeds, with ranges in brackets. Made by `make gallery` on {device};",
+        "with commits and versions they are in",
+        f"[gallery.json](../../benchmarks/results/{device}/gallery.json).",
         "",
     ]
+    for system in systems.names():
+        module = systems.load(system)
+        lines += [f"## {(module.__doc__ or '').splitlines()[0]}", ""]
+        for target in TARGETS.get(system, (None,)):
+            subject = system if target is None else f"{system}, {target}"
+            lines += [f"### {target.capitalize()}", ""] if target else []
+            for preset in (p for p in SEEDS if p in records.get(subject, {})):
+                one = Training(system, preset, target, 0)
+                lines += [f"`nca {' '.join(one.command)}`", "", *pictures(runs, one)]
+            lines += table(records.get(subject, {}), module.SystemClass.measured)
+    write_json(ROOT / "results" / device / "gallery.json", records)
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=Path, default=Path("out/gallery"), help="where to train")
-    parser.add_argument("--systems", nargs="+", default=systems.names())
+    add = parser.add_argument
+    add("--runs", type=Path, default=Path("out/gallery"), help="where to train")
+    add("--systems", nargs="+", default=systems.names(), choices=systems.names())
+    add("--presets", nargs="+", default=list(SEEDS), choices=systems.PRESET_NAMES)
+    add("--seeds", type=int, help=f"trainings of each preset; {SEEDS}")
+    add("--jobs", type=int, default=os.cpu_count() or 1, help="trainings at once; one a core")
+    add("--redo", action="store_true", help="measure and draw what is trained once more")
+    add("--page", action="store_true", help="only write the page and the results")
     args = parser.parse_args()
-    lines = [
-        "# Gallery",
-        "",
-        "What the small presets learn from data that comes with the packages: a picture, a texture",
-        "and scikit-learn's digits. Figures are of digits that training never saw. Made by",
-        f"`make gallery` on {device_name()}; figures, commits and versions:",
-        f"[gallery.json](../../benchmarks/results/{device_name()}/gallery.json).",
-        "",
-    ]
-    records = {}
-    for system in args.systems:
-        result = records[system] = train(system, args.runs)
-        pictures = []
-        (GALLERY / system).mkdir(parents=True, exist_ok=True)
-        for path in sorted((args.runs / system).glob("*.*")):
-            if path.suffix in (".png", ".gif") and path.stat().st_size <= LARGEST:
-                if path.name in ("target.png", "loss.png"):
-                    continue
-                shutil.copy(path, GALLERY / system / path.name)
-                pictures.append(f"{system}/{path.name}")
-        lines += page(system, result, pictures)
-    lines += sweep(args.runs)
-    write_text(GALLERY / "README.md", "\n".join(lines))
-    write_json(ROOT / "results" / device_name() / "gallery.json", records)
+    wanted = [] if args.page else trainings(args.presets, args.systems, args.seeds)
+    free: queue.SimpleQueue[int] = queue.SimpleQueue()
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+    for core in cores[: args.jobs]:
+        free.put(core)
+
+    def record(one: Training) -> None:
+        core = free.get()
+        try:
+            one.record(args.runs, core, args.redo)
+        finally:
+            free.put(core)
+
+    with ThreadPoolExecutor(min(len(cores), args.jobs)) as pool:
+        list(tqdm(pool.map(record, wanted), total=len(wanted), unit="training"))
+    write_text(GALLERY / "README.md", page(args.runs))
 
 
 if __name__ == "__main__":

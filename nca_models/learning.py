@@ -3,8 +3,9 @@
 What a run learns, a picture or digits, is stored in the folder of the run.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from flax import nnx
 import nca_kernels as nk
 from nca_models import render
 from nca_models.data import digits, images, pictures
+from nca_models.measures import digits as digit_measures
 from nca_models.modules import NCA, Automaton, run
 from nca_models.systems import System
 from nca_models.training.damage import DAMAGES
@@ -23,6 +25,9 @@ from nca_models.training.logging import log10
 
 Samples = dict[str, jax.Array]
 SQUARED_ERROR = "log10 of the mean squared error"
+SETTLING = 200  # steps, unless a training step has more
+TESTED = 256  # digits that training never saw, with which it is measured
+HEALING = (0, 10, 25, 50, 100, 150, 200)  # steps after a damage at which the error is measured
 
 
 def dropout_rule(config: Any) -> nk.Rule:
@@ -153,9 +158,13 @@ class LearnsPicture(SystemBase):
     """A system whose last four channels learn to show a picture, as premultiplied RGBA.
 
     Its config has `target_size` and `padding`; samples are `{"state": [n, size, size, C]}`.
+
+    Attributes:
+        wounds: names of the damages after which it is measured.
     """
 
     measured = SQUARED_ERROR
+    wounds: tuple[str, ...] = ("circle", "half")
 
     def __init__(self, config: Any, folder: Path):
         """Read the target of the run in `folder`."""
@@ -215,6 +224,64 @@ class LearnsPicture(SystemBase):
         render.save_png(paths[2], render.upscale(pair, scale))
         return paths
 
+    @property
+    def settling_steps(self) -> int:
+        """After so many steps from its start, a picture is to be there."""
+        return max(SETTLING, self.config.num_steps)
+
+    def settled(self, model: Automaton) -> jax.Array:
+        """Return eight pictures, `[8, size, size, C]`, after `settling_steps` from `start`.
+
+        Their random numbers are none that training used.
+        """
+        key = jax.random.key(self.config.seed + 1)
+        start = self.start(key, 8)
+        pictures: jax.Array = run(model, start, jax.random.fold_in(key, 0), self.settling_steps)
+        return pictures
+
+    def kept(self, model: Automaton, state: jax.Array) -> dict[str, float]:
+        """Measure `settled` pictures `[n, size, size, C]` 1,000 and 10,000 steps later, by name."""
+        measured, taken = {}, 0
+        for steps in (1000, 10_000):
+            key = jax.random.fold_in(jax.random.key(self.config.seed + 2), steps)
+            state, taken = run(model, state, key, steps - taken), steps
+            measured[f"kept, {steps:,} steps later"] = self.log10_error(state)
+        return measured
+
+    def healing(self, model: Automaton, state: jax.Array) -> dict[str, list[float]]:
+        """Return log10 of the error at `HEALING` steps after each of the system's `wounds`.
+
+        `state` `[n, size, size, C]` is whole; each sample is damaged in its own way.
+        """
+        key, over_time = jax.random.key(self.config.seed + 3), {}
+        for number, name in enumerate(self.wounds):
+            key_wound, key_steps = jax.random.split(jax.random.fold_in(key, number))
+            hurt, errors = DAMAGES[name](key_wound, state), []
+            for since, steps in zip((0, *HEALING), HEALING, strict=False):
+                key_steps = jax.random.fold_in(key_steps, steps)
+                hurt = run(model, hurt, key_steps, steps - since) if steps else hurt
+                errors.append(self.log10_error(hurt))
+            over_time[name] = errors
+        return over_time
+
+    def save_healing(self, model: Automaton, state: jax.Array, folder: Path) -> Path:
+        """Plot `healing` of whole states `[n, size, size, C]`, and return the path."""
+        path = folder / "healing.png"
+        labels = ("steps after the damage", SQUARED_ERROR)
+        render.save_curves(path, HEALING, self.healing(model, state), labels)
+        return path
+
+    def healed(self, model: Automaton, state: jax.Array) -> dict[str, float]:
+        """Measure `healing` right after each wound and at last, by name."""
+        return {
+            f"{name}: {when}": value
+            for name, errors in self.healing(model, state).items()
+            for when, value in (
+                ("right after", errors[0]),
+                (f"{HEALING[-1]} steps later", errors[-1]),
+            )
+        }
+
     def errors(self, samples: Samples) -> jax.Array:
         """Return each sample's mean squared error `[n]` of RGBA."""
         return jnp.mean((samples["state"][..., -4:] - self.target) ** 2, axis=(1, 2, 3))
@@ -230,7 +297,7 @@ class LearnsDigits(SystemBase):
     Samples are `{"state": [n, *spatial, C], "index": [n]}`, the index that of a training digit.
     """
 
-    measured = SQUARED_ERROR
+    measured = f"{SQUARED_ERROR}, and shares of {TESTED} unseen digits in percent"
 
     def __init__(self, config: Any, folder: Path):
         """Read the digits of the run in `folder`."""
@@ -247,6 +314,25 @@ class LearnsDigits(SystemBase):
     def showing(self, key: jax.Array, images: jax.Array) -> jax.Array:
         """Return states `[n, *spatial, C]` that are shown `images` `[n, size, size]`."""
         raise NotImplementedError
+
+    @cached_property
+    def tested(self) -> tuple[jax.Array, np.ndarray]:
+        """Digits that training never saw, `[n, size, size]`, and what they are, `[n]`."""
+        return jnp.asarray(self.data.test_images[:TESTED]), self.data.test_labels[:TESTED]
+
+    @cached_property
+    def mean(self) -> jax.Array:
+        """The mean of the digits that are trained on, `[size, size]`."""
+        return jnp.mean(self.train_images, axis=0)
+
+    def read(self, images: Any) -> float:
+        """Return the share of `tested`, in percent, that a classifier reads right from `images`."""
+        right = self._classifier(np.asarray(images)) == self.tested[1]
+        return digit_measures.percent(right)
+
+    @cached_property
+    def _classifier(self) -> Callable[[np.ndarray], np.ndarray]:
+        return digit_measures.classifier(self.data)
 
     def film_start(self, key: jax.Array, seed: int) -> jax.Array:
         """Return a state that is shown an unseen digit."""

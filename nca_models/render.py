@@ -7,7 +7,7 @@ import errno
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -193,9 +193,15 @@ def save_heat_map(
     columns: tuple[str, Sequence[object]],
     rows: tuple[str, Sequence[object]],
     title: str,
+    spreads: np.ndarray | None = None,
 ) -> None:
-    """Draw a table `[rows, columns]` as colours and numbers; axes are (name, labels)."""
-    size = (max(5, 2 + len(columns[1])), 1.5 + 0.8 * len(rows[1]))  # wide enough for the title
+    """Draw a table `[rows, columns]` as colours and numbers; axes are (name, labels).
+
+    `spreads` `[rows, columns]` are written below the numbers, unless they are NaN.
+    """
+    size = (max(5, 2 + len(columns[1])), 1.8 + 0.8 * len(rows[1]))  # wide enough for the title
+    if spreads is None:
+        spreads = np.full(values.shape, np.nan)
     with _plot(path, size) as axes:
         axes.figure.colorbar(axes.imshow(values, origin="lower"))
         axes.set_xticks(range(len(columns[1])), list(map(str, columns[1])))
@@ -203,7 +209,20 @@ def save_heat_map(
         axes.set(xlabel=columns[0], ylabel=rows[0])
         axes.figure.suptitle(title)
         for (y, x), value in np.ndenumerate(values):
-            axes.text(x, y, f"{value:.2f}", ha="center", va="center", color="white")
+            text = f"{value:.2f}" + ("" if np.isnan(spreads[y, x]) else f"\n±{spreads[y, x]:.2f}")
+            axes.text(x, y, text, ha="center", va="center", color="white")
+
+
+def save_curves(
+    path: Path, x: Sequence[float], curves: Mapping[str, Sequence[float]], labels: tuple[str, str]
+) -> None:
+    """Plot curves of one x by their names; `labels` are those of x and y."""
+    with _plot(path, (5, 3.2)) as axes:
+        for name, values in curves.items():
+            axes.plot(x, values, marker=".", label=name)
+        axes.set(xlabel=labels[0], ylabel=labels[1])
+        axes.legend()
+        axes.grid(alpha=0.3)
 
 
 def save_loss_plot(path: Path, steps: Sequence[int], losses: Sequence[float]) -> None:

@@ -150,11 +150,15 @@ def _draw_maps(grid: Grid, rows: Sequence[tuple[str, ...]], out: Path) -> list[P
         ]
         finite = [[value for value in values if math.isfinite(value)] for values in measured]
         means = np.array([np.mean(values) if values else math.nan for values in finite])
+        spreads = [np.std(values, ddof=1) if len(values) > 1 else math.nan for values in finite]
         stem = grid.stem(target)
         path = out / (f"{measure}.png" if len(grid.targets) == 1 else f"{measure}-{stem}.png")
-        values = means.reshape(len(rows_axis[1]), len(columns_axis[1]))
+        shape = len(rows_axis[1]), len(columns_axis[1])
         title = f"{measure} of {stem}, {unit}"
-        render.save_heat_map(path, values, columns_axis, rows_axis, title)
+        if grid.seeds > 1:
+            title += f"\nmean and standard deviation of {grid.seeds} trainings"
+        values, deviations = means.reshape(shape), np.array(spreads).reshape(shape)
+        render.save_heat_map(path, values, columns_axis, rows_axis, title, deviations)
         paths.append(path)
     return paths
 

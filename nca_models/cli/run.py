@@ -38,7 +38,10 @@ def add(commands: Commands) -> None:
     run.add_argument("folder", metavar="DIR", type=Path, help="folder of a run, from `nca train`")
     run.add_argument("--steps", type=whole(1), default=400, metavar="N", help="default: 400")
     run.add_argument(
-        "--damage", choices=DAMAGE_NAMES, default="none", help="what to clear (default: none)"
+        "--damage",
+        choices=DAMAGE_NAMES,
+        default="none",
+        help="what is done to the cells (default: none)",
     )
     run.add_argument(
         "--damage-at", type=whole(0), metavar="N", help="after which step (default: half way)"

@@ -1,8 +1,8 @@
-"""Textures: an image file, one of the Describable Textures Dataset, or one of scikit-image.
+"""Textures: an image file, one of the Describable Textures Dataset, a photograph, or a drawing.
 
-Nothing is downloaded: `brick`, `grass` and `gravel` come with scikit-image. Of the dataset (Cimpoi
-et al., "Describing Textures in the Wild", CVPR 2014), unpacked in a folder `dtd`,
-`dtd/bubbly_0101` names a texture.
+Nothing is downloaded: `brick`, `grass` and `gravel` are photographs that come with scikit-image,
+and others are drawn by `nca_models.data.drawn`. Of the dataset (Cimpoi et al., "Describing Textures
+in the Wild", CVPR 2014), unpacked in a folder `dtd`, `dtd/bubbly_0101` names a texture.
 """
 
 from dataclasses import dataclass
@@ -12,11 +12,14 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 
-from nca_models.data import DataError
+from nca_models.data import DataError, drawn
 from nca_models.data.images import open_rgba
 from nca_models.training.config import TrainConfig, target_side
 
-AT_HAND = ("brick", "grass", "gravel")
+PHOTOGRAPHS = ("brick", "grass", "gravel")
+AT_HAND = (*PHOTOGRAPHS, *drawn.TEXTURES)
+_PIXELS = 4  # of a photograph at hand along the side of a cell: a brick is then 8 cells wide
+_ROOM = 2  # a drawn texture is this many times larger than what is cut out of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +27,8 @@ class TextureConfig(TrainConfig):
     """Settings of a system that learns a texture."""
 
     target_help: ClassVar[str] = (
-        "an image file, DTD/NAME with DTD that dataset's folder, brick (default), grass or gravel"
+        "an image file, DTD/NAME with DTD that dataset's folder, or one of "
+        f"{', '.join(AT_HAND)} (default: {AT_HAND[0]})"
     )
     target_name: ClassVar[str] = "texture"
     default_target: ClassVar[str | None] = AT_HAND[0]
@@ -44,22 +48,40 @@ class TextureConfig(TrainConfig):
 
 
 def texture(name: str | None, size: int) -> Image.Image:
-    """Return the middle square of a texture as RGB, scaled to `size` pixels.
+    """Return the middle of a texture, `size` by `size` pixels of RGB.
 
     Args:
-        name: an image file, a texture of a dataset's folder (`dtd/bubbly_0101`), or one of
-            `AT_HAND`; None for the first of these.
+        name: an image file or a texture of a dataset's folder (`dtd/bubbly_0101`), whose middle
+            square is scaled; or one of `AT_HAND`, which has one scale and of which a larger `size`
+            shows more. None for the first of these.
         size: side of the result.
 
     Raises:
         DataError: there is no such file, it is no image, or scikit-image is missing.
     """
-    name = name or AT_HAND[0]
-    image = _at_hand(name) if name in AT_HAND and not Path(name).exists() else _file(name)
-    side = min(image.size)
-    left, top = ((n - side) // 2 for n in image.size)
-    square = image.crop((left, top, left + side, top + side))
-    return square.resize((size, size), Image.Resampling.LANCZOS)
+    whole = _scaled(name or AT_HAND[0], size)
+    left, top = ((n - size) // 2 for n in whole.size)
+    return whole.crop((left, top, left + size, top + size))
+
+
+def elsewhere(name: str | None, size: int) -> Image.Image | None:
+    """Return the corner of a texture, as `texture` does its middle; None if that is the same."""
+    whole = _scaled(name or AT_HAND[0], size)
+    return None if whole.size == (size, size) else whole.crop((0, 0, size, size))
+
+
+def _scaled(name: str, size: int) -> Image.Image:
+    """A whole texture as RGB, both of whose sides have at least `size` pixels."""
+    if name not in AT_HAND or Path(name).exists():
+        image = _file(name)
+        scale = size / min(image.size)
+    elif name in drawn.TEXTURES:
+        return Image.fromarray(drawn.draw(name, _ROOM * size))
+    else:
+        image = _photograph(name)
+        scale = max(1 / _PIXELS, size / min(image.size))
+    width, height = (max(size, round(n * scale)) for n in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def find(name: str) -> Path | None:
@@ -82,7 +104,7 @@ def _file(name: str) -> Image.Image:
     return open_rgba(path).convert("RGB")
 
 
-def _at_hand(name: str) -> Image.Image:
+def _photograph(name: str) -> Image.Image:
     try:
         from skimage import data
     except ImportError as error:

@@ -1,11 +1,12 @@
 """The systems: one file each, found by its name.
 
 A system's file holds three names: `Config`, its settings (a kind of `TrainConfig`, which also says
-what the command line shows of the system), `PRESETS`, such settings by name ("paper" and "small"),
-and `SystemClass`, a class that offers what `System` lists. The trainer and the command `nca` use
-nothing else, and nothing outside the file names the system: adding a file adds a system. What
-several systems have in common is in `nca_models.data` (the settings of what is learned),
-`nca_models.learning` and `nca_models.modules`.
+what the command line shows of the system), `PRESETS`, such settings by name ("small" for minutes on
+a small machine, "medium" for up to an hour, "paper" as the original has it), and `SystemClass`, a
+class that offers what `System` lists. The trainer and the command `nca` use nothing else, and
+nothing outside the file names the system: adding a file adds a system. What several systems have in
+common is in `nca_models.data` (the settings of what is learned), `nca_models.learning` and
+`nca_models.modules`.
 
 Imports nothing heavy, so that the command line can check names and settings before JAX starts.
 """
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     import numpy as np
     from flax import nnx
 
-PRESET_NAMES = ("small", "paper")
+PRESET_NAMES = ("small", "medium", "paper")
 _PARTS = ("Config", "PRESETS", "SystemClass")
 
 

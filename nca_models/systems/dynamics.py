@@ -15,22 +15,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from PIL import Image
 
 import nca_kernels as nk
-from nca_models import motion, render
+from nca_models import render
 from nca_models._files import whole_file
 from nca_models.data.images import open_rgba
-from nca_models.data.textures import TextureConfig, texture
+from nca_models.data.textures import TextureConfig, elsewhere, texture
 from nca_models.data.vgg16 import vgg16
 from nca_models.learning import Samples, SystemBase
+from nca_models.measures import motion
+from nca_models.measures import textures as texture_measures
 from nca_models.modules import NCA, run
-from nca_models.texture_loss import features, sliced_transport, vgg16_features
+from nca_models.texture_loss import feature_transport, patch_transport, pyramid, vgg16_features
 from nca_models.training.config import SampledStepsConfig, setting, target_side
 
 _SOBEL = np.outer([1.0, 2.0, 1.0], [-1.0, 0.0, 1.0])
 _LAPLACIAN = np.ones((3, 3)) - 9 * np.outer([0, 1, 0], [0, 1, 0])
 FILTERS = np.stack([_SOBEL, _SOBEL.T, _LAPLACIAN], axis=-1)  # in addition to the cell itself
+TARGET, ELSEWHERE = "target.png", "elsewhere.png"
 STRIDE, FRAMES = 32, 100  # motion is measured over FRAMES frames that are STRIDE steps apart
 
 
@@ -47,8 +49,7 @@ class Config(TextureConfig, SampledStepsConfig):
         None,
         flag="--vgg16",
         metavar="FILE",
-        help="weights of a VGG16 (.pth, .npz, .h5), whose features are compared instead of those "
-        "of random filters",
+        help="weights of a VGG16 (.pth, .npz, .h5), whose features are compared instead of patches",
     )
 
 
@@ -66,6 +67,18 @@ PRESETS = {
         final_learning_rate=1e-4,
         decay_steps=6000,
     ),
+    "medium": Config(
+        target_size=64,
+        channels=12,
+        hidden=96,
+        num_steps=48,
+        min_steps=32,
+        batch_size=4,
+        pool_size=128,
+        num_train_steps=4000,
+        learning_rate=2e-3,
+        final_learning_rate=2e-5,
+    ),
     "small": Config(
         target_size=40,
         channels=12,
@@ -76,8 +89,7 @@ PRESETS = {
         pool_size=64,
         num_train_steps=3000,
         learning_rate=2e-3,
-        final_learning_rate=2e-4,
-        decay_steps=3000,
+        final_learning_rate=2e-5,
     ),
 }
 
@@ -85,28 +97,40 @@ PRESETS = {
 class SystemClass(SystemBase):
     """Emergent dynamics, as `nca_models.systems.System` asks."""
 
-    measured = "log10 of the texture loss, and motion in cells per 32 steps"
-    measures = ("log10_texture_loss", "motion", "motion_spread")
+    measured = (
+        "log10 of the texture loss, distances of textures from 0 to 1, motion in cells per 32 steps"
+    )
+    measures = ("log10_texture_loss", "distance_to_exemplar", "motion", "motion_spread")
     mapped = ("motion", "cells per 32 steps")
 
     def __init__(self, config: Config, folder: Path):
         """Read the texture of the run in `folder`."""
         self.config = config
-        picture = open_rgba(folder / "target.png").convert("RGB")
-        self.target = jnp.asarray(np.asarray(picture, np.float32) / 255)
-        self.features = features
+        self.exemplar = np.asarray(open_rgba(folder / TARGET).convert("RGB"))
+        self.elsewhere = None
+        if (folder / ELSEWHERE).exists():
+            self.elsewhere = np.asarray(open_rgba(folder / ELSEWHERE).convert("RGB"))
+        self.target = jnp.asarray(self.exemplar, jnp.float32) / 255
+        self.features, self.transport = pyramid, patch_transport
         if config.vgg16 is not None:
             self.features = partial(vgg16_features, vgg16(Path(config.vgg16)))
+            self.transport = feature_transport
         self.learned = self.features(self.target[None])
 
     @staticmethod
     def prepare(config: Config, target: str | None, folder: Path) -> None:
-        """Write `target.png`: a file or a packaged texture, which its name says (None: brick)."""
+        """Write `target.png`: a file or a texture at hand, which `target` says (None: brick).
+
+        Where there is more of the texture, `elsewhere.png` is a second crop of it.
+        """
         if config.vgg16 is not None:
             vgg16(Path(config.vgg16))  # a file that cannot be read fails before training starts
-        picture: Image.Image = texture(target, config.target_size)
-        with whole_file(folder / "target.png") as temporary:
-            picture.save(temporary)
+        size = config.target_size
+        crops = {TARGET: texture(target, size), ELSEWHERE: elsewhere(target, size)}
+        for name, crop in crops.items():
+            if crop is not None:
+                with whole_file(folder / name) as temporary:
+                    crop.save(temporary)
 
     def model(self, rngs: nnx.Rngs) -> NCA:
         """Return an untrained automaton; its taps are constant and not normalised."""
@@ -139,7 +163,10 @@ class SystemClass(SystemBase):
         return loss, new
 
     def metrics(self, model: NCA) -> dict[str, float]:
-        """Measure the texture early and late, and its motion and its spread over three seeds."""
+        """Measure the texture early and late, what it looks like, and how it moves.
+
+        What it looks like is told by `nca_models.measures.textures`, which training never sees.
+        """
         steps = 2 * self.config.num_steps
         key = jax.random.key(self.config.seed + 1)
         noise = self.fresh(key, 4)["state"]
@@ -148,16 +175,30 @@ class SystemClass(SystemBase):
         strengths = [self.motion_strength(model, seed) for seed in range(3)]
         return {
             "noise": self.log10_error(noise),
-            f"out of noise, {steps} steps": self.log10_error(early),
-            f"kept, {steps + 1000} steps": self.log10_error(late),
+            "out of noise": self.log10_error(early),
+            "kept, 1,000 steps later": self.log10_error(late),
+            **self._likeness([self.picture(state) for state in late]),
             "motion, mean over three seeds": float(np.mean(strengths)),
             "motion, standard deviation over them": float(np.std(strengths, ddof=1)),
         }
 
-    def swept(self, model: NCA) -> tuple[float, float, float]:
-        """Return the late texture loss, the motion and its spread; see `System.swept`."""
-        _, _, late, motion, spread = self.metrics(model).values()
-        return late, motion, spread
+    def _likeness(self, results: list[np.ndarray]) -> dict[str, float]:
+        """How far results are from the exemplar and from other textures, by name."""
+        distances = texture_measures.distances(results, self.exemplar)
+        measured = {"distance to the exemplar": distances.pop("exemplar")}
+        if self.elsewhere is not None:
+            apart = texture_measures.distance(self.exemplar, self.elsewhere)
+            measured["distance of two crops of the exemplar"] = apart
+        other = min(distances, key=distances.__getitem__)
+        measured[f"distance to the nearest of {len(distances)} others, {other}"] = distances[other]
+        return measured
+
+    def swept(self, model: NCA) -> tuple[float, ...]:
+        """Return the `measures` of a model, its texture late; see `System.swept`."""
+        measured = self.metrics(model)
+        late = next(value for name, value in measured.items() if name.startswith("kept"))
+        motion, spread = list(measured.values())[-2:]
+        return late, measured["distance to the exemplar"], motion, spread
 
     def motion_strength(self, model: NCA, seed: int) -> float:
         """Return the mean length of the optical flow, in cells per `STRIDE` steps.
@@ -197,4 +238,4 @@ class SystemClass(SystemBase):
         return (rgb * 255).round().astype(np.uint8)
 
     def _errors(self, state: jax.Array, key: jax.Array) -> jax.Array:
-        return sliced_transport(self.features(state[..., :3] + 0.5), self.learned, key)
+        return self.transport(self.features(state[..., :3] + 0.5), self.learned, key)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from nca_models.data.pictures import PictureConfig
 from nca_models.learning import LearnsPicture, Samples
-from nca_models.modules import NCA, run
+from nca_models.modules import NCA
 from nca_models.training import DAMAGE_NAMES
 from nca_models.training.config import SampledStepsConfig, dropout_rate, life_threshold, setting
 from nca_models.training.damage import DAMAGES
@@ -59,6 +59,19 @@ PRESETS = {
         final_learning_rate=1e-4,
         decay_steps=2000,
     ),
+    "medium": Config(
+        target_size=40,
+        padding=16,
+        num_steps=72,
+        min_steps=52,
+        batch_size=4,
+        pool_size=128,
+        damaged_per_batch=1,
+        damage="mixed",
+        num_train_steps=9600,
+        learning_rate=3e-3,
+        final_learning_rate=1e-5,
+    ),
     "small": Config(
         target_size=20,
         padding=5,
@@ -69,16 +82,17 @@ PRESETS = {
         pool_size=48,
         damaged_per_batch=1,
         damage="mixed",
-        num_train_steps=5000,
+        num_train_steps=9600,
         learning_rate=4e-3,
-        final_learning_rate=1e-4,
-        decay_steps=5000,
+        final_learning_rate=1e-5,
     ),
 }
 
 
 class SystemClass(LearnsPicture):
     """Growing NCA, as `nca_models.systems.System` asks."""
+
+    wounds = ("circle", "left", "right", "top", "bottom")
 
     def fresh(self, key: jax.Array, n: int) -> Samples:
         """Return `n` seeds: a single cell in the middle whose alpha is 1, all else zero."""
@@ -95,23 +109,18 @@ class SystemClass(LearnsPicture):
 
         Eight samples are measured, with random numbers that training never used.
         """
-        steps = 2 * self.config.num_steps
-        key = jax.random.key(self.config.seed + 1)
-        grown = run(model, self.fresh(key, 8)["state"], jax.random.fold_in(key, 0), steps)
-        later = run(model, grown, jax.random.fold_in(key, 1), max(1, 1000 - steps))
-        cut = DAMAGES["right"](key, grown)
-        regrown = run(model, cut, jax.random.fold_in(key, 2), steps)
+        grown = self.settled(model)
         return {
-            f"grown from one cell, {steps} steps": self.log10_error(grown),
-            f"kept, {max(1000, steps + 1)} steps": self.log10_error(later),
-            "right after the right half is cut away": self.log10_error(cut),
-            f"regrown, {steps} steps after the cut": self.log10_error(regrown),
+            f"grown from one cell, {self.settling_steps} steps": self.log10_error(grown),
+            **self.kept(model, grown),
+            **self.healed(model, grown),
         }
 
     def pictures(self, model: NCA, folder: Path) -> list[Path]:
-        """Write growth, cut and regrowth as GIF and strip, and the target beside the result."""
+        """Write growth, cut and regrowth as GIF and strip, target beside result, and healing."""
         steps = 4 * self.config.num_steps
         film = self.film(
             model, steps, every=2, damage="right", damage_at=steps // 2, seed=self.config.seed
         )
-        return self.save_film(film, folder, "growth", before_cut=film[len(film) // 2 - 1])
+        paths = self.save_film(film, folder, "growth", before_cut=film[len(film) // 2 - 1])
+        return [*paths, self.save_healing(model, self.settled(model), folder)]

@@ -4,8 +4,8 @@ After CAX (Faldor and Cully, ICLR 2025), example 45. A wall across the middle of
 single open cell, at its centre: the digit has to be written as a code that fits through, step by
 step, and read again on the other side.
 
-A state is `[*batch, size, size, depth, C]` float32; the last channel is the ink, and says where
-cells live. Plane 0 is the near face, the last plane the far one.
+A state is `[*batch, size, size, depth, C]` float32; the last channel is the ink, and in the
+original it says where cells live. Plane 0 is the near face, the last plane the far one.
 """
 
 from collections.abc import Sequence
@@ -21,6 +21,7 @@ from flax import nnx
 from nca_models import render
 from nca_models.data.digits import DigitsConfig
 from nca_models.learning import LearnsDigits, Samples, dropout_rule, log10_mean
+from nca_models.measures import digits as digit_measures
 from nca_models.modules import NCA, run
 from nca_models.training.config import (
     SampledStepsConfig,
@@ -42,7 +43,7 @@ class Config(DigitsConfig, SampledStepsConfig):
     channels: int = setting(16, lowest=2, help="C; the last channel is ink")
     hidden: int = setting(256, help="width of the hidden layer")
     fire_rate: float = dropout_rate()
-    alive_threshold: float = life_threshold("ink")
+    alive_threshold: float | None = life_threshold("ink", "; None: every cell lives")
 
 
 PRESETS = {
@@ -58,20 +59,34 @@ PRESETS = {
         final_learning_rate=5e-4,
         decay_steps=2000,
     ),
-    # There is no pool: it replaces the worst sample of each batch, so that a small pool would soon
-    # be full of easy digits.
+    # Every cell lives: where only ink keeps cells alive, a digit without ink at the centre, as most
+    # zeros are, has dead cells around the hole of the wall, and cannot pass. There is no pool: it
+    # replaces the worst sample of each batch, so a small one would soon be full of easy digits.
+    "medium": Config(
+        target_size=14,
+        depth=9,
+        hidden=128,
+        alive_threshold=None,
+        num_steps=40,
+        min_steps=28,
+        batch_size=8,
+        pool_size=0,
+        num_train_steps=10_000,
+        learning_rate=2e-3,
+        final_learning_rate=2e-5,
+    ),
     "small": Config(
         target_size=8,
         depth=7,
         hidden=96,
+        alive_threshold=None,
         num_steps=28,
         min_steps=20,
         batch_size=8,
         pool_size=0,
         num_train_steps=7000,
-        learning_rate=2e-3,
-        final_learning_rate=2e-4,
-        decay_steps=7000,
+        learning_rate=3e-3,
+        final_learning_rate=2e-5,
     ),
 }
 
@@ -148,21 +163,29 @@ class SystemClass(LearnsDigits):
         return jnp.mean((samples["state"][..., -1] - images) ** 2, axis=(1, 2, 3))
 
     def metrics(self, model: Lattice) -> dict[str, float]:
-        """Measure the far face of digits that training never saw, as log10 of the squared error."""
+        """Measure the far faces of digits that training never saw: errors, and what they show."""
         steps = self.config.num_steps
-        images = jnp.asarray(self.data.test_images[:256])
+        images, labels = self.tested
         key = jax.random.key(self.config.seed + 1)
         final = run(model, self.showing(key, images), key, steps)
         later = run(model, final, jax.random.key(self.config.seed + 2), steps)
-        mean = jnp.mean(self.train_images, axis=0)
+        far = final[..., -1, -1]
 
         def error(guess: jax.Array) -> float:
             return log10_mean((guess - images) ** 2)
 
+        arrived = digit_measures.arrived(*map(np.asarray, (far, images, self.mean)))
         return {
-            "the mean digit for every digit": error(mean),
-            f"far face, unseen digits, {steps} steps": error(final[..., -1, -1]),
-            f"far face, unseen digits, {2 * steps} steps": error(later[..., -1, -1]),
+            "the mean digit for every digit": error(self.mean),
+            "far face": error(far),
+            "far face, twice as many steps": error(later[..., -1, -1]),
+            "near faces that a classifier reads, %": self.read(images),
+            "far faces that it reads, %": self.read(far),
+            "digits that arrive, %": digit_measures.percent(arrived),
+            **{
+                f"of {digit}s, %": digit_measures.percent(arrived[labels == digit])
+                for digit in range(digit_measures.CLASSES)
+            },
         }
 
     def showing(self, key: jax.Array, images: jax.Array) -> jax.Array:

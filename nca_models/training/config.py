@@ -91,7 +91,9 @@ class TrainConfig:
     final_learning_rate: float = setting(
         help="reached linearly after `decay_steps` training steps, and then kept"
     )
-    decay_steps: int = setting(help="training steps until the learning rate is the final one")
+    decay_steps: int | None = setting(
+        None, help="training steps until the learning rate is the final one; None: all of them"
+    )
     clip_norm: float = setting(1.0, help="largest global norm of the gradient")
     damaged_per_batch: int = setting(
         0,
@@ -172,8 +174,8 @@ def dropout_rate() -> Any:
     )
 
 
-def life_threshold(channel: str) -> Any:
+def life_threshold(channel: str, note: str = "") -> Any:
     """Declare the setting `alive_threshold`, for a system whose cells live by this channel."""
     return setting(
-        0.1, help=f"least {channel}, among a cell and its neighbours, for the cell to live"
+        0.1, help=f"least {channel}, among a cell and its neighbours, for the cell to live{note}"
     )

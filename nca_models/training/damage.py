@@ -1,7 +1,8 @@
-"""Damage that a pattern has to regrow. Every function sets all channels of some cells to zero.
+"""Damage that a pattern has to heal: all channels of some cells set to zero, or noise everywhere.
 
-All take `(key, state)` with a state `[*batch, *spatial, C]`, draw the damage of each sample
-independently, and return the damaged state; they can be jitted, with `num_spatial_dims` static.
+All functions take `(key, state)` with a state `[*batch, *spatial, C]`, draw the damage of each
+sample independently, and return the damaged state; they can be jitted, with `num_spatial_dims`
+static.
 """
 
 from collections.abc import Callable
@@ -77,6 +78,11 @@ def mixed(key: jax.Array, state: jax.Array, num_spatial_dims: int = 2) -> jax.Ar
     return jnp.where(pick, circles, half(key_damage, state, num_spatial_dims))
 
 
+def noise(key: jax.Array, state: jax.Array, num_spatial_dims: int = 2) -> jax.Array:
+    """Add normal noise of standard deviation 1 to every channel of every cell."""
+    return state + jax.random.normal(key, state.shape, state.dtype)
+
+
 def _side(side: int) -> Callable[..., jax.Array]:
     """A damage that always clears the same side, counted from the last one of the last axis, -1."""
 
@@ -96,7 +102,7 @@ def none(key: jax.Array, state: jax.Array, num_spatial_dims: int = 2) -> jax.Arr
 DAMAGES: dict[str, Callable[..., jax.Array]] = dict(
     zip(
         DAMAGE_NAMES,
-        (none, circle, half, mixed, _side(-2), _side(-1), _side(-4), _side(-3)),
+        (none, circle, half, mixed, _side(-2), _side(-1), _side(-4), _side(-3), noise),
         strict=True,
     )
 )

@@ -66,9 +66,8 @@ class ProcessLost(Exception):
 
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """Return Adam on a linear schedule, after clipping by the gradient's global norm."""
-    schedule = optax.linear_schedule(
-        config.learning_rate, config.final_learning_rate, config.decay_steps
-    )
+    decay_steps = config.decay_steps or config.num_train_steps
+    schedule = optax.linear_schedule(config.learning_rate, config.final_learning_rate, decay_steps)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.adam(schedule))
 
 

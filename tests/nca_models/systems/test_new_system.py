@@ -46,7 +46,7 @@ SMALL = Config(
     num_train_steps=5, batch_size=2, pool_size=4, learning_rate=1e-2, final_learning_rate=1e-2,
     decay_steps=1,
 )
-PRESETS = {"small": SMALL, "paper": SMALL}
+PRESETS = {"small": SMALL, "medium": SMALL, "paper": SMALL}
 
 
 class SystemClass(SystemBase):

@@ -57,7 +57,15 @@ TINY = {
     "growing": replace(
         growing.PRESETS["small"], **TRAINING, target_size=7, padding=1, min_steps=3, pool_size=4
     ),
-    "diffusing": replace(diffusing.PRESETS["small"], **TRAINING, target_size=7, padding=1),
+    "diffusing": replace(
+        diffusing.PRESETS["small"],
+        **TRAINING,
+        target_size=7,
+        padding=1,
+        min_steps=3,
+        pool_size=4,
+        damaged_per_batch=1,
+    ),
     "dynamics": replace(
         dynamics.PRESETS["small"], **TRAINING, target_size=20, min_steps=3, pool_size=4
     ),
@@ -309,7 +317,7 @@ def test_the_wall_has_one_hole_and_the_face_stays(tmp_path):
 def test_attention_masks_half_of_the_pixels_and_runs_on_large_grids(tmp_path):
     system = make("attention", tmp_path / "run")
     images = jnp.ones((50, 6, 6))
-    state, masked = system._masked(KEY, images)
+    state, masked = system._masked(KEY, images, 0.5)
     np.testing.assert_array_equal(state[..., -1], ~masked)
     assert 0.4 < float(masked.mean()) < 0.6
     model = system.model(nnx.Rngs(0))
