@@ -78,10 +78,10 @@ PRESETS = {
     "small": Config(
         target_size=8,
         depth=7,
-        hidden=96,
+        hidden=128,
         alive_threshold=None,
-        num_steps=28,
-        min_steps=20,
+        num_steps=36,
+        min_steps=24,
         batch_size=8,
         pool_size=0,
         num_train_steps=7000,
