@@ -1,9 +1,9 @@
 """What the recipes of the `small` presets changed: each against the one before, over three seeds.
 
 ``python -m benchmarks.recipes --save`` trains the settings of before, by ``nca sweep``: half an
-hour on two cores. Those of today are trained by ``python -m benchmarks.gallery --presets small``, whose
-results are read. Both are measured alike, by ``nca eval``. The texture loss of `dynamics` is no
-setting, so that it is not here.
+hour on two cores. Those of today are trained by ``python -m benchmarks.gallery --presets small``,
+whose results are read. Both are measured alike, by ``nca eval``. The texture loss of `dynamics` is
+no setting, so that it is not here.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def before(system: str, runs: Path) -> list[dict[str, Any]]:
     words = [word for name, value in BEFORE[system].items() for word in (names[name], str(value))]
     command = ["sweep", system, *words, "--seeds", str(SEEDS)]
     subprocess.run([*NCA, *command, "--out", str(out)], check=True)
-    records = []
+    records: list[dict[str, Any]] = []
     for config in sorted(out.glob("*/config.json")):
         subprocess.run([*NCA, "eval", system, str(config.parent)], check=True)
         metrics = json.loads((config.parent / "metrics.json").read_text())
