@@ -77,7 +77,7 @@ PRESETS = {
         num_steps=24,
         batch_size=8,
         pool_size=256,
-        num_train_steps=6000,
+        num_train_steps=5000,
         learning_rate=2e-3,
         final_learning_rate=2e-5,
     ),

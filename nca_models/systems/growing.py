@@ -62,14 +62,14 @@ PRESETS = {
     "medium": Config(
         target_size=40,
         padding=16,
-        num_steps=72,
-        min_steps=52,
+        num_steps=60,
+        min_steps=44,
         batch_size=4,
         pool_size=128,
         damaged_per_batch=1,
         damage="mixed",
-        num_train_steps=9600,
-        learning_rate=3e-3,
+        num_train_steps=6000,
+        learning_rate=4e-3,
         final_learning_rate=1e-5,
     ),
     "small": Config(

@@ -71,8 +71,8 @@ PRESETS = {
         min_steps=28,
         batch_size=8,
         pool_size=0,
-        num_train_steps=10_000,
-        learning_rate=2e-3,
+        num_train_steps=7000,
+        learning_rate=3e-3,
         final_learning_rate=2e-5,
     ),
     "small": Config(
