@@ -294,13 +294,21 @@ def quality_table(results: DeviceResults) -> str:
     others = [name for name in row["seconds"] if name != row["best"]]
     head += [f"{title(name, results.versions)}, computed" for name in others]
     body = [
-        [f"{quality}", f"{at['steps']:,}", f"{at['seconds']:,.0f} s"]
+        [f"{quality}", *(_over_seeds(at, *unit) for unit in (("steps", ""), ("seconds", " s")))]
         + [f"{at['steps'] * _training_step(row, name):,.0f} s" for name in others]
         for quality, at in reached.items()
     ]
     missed = ", ".join(f"{q:g}" for q in QUALITIES if f"{q:g}" not in reached)
     note = f"\n\nNot reached in {MINUTES:.0f} minutes: {missed}." if missed else ""
     return markdown_table(head, body) + note
+
+
+def _over_seeds(taken: dict[str, Any], unit: str, symbol: str) -> str:
+    """What a quality took, and of several seeds the least and the most."""
+    text = f"{taken[unit]:,.0f}{symbol}"
+    if each := [seed[unit] for seed in taken.get("seeds", ())]:
+        text += f" ({min(each):,.0f} to {max(each):,.0f})"
+    return text
 
 
 def _training_step(row: Row, name: str) -> float:
@@ -479,8 +487,8 @@ def markdown() -> str:
         parts += [
             "### Time to quality",
             "How long Growing NCA, preset `small`, is trained until the mean loss of 50 steps "
-            "reaches a value. Peers take the same steps; their times are computed from the time of "
-            "one step.",
+            "reaches a value: the median of several seeds, with the range in brackets. Peers take "
+            "the same steps; their times are computed from the time of one step.",
             quality_table(results),
         ]
         if results.repeat:

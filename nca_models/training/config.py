@@ -95,6 +95,11 @@ class TrainConfig:
         None, help="training steps until the learning rate is the final one; None: all of them"
     )
     clip_norm: float = setting(1.0, help="largest global norm of the gradient")
+    gradients: str = setting(
+        "clipped",
+        choices=("clipped", "normalized"),
+        help="clipped at `clip_norm`; or normalized, which gives each parameter's gradient norm 1",
+    )
     damaged_per_batch: int = setting(
         0,
         lowest=0,

@@ -65,10 +65,17 @@ class ProcessLost(Exception):
 
 
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Return Adam on a linear schedule, after clipping by the gradient's global norm."""
+    """Return Adam on a linear schedule, of gradients that are clipped or normalized.
+
+    Normalized as in Growing NCA (Distill, 2020): each parameter's gradient on its own.
+    """
     decay_steps = config.decay_steps or config.num_train_steps
     schedule = optax.linear_schedule(config.learning_rate, config.final_learning_rate, decay_steps)
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.adam(schedule))
+    scaling: Any = optax.clip_by_global_norm(config.clip_norm)
+    if config.gradients == "normalized":
+        unit = lambda gradient: gradient / (jnp.linalg.norm(gradient) + 1e-8)
+        scaling = optax.stateless(lambda gradients, _: jax.tree.map(unit, gradients))
+    return optax.chain(scaling, optax.adam(schedule))
 
 
 class Trainer:
