@@ -100,6 +100,11 @@ class TrainConfig:
         choices=("clipped", "normalized"),
         help="clipped at `clip_norm`; or normalized, which gives each parameter's gradient norm 1",
     )
+    restart_rate: float = setting(
+        1.0,
+        help="probability that a fresh sample takes the place of a batch's worst one; samples of a "
+        "pool grow older with a lower one",
+    )
     damaged_per_batch: int = setting(
         0,
         lowest=0,
@@ -131,6 +136,10 @@ class TrainConfig:
                 raise ValueError(f"{each.name} is {value!r}, but must be one of {names}")
         if self.learning_rate <= 0 or self.final_learning_rate <= 0:
             raise ValueError("learning_rate and final_learning_rate must be above 0")
+        if not 0 < self.restart_rate <= 1:
+            raise ValueError(
+                f"restart_rate is {self.restart_rate}, but must be above 0, and 1 at most"
+            )
         if self.pool_size and self.pool_size < self.batch_size:
             raise ValueError(
                 f"pool_size is {self.pool_size}, but must be 0 or at least batch_size "

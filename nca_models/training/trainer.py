@@ -180,7 +180,7 @@ class Trainer:
         return TrainState(state.step + 1, params, opt_state, new_pool), loss
 
     def _batch(self, pool: Any, key: jax.Array) -> tuple[jax.Array, Any]:
-        """Draw a batch, worst sample first; replace the worst and damage the best."""
+        """Draw a batch, worst sample first; replace the worst, perhaps, and damage the best."""
         n, damaged = self.config.batch_size, self.config.damaged_per_batch
         key_pool, key_fresh, key_damage = jax.random.split(key, 3)
         if pool is None:
@@ -188,7 +188,12 @@ class Trainer:
         indices, batch = pools.sample(pool, key_pool, n)
         order = jnp.argsort(self.system.errors(batch), descending=True)
         indices, batch = indices[order], pools.take(batch, order)
-        batch = pools.update(batch, jnp.arange(1), self.system.fresh(key_fresh, 1))
+        fresh = self.system.fresh(key_fresh, 1)
+        if (rate := self.config.restart_rate) < 1:
+            restarts = jax.random.bernoulli(jax.random.fold_in(key_fresh, 1), rate)
+            worst = pools.take(batch, jnp.arange(1))
+            fresh = jax.tree.map(lambda new, old: jnp.where(restarts, new, old), fresh, worst)
+        batch = pools.update(batch, jnp.arange(1), fresh)
         if damaged:
             best = jnp.arange(n - damaged, n)
             hurt = self.system.damage(key_damage, pools.take(batch, best))
