@@ -1,9 +1,9 @@
 """What the recipes of the `small` presets changed: each against the one before, over three seeds.
 
 ``python -m benchmarks.recipes --save`` trains the settings of before, by ``nca sweep``: half an
-hour on two cores. Those of today are trained by ``python -m benchmarks.gallery --presets small``,
-whose results are read. Both are measured alike, by ``nca eval``. The texture loss of `dynamics` is
-no setting, so that it is not here.
+hour on two cores. Those of today are trained by ``python -m benchmarks.gallery --presets small``.
+Both are measured alike, by ``nca eval``, and ``nca bench --report`` puts them side by side in
+docs/recipes.md. The texture loss of `dynamics` is no setting, so that it is not here.
 """
 
 from __future__ import annotations
@@ -63,6 +63,25 @@ def before(system: str, runs: Path) -> list[dict[str, Any]]:
     return records
 
 
+def table(results: Path) -> str:
+    """The table of docs/recipes.md, of a device's folder of results; empty if it has none."""
+    if not (results / "recipes.json").exists():
+        return ""
+    then, now = (
+        json.loads((results / f"{name}.json").read_text()) for name in ("recipes", "gallery")
+    )
+    lines = ["| system | measured | before | now |", "|---|---|---|---|"]
+    for system, records in then.items():
+        today = [record["metrics"] for record in now[system]["small"]]
+        for i, name in enumerate(records[0]["metrics"]):
+            columns = [
+                spread([metrics.get(name) for metrics in of_seeds])
+                for of_seeds in ([record["metrics"] for record in records], today)
+            ]
+            lines.append(f"| {'' if i else system} | {name} | {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
@@ -71,16 +90,13 @@ def main() -> None:
     add("--save", action="store_true", help="into benchmarks/results/<device>/recipes.json")
     args = parser.parse_args()
     results = ROOT / "results" / device_name()
-    today = json.loads((results / "gallery.json").read_text())
     saved = results / "recipes.json"
     records: dict[str, Any] = json.loads(saved.read_text()) if saved.exists() else {}
     for system in args.systems:
         records[system] = before(system, args.runs)
-        now = [record["metrics"] for record in today[system]["small"]]
-        print(f"\n{system}, before and now: medians of {SEEDS} seeds (from - to)")
+        print(f"\n{system} before: medians of {SEEDS} seeds, and their range")
         for name in records[system][0]["metrics"]:
-            then = spread([record["metrics"].get(name) for record in records[system]])
-            print(f"  {then:>24} {spread([metrics.get(name) for metrics in now]):>24}  {name}")
+            print(f"  {spread([r['metrics'].get(name) for r in records[system]]):>24}  {name}")
         if args.save:
             write_json(saved, records)
 

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks import halo, plots, rows
+from benchmarks import halo, plots, recipes, rows
 from benchmarks.cases import MODES, TITLES
 from benchmarks.compare import TOLERANCE
 from benchmarks.measure import ROOT, markdown_table
@@ -518,6 +518,7 @@ def generated() -> dict[Path, dict[str, str]]:
     """The generated blocks of other documents, by path and by name; see ``filled``."""
     readme, large = ROOT.parent / "README.md", DOCS / "large.md"
     return {
+        DOCS / "recipes.md": {"recipes": recipes.table(ROOT / "results" / headline().device)},
         readme: {
             "speed": readme_table(),
             "memory": readme_memory(),

@@ -85,6 +85,19 @@ def test_a_batch_is_worst_first_with_a_seed_and_damage(make_run, tiny):
     assert state[3, :, :6].any()
 
 
+def test_a_low_restart_rate_lets_samples_grow_old(make_run, tiny):
+    config = replace(tiny, restart_rate=0.25, damaged_per_batch=0)
+    system = growing.SystemClass(config, make_run())
+    trainer = Trainer(system)
+    pool = {"state": jnp.ones((16, 11, 11, 16))}
+    seed = np.asarray(system.fresh(jax.random.key(0), 1)["state"][0])
+    keys = jax.random.split(jax.random.key(1), 200)
+    first = jax.vmap(lambda key: trainer._batch(pool, key)[1]["state"][0])(keys)
+    restarted = (np.asarray(first) == seed).all((1, 2, 3))
+    assert 0.15 < restarted.mean() < 0.35
+    assert (np.asarray(first)[~restarted] == 1).all()
+
+
 def test_without_a_pool_every_batch_is_fresh(make_run, tiny):
     system = growing.SystemClass(replace(tiny, pool_size=0, damaged_per_batch=0), make_run())
     trainer = Trainer(system)
@@ -105,6 +118,20 @@ def test_optimizer_clips_and_decays(tiny):
         moves.append(-float(update["w"][0]))
     np.testing.assert_allclose(moves, [0.5, 0.275, 0.05, 0.05], rtol=1e-3)
     assert float(jnp.linalg.norm(state[1][0].mu["w"])) < 1.0  # clipped to a norm of 1
+
+
+def test_normalized_gradients_have_norm_1_each_and_the_rate_decays_to_the_end(tiny):
+    config = replace(tiny, decay_steps=None, num_train_steps=2, gradients="normalized")
+    adam = optimizer(replace(config, learning_rate=0.5, final_learning_rate=0.1))
+    params = {"w": jnp.zeros(4), "b": jnp.zeros(1)}
+    state, moves = adam.init(params), []
+    for size in (1e-3, 1e6, 1.0):
+        gradients = {"w": jnp.full(4, size), "b": jnp.full(1, -7 * size)}
+        update, state = adam.update(gradients, state, params)
+        moves.append(-float(update["w"][0]))
+    np.testing.assert_allclose(moves, [0.5, 0.3, 0.1], rtol=1e-4)
+    for mean in jax.tree.leaves(state[1][0].mu):  # Adam's mean of three equal gradients
+        assert float(jnp.linalg.norm(mean)) == pytest.approx(1 - 0.9**3, rel=1e-4)
 
 
 def test_a_diverged_training_says_so(make_run, tiny):
