@@ -19,7 +19,7 @@ help:
 	@echo "make check  formatting, lint and types"
 	@echo "make bench  against the reference, CAX and PyTorch on this machine; writes results"
 	@echo "            (the CAX of today: PYTHON=python3.12 VENV=.venv-bench)"
-	@echo "make gallery  train the small preset of every system; pictures and figures to docs/gallery"
+	@echo "make gallery  train the presets small and medium of every system (hours); to docs/gallery"
 	@echo "make fuzz   10,000 random shapes and rules on the native kernels; can be interrupted"
 	@echo "make sanitize  the native kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make gpu    all that needs a GPU, the most valuable first, with the Python that has its JAX"
@@ -63,7 +63,7 @@ bench: $(VENV)/installed-models,test,peers $(VENV)/no-deps
 	$(BIN)/nca bench --save --report $(BENCH_ARGS)
 
 gallery: $(VENV)/installed-models,test
-	$(BIN)/python -m benchmarks.gallery
+	$(BIN)/python -m benchmarks.gallery $(GALLERY_ARGS)
 
 # Without the compiler's optimizations: every case is compiled, and runs for a moment.
 QUICK := XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"

@@ -17,7 +17,9 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,12 +34,12 @@ GALLERY = Path(__file__).parents[1] / "docs" / "gallery"
 LARGEST = 900_000  # bytes of a picture that is kept
 SEEDS = {"medium": 1, "small": 3}  # trainings of each preset, with seeds from 0
 TARGETS = {"dynamics": ("brick", "cracked", "interlaced")}
+SWEEP = (
+    "sweep dynamics --targets cracked interlaced --channels 8 16 32 --hidden 16 48 128 --seeds 3 "
+    "--steps 1500"
+)
 NOT_SHOWN = ("target.png", "elsewhere.png", "loss.png")
-NCA = """import os, sys
-if hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(0, {int(sys.argv[1])})
-from nca_models.cli import main
-sys.exit(main(sys.argv[2:]))"""
+NCA = [sys.executable, "-c", "import sys; from nca_models.cli import main; sys.exit(main())"]
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,8 @@ class Training:
         start = time.perf_counter()
         words = [*self.command, "--out", str(folder), *(["--resume"] if resumed else [])]
         runs.mkdir(parents=True, exist_ok=True)
-        with (runs / f"{self.name}.log").open("w") as log:
-            ended = subprocess.run(
-                [sys.executable, "-c", NCA, str(core), *words], stdout=log, stderr=log
-            )
+        with (runs / f"{self.name}.log").open("w") as log, on_core(core):
+            ended = subprocess.run([*NCA, *words], stdout=log, stderr=log)
         if ended.returncode:
             raise RuntimeError(f"{self.name} failed: see {log.name}")
         seconds = None if resumed else time.perf_counter() - start
@@ -86,6 +86,20 @@ class Training:
         metrics = json.loads((folder / "metrics.json").read_text())
         about = provenance(f"nca {' '.join(self.command)}")
         write_json(done, {"metrics": metrics, "seconds": seconds, "cores": 1, **about})
+
+
+@contextmanager
+def on_core(core: int) -> Iterator[None]:
+    """Bind this thread, and the processes that it starts, to a core where that can be done."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def trainings(presets: list[str], names: list[str], seeds: int | None) -> list[Training]:
@@ -165,6 +179,33 @@ def pictures(runs: Path, one: Training) -> list[str]:
     return lines
 
 
+def sweep(runs: Path) -> None:
+    """Trains what the sweep lacks, and copies its table and its maps to the gallery."""
+    out, kept = runs / "sweep", GALLERY / "sweep"
+    subprocess.run([*NCA, *SWEEP.split(), "--out", str(out)], check=True)
+    kept.mkdir(parents=True, exist_ok=True)
+    for path in [out / "sweep.csv", *sorted(out.glob("motion*.png"))]:
+        shutil.copy(path, kept / path.name)
+
+
+def sweep_part() -> list[str]:
+    """What the page says of the sweep, if there is one in the gallery."""
+    maps = sorted((GALLERY / "sweep").glob("motion*.png"))
+    if not maps:
+        return []
+    return [
+        "## A sweep: motion against channels and hidden units.",
+        "",
+        f"`nca {SWEEP}`.",
+        "[The table](sweep/sweep.csv) has every training: its loss, the distance to the exemplar,",
+        "the motion, and the spread of the motion over three runs of one model. The study (arXiv",
+        "2404.06406; 128 x 128 cells, 6,000 steps, 8 to 128 channels, 16 to 128 hidden units) finds",
+        "that motion depends on both and on their disparity.",
+        "",
+        *[line for path in maps for line in (f"![{path.stem}](sweep/{path.name})", "")],
+    ]
+
+
 def page(runs: Path) -> str:
     """The gallery: of every system its pictures and its table."""
     records, device = collected(runs), device_name()
@@ -189,6 +230,7 @@ def page(runs: Path) -> str:
                 one = Training(system, preset, target, 0)
                 lines += [f"`nca {' '.join(one.command)}`", "", *pictures(runs, one)]
             lines += table(records.get(subject, {}), module.SystemClass.measured)
+    lines += sweep_part()
     write_json(ROOT / "results" / device / "gallery.json", records)
     return "\n".join(lines)
 
@@ -202,9 +244,12 @@ def main() -> None:
     add("--seeds", type=int, help=f"trainings of each preset; {SEEDS}")
     add("--jobs", type=int, default=os.cpu_count() or 1, help="trainings at once; one a core")
     add("--redo", action="store_true", help="measure and draw what is trained once more")
+    add("--sweep", action="store_true", help="train the sweep instead, or what it lacks")
     add("--page", action="store_true", help="only write the page and the results")
     args = parser.parse_args()
-    wanted = [] if args.page else trainings(args.presets, args.systems, args.seeds)
+    if args.sweep:
+        sweep(args.runs)
+    wanted = [] if args.page or args.sweep else trainings(args.presets, args.systems, args.seeds)
     free: queue.SimpleQueue[int] = queue.SimpleQueue()
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
     for core in cores[: args.jobs]:

@@ -11,19 +11,17 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gallery import spread
+from benchmarks.gallery import NCA, spread
 from benchmarks.measure import ROOT, device_name, provenance
 from nca_kernels.files import write_json
 from nca_models import systems
 from nca_models.training.config import option
 
 SEEDS = 3
-NCA = [sys.executable, "-c", "import sys; from nca_models.cli import main; sys.exit(main())"]
 # Settings of before that are not those of today; what changed is in docs/recipes.md.
 BEFORE: dict[str, dict[str, Any]] = {
     "growing": {"num_train_steps": 5000, "final_learning_rate": 1e-4},
