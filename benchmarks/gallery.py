@@ -199,8 +199,8 @@ def sweep_part() -> list[str]:
         f"`nca {SWEEP}`.",
         "[The table](sweep/sweep.csv) has every training: its loss, the distance to the exemplar,",
         "the motion, and the spread of the motion over three runs of one model. The study (arXiv",
-        "2404.06406; 128 x 128 cells, 6,000 steps, 8 to 128 channels, 16 to 128 hidden units) finds",
-        "that motion depends on both and on their disparity.",
+        "2404.06406: 128 x 128 cells, 6,000 steps, 8 to 128 channels, 16 to 128 hidden units)",
+        "finds that motion depends on both and on their disparity.",
         "",
         *[line for path in maps for line in (f"![{path.stem}](sweep/{path.name})", "")],
     ]

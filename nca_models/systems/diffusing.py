@@ -61,8 +61,9 @@ PRESETS = {
         pool_size=128,
         damaged_per_batch=2,
         num_train_steps=5000,
-        learning_rate=4e-3,
+        learning_rate=2e-3,
         final_learning_rate=1e-5,
+        gradients="normalized",
     ),
     "small": Config(
         target_size=20,
