@@ -72,17 +72,19 @@ class Training:
         done = folder / "gallery.json"
         if done.exists() and not redo:
             return
-        resumed = (folder / "config.json").exists()
-        start = time.perf_counter()
-        words = [*self.command, "--out", str(folder), *(["--resume"] if resumed else [])]
+        resumed = ["--resume"] if (folder / "config.json").exists() else []
+        words = [*self.command, "--out", str(folder), *resumed]
         runs.mkdir(parents=True, exist_ok=True)
-        with (runs / f"{self.name}.log").open("w") as log, on_core(core):
+        parts = runs / f"{self.name}.seconds"  # of each part, if the training was stopped
+        start = time.perf_counter()
+        with (runs / f"{self.name}.log").open("a") as log, on_core(core):
             ended = subprocess.run([*NCA, *words], stdout=log, stderr=log)
+        if not done.exists():
+            with parts.open("a") as file:
+                print(time.perf_counter() - start, file=file)
         if ended.returncode:
-            raise RuntimeError(f"{self.name} failed: see {log.name}")
-        seconds = None if resumed else time.perf_counter() - start
-        if done.exists():
-            seconds = json.loads(done.read_text())["seconds"]
+            raise RuntimeError(f"{self.name} failed or was stopped: see {log.name}")
+        seconds = sum(map(float, parts.read_text().split()))
         metrics = json.loads((folder / "metrics.json").read_text())
         about = provenance(f"nca {' '.join(self.command)}")
         write_json(done, {"metrics": metrics, "seconds": seconds, "cores": 1, **about})
