@@ -16,7 +16,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -75,14 +74,16 @@ class Training:
         resumed = ["--resume"] if (folder / "config.json").exists() else []
         words = [*self.command, "--out", str(folder), *resumed]
         runs.mkdir(parents=True, exist_ok=True)
-        parts = runs / f"{self.name}.seconds"  # of each part, if the training was stopped
-        start = time.perf_counter()
+        parts = (
+            runs / f"{self.name}.seconds"
+        )  # of the processor, for each part of a training that was stopped
         with (runs / f"{self.name}.log").open("a") as log, on_core(core):
-            ended = subprocess.run([*NCA, *words], stdout=log, stderr=log)
+            training = subprocess.Popen([*NCA, *words], stdout=log, stderr=log)
+            _, status, used = os.wait4(training.pid, 0)
         if not done.exists():
             with parts.open("a") as file:
-                print(time.perf_counter() - start, file=file)
-        if ended.returncode:
+                print(used.ru_utime + used.ru_stime, file=file)
+        if status:
             raise RuntimeError(f"{self.name} failed or was stopped: see {log.name}")
         seconds = sum(map(float, parts.read_text().split()))
         metrics = json.loads((folder / "metrics.json").read_text())
