@@ -87,8 +87,8 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--compare {options.compare}: there is no such file; make one with --json")
     if options.compare and '"rows"' not in options.compare.read_text(errors="replace"):
         parser.error(f"--compare {options.compare}: is not a file that --json wrote")
-    if options.save and (options.quick or options.cases or options.backends or options.peers):
-        parser.error("--save is for everything: not with --quick, --cases, --backends or --peers")
+    if options.save and (options.quick or options.backends or options.peers):
+        parser.error("--save is for whole cases: not with --quick, --backends or --peers")
     options.json = options.json.absolute()
     return options
 

@@ -56,9 +56,17 @@ def case(case_name, pytestconfig):
 
 
 @pytest.fixture
-def thorough(pytestconfig):
-    """Skips what a quick run, or one of a few cases, leaves out."""
-    if pytestconfig.getoption("--quick") or pytestconfig.getoption("--cases"):
+def thorough(request, pytestconfig):
+    """Skips what a quick run, or one of a few cases, leaves out.
+
+    A run that is saved is of whole cases: a module's `CASE`, or a test's parameter `name`, says which
+    one its rows belong to.
+    """
+    option = pytestconfig.getoption
+    if option("--quick") or (option("--cases") and not option("--save")):
+        pytest.skip("not asked for")
+    case = getattr(request.module, "CASE", None) or request.getfixturevalue("name")
+    if option("--cases") and case not in option("--cases").split(","):
         pytest.skip("not asked for")
 
 

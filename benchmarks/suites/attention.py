@@ -14,6 +14,8 @@ from benchmarks.measure import interleaved
 from nca_kernels.testing import ATTENTION_CHECKS, AttentionCase
 from nca_kernels.testing.attention_conformance import attention, loss
 
+CASE = "neighborhood_attention"  # the file that the rows belong to
+
 CASES = (
     AttentionCase("plane_d8", (64, 64), batch=(8,), heads=4, head_size=8),
     AttentionCase("plane_d16_radius_2", (64, 64), batch=(8,), heads=4, head_size=16, radius=2),

@@ -18,6 +18,8 @@ from benchmarks.measure import interleaved
 from benchmarks.peers import with_products
 from nca_models.compat import cax as cax_compat
 
+CASE = "cax"  # the file that the rows belong to
+
 CHANNELS, BATCH = 16, 8
 
 

@@ -13,6 +13,8 @@ from benchmarks.cases import FULL
 from benchmarks.contestants import available, nonconforming
 from benchmarks.measure import STEPS, cells, interleaved
 
+CASE = "growing"  # the file that the rows belong to
+
 GROWING = FULL["growing"]
 
 

@@ -15,6 +15,8 @@ import nca_kernels as nk
 from benchmarks.cases import FULL
 from benchmarks.contestants import best
 
+CASE = "growing"  # the file that the rows belong to
+
 STEPS = (8, 16, 32, 64, 128)
 POLICIES = ("all", "sqrt", "reference")  # of ours, and plain autodiff of the reference
 

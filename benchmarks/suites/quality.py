@@ -21,6 +21,8 @@ from benchmarks.quality import reached
 from nca_kernels.testing import Case
 from nca_models.systems import growing
 
+CASE = "growing"  # the file that the rows belong to
+
 QUALITIES = (-2.0, -3.0, -3.5)
 MINUTES, SEEDS = 6.0, 3
 

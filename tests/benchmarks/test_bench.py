@@ -143,7 +143,7 @@ def test_the_command(tmp_path):
         (["--backends", "pallas"], "pallas cannot run here: "),
         (["--rounds", "0"], "must be at least 1"),
         (["--compare", "nothing.json"], "there is no such file"),
-        (["--save", "--quick"], "--save is for everything"),
+        (["--save", "--quick"], "--save is for whole cases"),
         (["--compare", "pyproject.toml"], "is not a file that --json wrote"),
     ],
 )
