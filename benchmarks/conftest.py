@@ -59,8 +59,8 @@ def case(case_name, pytestconfig):
 def thorough(request, pytestconfig):
     """Skips what a quick run, or one of a few cases, leaves out.
 
-    A run that is saved is of whole cases: a module's `CASE`, or a test's parameter `name`, says which
-    one its rows belong to.
+    A run that is saved is of whole cases: a module's `CASE`, or a test's parameter `name`, says
+    which one its rows belong to.
     """
     option = pytestconfig.getoption
     if option("--quick") or (option("--cases") and not option("--save")):
