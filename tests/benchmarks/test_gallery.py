@@ -1,0 +1,62 @@
+"""The gallery's trainings, its tables, and the comparison of recipes."""
+
+import json
+import os
+import sys
+
+import pytest
+
+from benchmarks import gallery, recipes
+from nca_models import systems
+from nca_models.run_folder import Request, configured
+
+
+def test_every_training_can_be_started():
+    every = gallery.trainings(list(gallery.SEEDS), systems.names(), None)
+    assert len({one.name for one in every}) == len(every)
+    assert every[0].seed == 0
+    assert every[0].preset == "small"
+    for one in every:
+        settings = {"seed": one.seed}
+        assert configured(Request(one.system, one.preset, one.target, settings)).seed == one.seed
+
+
+def test_what_was_before_are_settings_of_today():
+    for system, settings in recipes.BEFORE.items():
+        today = configured(Request(system, "small", None, {}))
+        before = configured(Request(system, "small", None, settings))
+        assert all(getattr(today, name) != value for name, value in settings.items())
+        assert before != today
+
+
+def test_the_spread_of_values():
+    assert gallery.spread([1.0]) == "1.00"
+    assert gallery.spread([3.0, 1.0, 2.0]) == "2.00 (1.00 to 3.00)"
+    assert gallery.spread([None, 2.0]) == "2.00"
+    assert gallery.spread([None]) == ""
+
+
+def test_a_table_has_all_measures_and_presets():
+    record = {"metrics": {"error": -3.0}, "seconds": 120.0}
+    other = {"metrics": {"error": -2.0, "more": 5.0}, "seconds": 60.0}
+    lines = gallery.table({"small": [record, other], "medium": [other]}, "log10")
+    assert lines[0] == "| log10 | `medium`, 1.0 minutes, 1 seed | `small`, 1.5 minutes, 2 seeds |"
+    assert "| error | -2.00 | -2.50 (-3.00 to -2.00) |" in lines
+    assert "| more | 5.00 | 5.00 |" in lines
+
+
+def test_the_table_of_recipes(tmp_path):
+    assert recipes.table(tmp_path) == ""
+    metrics = [{"metrics": {"error": value}} for value in (1.0, 2.0, 3.0)]
+    (tmp_path / "recipes.json").write_text(json.dumps({"growing": metrics}))
+    (tmp_path / "gallery.json").write_text(json.dumps({"growing": {"small": metrics[:1]}}))
+    assert "| growing | error | 2.00 (1.00 to 3.00) | 1.00 |" in recipes.table(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are bound to cores on Linux only")
+def test_a_training_has_a_core_of_its_own():
+    before = os.sched_getaffinity(0)
+    core = min(before)
+    with gallery.on_core(core):
+        assert os.sched_getaffinity(0) == {core}
+    assert os.sched_getaffinity(0) == before
