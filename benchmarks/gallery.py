@@ -32,7 +32,7 @@ from nca_models import systems
 GALLERY = Path(__file__).parents[1] / "docs" / "gallery"
 LARGEST = 900_000  # bytes of a picture that is kept
 SEEDS = {"medium": 1, "small": 3}  # trainings of each preset, with seeds from 0
-TARGETS = {"dynamics": ("brick", "cracked", "interlaced")}
+TARGETS = {"dynamics": ("brick", "cracked", "crystalline")}
 SWEEP = (
     "sweep dynamics --targets cracked interlaced --channels 8 16 32 --hidden 16 48 128 --seeds 3 "
     "--steps 1500"
