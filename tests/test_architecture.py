@@ -93,6 +93,11 @@ def test_models_use_public_names_only():
         assert kernels <= public | {"nca_kernels.testing"}, (path, kernels)
 
 
+def test_no_training_sees_what_it_is_measured_by():
+    for path in [*files("nca_models/training"), ROOT / "nca_models/texture_loss.py"]:
+        assert not any(name.startswith("nca_models.measures") for name in ours(path)), path
+
+
 def test_no_circle_of_imports():
     """Among all files, imports within functions included; a package itself holds its modules."""
     for package in ("nca_kernels", "nca_models"):
