@@ -202,6 +202,8 @@ def save_heat_map(
     size = (max(5, 2 + len(columns[1])), 1.8 + 0.8 * len(rows[1]))  # wide enough for the title
     if spreads is None:
         spreads = np.full(values.shape, np.nan)
+    finite = values[np.isfinite(values)]
+    dark = np.quantile([finite.min(), finite.max()], 0.7) if finite.size else 0.0
     with _plot(path, size) as axes:
         axes.figure.colorbar(axes.imshow(values, origin="lower"))
         axes.set_xticks(range(len(columns[1])), list(map(str, columns[1])))
@@ -210,7 +212,8 @@ def save_heat_map(
         axes.figure.suptitle(title)
         for (y, x), value in np.ndenumerate(values):
             text = f"{value:.2f}" + ("" if np.isnan(spreads[y, x]) else f"\n±{spreads[y, x]:.2f}")
-            axes.text(x, y, text, ha="center", va="center", color="white")
+            colour = "white" if value <= dark else "black"  # black for NaN, whose cell is white
+            axes.text(x, y, text, ha="center", va="center", color=colour)
 
 
 def save_curves(
