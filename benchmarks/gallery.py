@@ -266,7 +266,8 @@ def main() -> None:
             free.put(core)
 
     with ThreadPoolExecutor(min(len(cores), args.jobs)) as pool:
-        list(tqdm(pool.map(record, wanted), total=len(wanted), unit="training"))
+        bar = {"total": len(wanted), "unit": "training", "disable": not wanted}
+        list(tqdm(pool.map(record, wanted), **bar))
     write_text(GALLERY / "README.md", page(args.runs))
 
 
