@@ -78,7 +78,7 @@ PRESETS = {
         batch_size=8,
         pool_size=256,
         num_train_steps=5000,
-        learning_rate=2e-3,
+        learning_rate=1e-3,
         final_learning_rate=2e-5,
     ),
     "small": Config(
