@@ -32,6 +32,7 @@ def test_what_arrives(data):
     assert arrived(0.8 * images + 0.05, images, mean).all()  # a little faint, with a grey ground
     assert not arrived(np.zeros_like(images), images, mean).any()
     assert not arrived(np.broadcast_to(mean, images.shape), images, mean).any()
+    assert not arrived(0.9 * mean + 0.1 * images, images, mean).any()  # hardly more than the mean
     assert not arrived(np.full_like(images, np.nan), images, mean).any()
     other = arrived(np.roll(images, 1, axis=0), images, mean)  # each shows the next one's digit
     assert percent(other) < 20
