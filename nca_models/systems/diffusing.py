@@ -35,6 +35,15 @@ class Config(PictureConfig, SampledStepsConfig):
     hidden: int = setting(256, help="width of the hidden layer")
     fire_rate: float = dropout_rate()
     alive_threshold: float = life_threshold("alpha")
+    noise_rate: float = setting(
+        0.0, help="probability that a fresh sample is noise alone, without the picture"
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot be trained with (ValueError)."""
+        super().__post_init__()
+        if not 0 <= self.noise_rate <= 1:
+            raise ValueError(f"noise_rate is {self.noise_rate}, but must be between 0 and 1")
 
 
 PRESETS = {
@@ -53,15 +62,16 @@ PRESETS = {
     "medium": Config(
         target_size=40,
         padding=16,
-        channels=32,
+        channels=24,
         hidden=128,
-        num_steps=60,
+        noise_rate=0.5,
+        num_steps=56,
         min_steps=40,
         batch_size=4,
         pool_size=128,
         damaged_per_batch=2,
-        num_train_steps=5000,
-        learning_rate=2e-3,
+        num_train_steps=16_000,
+        learning_rate=3e-3,
         final_learning_rate=1e-5,
         gradients="normalized",
     ),
@@ -88,9 +98,16 @@ class SystemClass(LearnsPicture):
     wounds = ("circle", "half", "noise")
 
     def fresh(self, key: jax.Array, n: int) -> Samples:
-        """Return `n` blends of picture and noise; the share of noise is uniform in 0 to 1."""
+        """Return `n` blends of picture and noise; the share of noise is uniform in 0 to 1.
+
+        At a rate of `noise_rate` it is 1.
+        """
         key_share, key_noise = jax.random.split(key)
-        return self._blend(key_noise, jax.random.uniform(key_share, (n, 1, 1, 1)))
+        share = jax.random.uniform(key_share, (n, 1, 1, 1))
+        if (rate := self.config.noise_rate) > 0:
+            alone = jax.random.bernoulli(jax.random.fold_in(key_share, 1), rate, share.shape)
+            share = jnp.where(alone, 1.0, share)
+        return self._blend(key_noise, share)
 
     def damage(self, key: jax.Array, samples: Samples) -> Samples:
         """Return the samples, each with one of the `wounds`, at even odds."""
