@@ -297,6 +297,20 @@ def test_diffusing_starts_between_the_picture_and_noise(tmp_path):
     assert not np.any(states[..., :-4])
 
 
+def test_some_fresh_samples_of_diffusing_are_noise_alone(tmp_path):
+    system = make("diffusing", tmp_path / "run")
+    blends = system.fresh(KEY, 200)["state"]
+    system.config = replace(system.config, noise_rate=0.5)
+    mixed = system.fresh(KEY, 200)["state"]
+    changed = np.any(np.asarray(blends != mixed), axis=(1, 2, 3))
+    assert 0.4 < changed.mean() < 0.6
+    outside = np.asarray(system.target[..., 3] == 0)
+    alone = np.asarray(mixed)[changed][:, outside][..., -1]
+    assert (alone > 0).mean() == pytest.approx(0.5, abs=0.02), "there is nothing but noise"
+    with pytest.raises(ValueError, match="noise_rate is 2"):
+        replace(system.config, noise_rate=2.0)
+
+
 def test_the_wall_has_one_hole_and_the_face_stays(tmp_path):
     system = make("self_autoencoding", tmp_path / "run")
     model = system.model(nnx.Rngs(0))
@@ -340,6 +354,16 @@ def test_digits_of_a_run_are_kept_with_it(tmp_path):
     system = make("attention", tmp_path / "run")
     saved = digits.load(tmp_path / "run/digits.npz")
     np.testing.assert_array_equal(saved.train_images, system.data.train_images)
+
+
+def test_distorted_copies_are_trained_on_and_measured_with_none(tmp_path):
+    system = make("attention", tmp_path / "run")
+    with_copies = type(system)(replace(system.config, distorted_copies=2), tmp_path / "run")
+    count = len(system.train_images)
+    assert len(with_copies.train_images) == 3 * count
+    np.testing.assert_array_equal(with_copies.train_images[:count], system.train_images)
+    np.testing.assert_array_equal(with_copies.mean, system.mean)
+    assert np.any(with_copies.train_images[count : 2 * count] != system.train_images)
 
 
 def test_films_on_other_grids(tmp_path, monkeypatch, capsys):
