@@ -137,29 +137,40 @@ def save_film(path: Path, film: Iterable[np.ndarray], fps: float = 20.0) -> None
     {".gif": save_gif, ".mp4": save_mp4}[path.suffix.lower()](path, film, fps)
 
 
-def save_lattice_gif(path: Path, ink: np.ndarray, frames: int = 36, fps: float = 12.0) -> None:
-    """Write a film of a lattice `[height, width, depth]` that turns once; its ink is 0 to 1.
+def save_lattice_gif(path: Path, ink: np.ndarray, wall: int, fps: float = 12.0) -> None:
+    """Write a film of a lattice, seen from the near face (plane 0) while the view swings once.
 
-    Cells with less than a tenth of ink are not drawn.
+    Args:
+        path: of the GIF.
+        ink: `[frames, height, width, depth]`, 0 to 1; below 0.15 it is not drawn.
+        wall: the plane that is drawn as a wall.
+        fps: frames per second.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.2, 3.2), dpi=100)
+    _, height, width, depth = ink.shape
+    figure = Figure(figsize=(4.8, 3.2), dpi=100)
     canvas = FigureCanvasAgg(figure)
-    axes: Any = figure.add_axes((0, 0, 1, 1), projection="3d")
-    y, x, z = np.nonzero(ink > 0.1)
-    colours = np.zeros((len(y), 4))
-    colours[:, 3] = np.clip(ink[y, x, z], 0, 1)
-    side = 160 / max(ink.shape)  # points
-    axes.scatter(z, x, -y, c=colours, s=side**2 / 4, marker="s", linewidths=0)
-    height, width, depth = ink.shape
-    axes.set(xlim=(0, depth - 1), ylim=(0, width - 1), zlim=(1 - height, 0))
-    axes.set_box_aspect((depth, width, height))
-    axes.set_axis_off()
+    axes: Any = figure.add_axes((-0.1, -0.15, 1.2, 1.3), projection="3d", computed_zorder=False)
+    side = 200 / max(height, width)  # points
+    corners = np.meshgrid([0.5, 0.5 - width], [0.5, 0.5 - height])  # as -x and -y, or it is mirrored
     film = []
-    for angle in np.linspace(0, 360, frames, endpoint=False):
-        axes.view_init(elev=20, azim=angle - 60)
+    for frame, swing in zip(ink, np.sin(np.linspace(0, 2 * np.pi, len(ink))), strict=True):
+        axes.clear()
+        for z in reversed(range(depth)):  # from the far face to the near one, which is in front
+            if z == wall:
+                axes.plot_surface(np.full((2, 2), z), *corners, color="#4c72b0", alpha=0.3, shade=False)
+            y, x = np.nonzero(frame[..., z] > 0.15)
+            colours = np.zeros((len(y), 4))
+            colours[:, 3] = np.clip(frame[y, x, z], 0, 1)
+            axes.scatter(
+                np.full(len(y), z), -x, -y, c=colours, s=side**2 / 6, marker="s", linewidths=0
+            )
+        axes.set(xlim=(0, depth - 1), ylim=(1 - width, 0), zlim=(1 - height, 0))
+        axes.set_box_aspect((2.2, 1, height / width))
+        axes.set_axis_off()
+        axes.view_init(elev=12, azim=-125 + 12 * swing)
         canvas.draw()
         film.append(np.asarray(canvas.buffer_rgba())[..., :3].copy())
     save_gif(path, np.stack(film), fps)

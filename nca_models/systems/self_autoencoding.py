@@ -194,7 +194,7 @@ class SystemClass(LearnsDigits):
         return jnp.zeros(shape).at[..., 0, -1].set(images)
 
     def pictures(self, model: Lattice, folder: Path) -> list[Path]:
-        """Write near and far faces of unseen digits, planes over time, and a turning lattice."""
+        """Write near and far faces of unseen digits, and films of planes and of the lattice."""
         steps, scale = self.config.num_steps, max(1, 96 // self.config.target_size)
         images = jnp.asarray(self.data.test_images[:10])
         key = jax.random.key(self.config.seed + 1)
@@ -203,10 +203,25 @@ class SystemClass(LearnsDigits):
         self.save_rows(paths[0], images, final[..., -1, -1])
         film = self.film(model, 2 * steps, every=1)
         render.save_gif(paths[1], render.upscale(film, max(1, scale // 2)))
-        render.save_lattice_gif(paths[2], np.asarray(final[0, ..., -1]))
+        start = self.showing(key, images[:1])
+        _, states = model.rollout(start, key, steps, return_states=True)
+        ink = np.concatenate([start, states[1::2, 0]])[..., -1]
+        render.save_lattice_gif(paths[2], ink, self.config.depth // 2)
         return paths
 
     def picture(self, state: jax.Array) -> np.ndarray:
-        """Return the ink of one lattice, plane beside plane, near to far, as uint8 RGB."""
-        ink = np.asarray(state[..., -1])
-        return render.beside([render.grey(ink[..., z]) for z in range(ink.shape[-1])], gap=1)
+        """Return one lattice, plane beside plane, near to far, as uint8 RGB.
+
+        Above is the ink, below the code: three hidden channels as red, green and blue.
+        """
+        ink, hidden = np.asarray(state[..., -1]), np.asarray(state[..., :-1])
+        colours = hidden[..., [channel % hidden.shape[-1] for channel in range(3)]]
+        code = np.round(127.5 * (1 + np.tanh(colours))).astype(np.uint8)
+        planes = range(ink.shape[-1])
+        return render.above(
+            [
+                render.beside([render.grey(ink[..., z]) for z in planes], gap=1),
+                render.beside([code[..., z, :] for z in planes], gap=1),
+            ],
+            gap=1,
+        )
