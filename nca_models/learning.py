@@ -303,9 +303,7 @@ class LearnsDigits(SystemBase):
         """Read the digits of the run in `folder`."""
         self.config = config
         self.data = digits.load(folder / "digits.npz")
-        images = self.data.train_images
-        copies = digits.distorted(images, config.distorted_copies, config.seed)
-        self.train_images = jnp.asarray(np.concatenate([images, copies]))  # [n, size, size]
+        self.train_images = jnp.asarray(self.data.train_images)  # [n, size, size]
 
     @staticmethod
     def prepare(config: Any, target: str | None, folder: Path) -> None:
@@ -324,8 +322,8 @@ class LearnsDigits(SystemBase):
 
     @cached_property
     def mean(self) -> jax.Array:
-        """The mean of the training digits, `[size, size]`."""
-        return jnp.asarray(self.data.train_images.mean(axis=0))
+        """The mean of the digits that are trained on, `[size, size]`."""
+        return jnp.mean(self.train_images, axis=0)
 
     def read(self, images: Any) -> float:
         """Return the share of `tested`, in percent, that a classifier reads right from `images`."""

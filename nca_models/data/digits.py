@@ -11,11 +11,10 @@ from typing import ClassVar
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage
 
 from nca_models._files import whole_file
 from nca_models.data import DataError
-from nca_models.training.config import TrainConfig, setting, target_side
+from nca_models.training.config import TrainConfig, target_side
 
 _TEST_SHARE = 0.2  # of scikit-learn's digits, the last ones
 _FILES = {
@@ -39,12 +38,6 @@ class DigitsConfig(TrainConfig):
     target_help: ClassVar[str] = "a folder with MNIST's files (default: scikit-learn's digits)"
 
     target_size: int = target_side()
-    distorted_copies: int = setting(
-        0,
-        lowest=0,
-        help="copies of each training digit that are trained on beside it, each turned, scaled and "
-        "shifted a little",
-    )
 
     @classmethod
     def check_target(cls, system: str, target: str) -> None:
@@ -87,32 +80,6 @@ def digits(size: int, folder: Path | None = None) -> Digits:
     for name in ("train_labels", "test_labels"):
         arrays[name] = arrays[name].astype(np.int32)
     return Digits(**arrays, source=source)
-
-
-def distorted(images: np.ndarray, copies: int, seed: int) -> np.ndarray:
-    """Return `copies` of each image, each turned, scaled and shifted in its own way.
-
-    Turned by up to 12 degrees, scaled by 0.88 to 1.12 along each axis, shifted by up to a sixteenth
-    of the side.
-
-    Args:
-        images: `[n, size, size]`, 0 to 1.
-        copies: how many of each image.
-        seed: of the random numbers.
-
-    Returns:
-        `[copies * n, size, size]` float32, 0 to 1; image `i` is at `i`, `n + i` and so on.
-    """
-    random, (count, size, _) = np.random.default_rng(seed), images.shape
-    centre = np.full(2, (size - 1) / 2)
-    results = np.empty((copies * count, size, size), np.float32)
-    for i, result in enumerate(results):
-        angle = np.deg2rad(random.uniform(-12, 12))
-        turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-        matrix = turn / random.uniform(0.88, 1.12, 2)
-        offset = centre - matrix @ centre + random.uniform(-size / 16, size / 16, 2)
-        ndimage.affine_transform(images[i % count], matrix, offset, output=result)
-    return results.clip(0, 1)
 
 
 def save(data: Digits, path: Path) -> None:

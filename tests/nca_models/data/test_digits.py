@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from nca_models.data import DataError
-from nca_models.data.digits import _FILES, digits, distorted, load, save
+from nca_models.data.digits import _FILES, digits, load, save
 
 RANDOM = np.random.default_rng(0)
 ARRAYS = {
@@ -53,25 +53,6 @@ def test_npz_file(tmp_path):
     keys = ("x_train", "y_train", "x_test", "y_test")
     np.savez(tmp_path / "mnist.npz", **dict(zip(keys, ARRAYS.values(), strict=True)))
     np.testing.assert_array_equal(digits(28, tmp_path).test_labels, ARRAYS["test_labels"])
-
-
-def test_distorted_copies():
-    image = np.zeros((9, 9), np.float32)
-    image[2:7, 4] = 1  # a line of 5 pixels
-    images = np.stack([image, image.T])
-    copies = distorted(images, 50, seed=1)
-    assert copies.shape == (100, 9, 9)
-    assert copies.dtype == np.float32
-    assert copies.min() >= 0
-    assert copies.max() <= 1
-    np.testing.assert_array_equal(copies, distorted(images, 50, seed=1))
-    assert np.any(copies != distorted(images, 50, seed=2))
-    ink = copies.sum(axis=(1, 2))
-    assert ink.mean() == pytest.approx(5, rel=0.25), "about as much ink as before"
-    rows, columns = copies.sum(axis=2), copies.sum(axis=1)
-    assert np.all(np.argmax(columns[0::2], axis=1) // 3 == 1), "lines that stand go on standing"
-    assert np.all(np.argmax(rows[1::2], axis=1) // 3 == 1), "and those that lie go on lying"
-    assert distorted(images, 0, seed=1).shape == (0, 9, 9)
 
 
 def test_errors(tmp_path):

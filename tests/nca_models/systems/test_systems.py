@@ -356,16 +356,6 @@ def test_digits_of_a_run_are_kept_with_it(tmp_path):
     np.testing.assert_array_equal(saved.train_images, system.data.train_images)
 
 
-def test_distorted_copies_are_trained_on_and_measured_with_none(tmp_path):
-    system = make("attention", tmp_path / "run")
-    with_copies = type(system)(replace(system.config, distorted_copies=2), tmp_path / "run")
-    count = len(system.train_images)
-    assert len(with_copies.train_images) == 3 * count
-    np.testing.assert_array_equal(with_copies.train_images[:count], system.train_images)
-    np.testing.assert_array_equal(with_copies.mean, system.mean)
-    assert np.any(with_copies.train_images[count : 2 * count] != system.train_images)
-
-
 def test_films_on_other_grids(tmp_path, monkeypatch, capsys):
     """`nca run --size`: a picture in more room, a texture on a larger torus; digits stay."""
     needs("dynamics")
