@@ -100,10 +100,15 @@ class TrainConfig:
         choices=("clipped", "normalized"),
         help="clipped at `clip_norm`; or normalized, which gives each parameter's gradient norm 1",
     )
+    restarts_per_batch: int = setting(
+        1, help="how many of a batch's worst samples may give way to fresh ones"
+    )
     restart_rate: float = setting(
         1.0,
-        help="probability that a fresh sample takes the place of a batch's worst one; samples of a "
-        "pool grow older with a lower one",
+        help="probability that each of them does; samples of a pool grow older with a lower one",
+    )
+    final_restart_rate: float | None = setting(
+        None, help="`restart_rate` at the end of the training, reached linearly; None: the same"
     )
     damaged_per_batch: int = setting(
         0,
@@ -136,19 +141,19 @@ class TrainConfig:
                 raise ValueError(f"{each.name} is {value!r}, but must be one of {names}")
         if self.learning_rate <= 0 or self.final_learning_rate <= 0:
             raise ValueError("learning_rate and final_learning_rate must be above 0")
-        if not 0 < self.restart_rate <= 1:
-            raise ValueError(
-                f"restart_rate is {self.restart_rate}, but must be above 0, and 1 at most"
-            )
+        for name in ("restart_rate", "final_restart_rate"):
+            rate = getattr(self, name)
+            if rate is not None and not 0 < rate <= 1:
+                raise ValueError(f"{name} is {rate}, but must be above 0, and 1 at most")
         if self.pool_size and self.pool_size < self.batch_size:
             raise ValueError(
                 f"pool_size is {self.pool_size}, but must be 0 or at least batch_size "
                 f"({self.batch_size})"
             )
-        if self.damaged_per_batch >= self.batch_size:
+        if self.damaged_per_batch + self.restarts_per_batch > self.batch_size:
             raise ValueError(
-                f"damaged_per_batch is {self.damaged_per_batch}, but must be below batch_size "
-                f"({self.batch_size}): one sample starts anew"
+                f"damaged_per_batch is {self.damaged_per_batch} and restarts_per_batch "
+                f"{self.restarts_per_batch}: together more than batch_size ({self.batch_size})"
             )
 
     @classmethod

@@ -161,7 +161,7 @@ class Trainer:
     def _step(self, state: TrainState, root_key: jax.Array) -> tuple[TrainState, jax.Array]:
         key = jax.random.fold_in(root_key, state.step)
         key_batch, key_loss = jax.random.split(key)
-        indices, batch = self._batch(state.pool, key_batch)
+        indices, batch = self._batch(state.pool, key_batch, self._restart_rate(state.step))
         if self.split is not None:
             batch = self.split.on_devices(batch)
 
@@ -179,8 +179,17 @@ class Trainer:
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state, new_pool), loss
 
-    def _batch(self, pool: Any, key: jax.Array) -> tuple[jax.Array, Any]:
-        """Draw a batch, worst sample first; replace the worst, perhaps, and damage the best."""
+    def _restart_rate(self, step: jax.Array) -> float | jax.Array:
+        """Return the probability that a fresh sample replaces one of the worst."""
+        first, last = self.config.restart_rate, self.config.final_restart_rate
+        if last is None:
+            return first
+        return first + (last - first) * step / self.config.num_train_steps
+
+    def _batch(
+        self, pool: Any, key: jax.Array, restart_rate: float | jax.Array
+    ) -> tuple[jax.Array, Any]:
+        """Draw a batch, worst samples first; replace these, perhaps, and damage the best."""
         n, damaged = self.config.batch_size, self.config.damaged_per_batch
         key_pool, key_fresh, key_damage = jax.random.split(key, 3)
         if pool is None:
@@ -188,12 +197,17 @@ class Trainer:
         indices, batch = pools.sample(pool, key_pool, n)
         order = jnp.argsort(self.system.errors(batch), descending=True)
         indices, batch = indices[order], pools.take(batch, order)
-        fresh = self.system.fresh(key_fresh, 1)
-        if (rate := self.config.restart_rate) < 1:
-            restarts = jax.random.bernoulli(jax.random.fold_in(key_fresh, 1), rate)
-            worst = pools.take(batch, jnp.arange(1))
-            fresh = jax.tree.map(lambda new, old: jnp.where(restarts, new, old), fresh, worst)
-        batch = pools.update(batch, jnp.arange(1), fresh)
+        worst = jnp.arange(self.config.restarts_per_batch)
+        fresh = self.system.fresh(key_fresh, len(worst))
+        if isinstance(restart_rate, jax.Array) or restart_rate < 1:
+            key_rate = jax.random.fold_in(key_fresh, 1)
+            restarts = jax.random.bernoulli(key_rate, restart_rate, worst.shape)
+            fresh = jax.tree.map(
+                lambda new, old: jnp.where(restarts.reshape(-1, *(1,) * (new.ndim - 1)), new, old),
+                fresh,
+                pools.take(batch, worst),
+            )
+        batch = pools.update(batch, worst, fresh)
         if damaged:
             best = jnp.arange(n - damaged, n)
             hurt = self.system.damage(key_damage, pools.take(batch, best))

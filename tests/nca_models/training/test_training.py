@@ -75,7 +75,7 @@ def test_a_batch_is_worst_first_with_a_seed_and_damage(make_run, tiny):
     perfect = jnp.zeros((16, 11, 11, 16)).at[..., -4:].set(system.target)
     noise = jnp.linspace(0, 1, 16)[:, None, None, None]
     pool = {"state": perfect + noise}
-    _, batch = trainer._batch(pool, jax.random.key(0))
+    _, batch = trainer._batch(pool, jax.random.key(0), 1.0)
     state = np.asarray(batch["state"])
     np.testing.assert_array_equal(state[0], system.fresh(jax.random.key(0), 1)["state"][0])
     errors = np.asarray(system.errors({"state": state[1:3]}))
@@ -86,16 +86,38 @@ def test_a_batch_is_worst_first_with_a_seed_and_damage(make_run, tiny):
 
 
 def test_a_low_restart_rate_lets_samples_grow_old(make_run, tiny):
-    config = replace(tiny, restart_rate=0.25, damaged_per_batch=0)
-    system = growing.SystemClass(config, make_run())
+    system = growing.SystemClass(replace(tiny, damaged_per_batch=0), make_run())
     trainer = Trainer(system)
     pool = {"state": jnp.ones((16, 11, 11, 16))}
     seed = np.asarray(system.fresh(jax.random.key(0), 1)["state"][0])
     keys = jax.random.split(jax.random.key(1), 200)
-    first = jax.vmap(lambda key: trainer._batch(pool, key)[1]["state"][0])(keys)
+    first = jax.vmap(lambda key: trainer._batch(pool, key, 0.25)[1]["state"][0])(keys)
     restarted = (np.asarray(first) == seed).all((1, 2, 3))
     assert 0.15 < restarted.mean() < 0.35
     assert (np.asarray(first)[~restarted] == 1).all()
+
+
+def test_several_of_the_worst_give_way_to_fresh_samples(make_run, tiny):
+    config = replace(tiny, batch_size=6, restarts_per_batch=3, damaged_per_batch=1)
+    system = growing.SystemClass(config, make_run())
+    noise = jnp.linspace(0, 1, 16)[:, None, None, None]
+    pool = {"state": jnp.zeros((16, 11, 11, 16)).at[..., -4:].set(system.target) + noise}
+    indices, batch = Trainer(system)._batch(pool, jax.random.key(0), 1.0)
+    seed = system.fresh(jax.random.key(0), 1)["state"][0]
+    fresh = np.asarray((batch["state"] == seed).all((1, 2, 3)))
+    np.testing.assert_array_equal(fresh, [True] * 3 + [False] * 3)
+    assert list(indices) == sorted(map(int, indices), reverse=True), "the noisiest are the worst"
+    with pytest.raises(ValueError, match="together more than batch_size"):
+        replace(config, restarts_per_batch=6)
+
+
+def test_the_restart_rate_falls_linearly(make_run, tiny):
+    config = replace(tiny, num_train_steps=10, restart_rate=0.9, final_restart_rate=0.4)
+    trainer = Trainer(growing.SystemClass(config, make_run()))
+    rates = [float(trainer._restart_rate(jnp.int32(step))) for step in (0, 2, 10)]
+    np.testing.assert_allclose(rates, [0.9, 0.8, 0.4], rtol=1e-6)
+    with pytest.raises(ValueError, match="final_restart_rate is 0, but must be above 0"):
+        replace(config, final_restart_rate=0)
 
 
 def test_without_a_pool_every_batch_is_fresh(make_run, tiny):
