@@ -34,7 +34,7 @@ class Config(PictureConfig, SampledStepsConfig):
     channels: int = setting(64, lowest=4, help="C; the last four channels are RGBA")
     hidden: int = setting(256, help="width of the hidden layer")
     fire_rate: float = dropout_rate()
-    alive_threshold: float = life_threshold("alpha")
+    alive_threshold: float | None = life_threshold("alpha", "; None: every cell lives")
     noise_rate: float = setting(
         0.0, help="probability that a fresh sample is noise alone, without the picture"
     )
