@@ -101,7 +101,9 @@ class TrainConfig:
         help="clipped at `clip_norm`; or normalized, which gives each parameter's gradient norm 1",
     )
     restarts_per_batch: int = setting(
-        1, help="how many of a batch's worst samples may give way to fresh ones"
+        1,
+        flag="--restarts-per-batch",
+        help="how many of a batch's worst samples may give way to fresh ones",
     )
     restart_rate: float = setting(
         1.0,
@@ -153,7 +155,8 @@ class TrainConfig:
         if self.damaged_per_batch + self.restarts_per_batch > self.batch_size:
             raise ValueError(
                 f"damaged_per_batch is {self.damaged_per_batch} and restarts_per_batch "
-                f"{self.restarts_per_batch}: together more than batch_size ({self.batch_size})"
+                f"{self.restarts_per_batch}: together more than batch_size ({self.batch_size}); "
+                "lower one of the two, or raise batch_size"
             )
 
     @classmethod

@@ -77,7 +77,9 @@ TINY = {
         min_steps=3,
         pool_size=4,
     ),
-    "attention": replace(attention.PRESETS["small"], **TRAINING, target_size=6, pool_size=4),
+    "attention": replace(
+        attention.PRESETS["small"], **TRAINING, target_size=6, pool_size=4, restarts_per_batch=1
+    ),
 }
 KEY = jax.random.key(0)
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
