@@ -1,9 +1,10 @@
-"""What the recipes of the `small` presets changed: each against the one before, over three seeds.
+"""What the recipes of the `small` presets changed: each beside others, over three seeds.
 
-``python -m benchmarks.recipes --save`` trains the settings of before, by ``nca sweep``: half an
-hour on two cores. Those of today are trained by ``python -m benchmarks.gallery --presets small``.
-Both are measured alike, by ``nca eval``, and ``nca bench --report`` puts them side by side in
-docs/recipes.md. The texture loss of `dynamics` is no setting, so that it is not here.
+``python -m benchmarks.recipes --save`` trains the settings of before, and others that were tried,
+by ``nca sweep``: an hour on two cores. Those of today are trained by
+``python -m benchmarks.gallery --presets small``. All are measured alike, by ``nca eval``, and
+``nca bench --report`` puts them side by side in docs/recipes.md. The texture loss of `dynamics` is
+no setting, so that it is not here.
 """
 
 from __future__ import annotations
@@ -22,34 +23,41 @@ from nca_models import systems
 from nca_models.training.config import option
 
 SEEDS = 3
-# Settings of before that are not those of today; what changed is in docs/recipes.md.
-BEFORE: dict[str, dict[str, Any]] = {
-    "growing": {"num_train_steps": 5000, "final_learning_rate": 1e-4},
+# Of each system, what else was trained: the settings that are not those of today.
+OTHERS: dict[str, dict[str, dict[str, Any]]] = {
+    "growing": {"before": {"num_train_steps": 5000, "final_learning_rate": 1e-4}},
     "diffusing": {
-        "num_train_steps": 5000,
-        "learning_rate": 2e-3,
-        "final_learning_rate": 1e-4,
-        "min_steps": 48,
-        "pool_size": 0,
-        "damaged_per_batch": 0,
+        "before": {
+            "num_train_steps": 5000,
+            "learning_rate": 2e-3,
+            "final_learning_rate": 1e-4,
+            "min_steps": 48,
+            "pool_size": 0,
+            "damaged_per_batch": 0,
+        },
     },
     "self_autoencoding": {
-        "alive_threshold": 0.1,
-        "hidden": 96,
-        "num_steps": 28,
-        "min_steps": 20,
-        "learning_rate": 2e-3,
-        "final_learning_rate": 2e-4,
+        "before": {
+            "alive_threshold": 0.1,
+            "hidden": 96,
+            "num_steps": 28,
+            "min_steps": 20,
+            "learning_rate": 2e-3,
+            "final_learning_rate": 2e-4,
+        },
     },
-    "attention": {"final_learning_rate": 1e-4},
+    "attention": {
+        "before": {"final_learning_rate": 1e-4, "pool_size": 128, "restarts_per_batch": 1},
+        "without a pool": {"pool_size": 0},
+    },
 }
 
 
-def before(system: str, runs: Path) -> list[dict[str, Any]]:
-    """Trains and measures the settings of before, with a record for each seed."""
-    out = runs / system
+def train(system: str, other: str, out: Path) -> list[dict[str, Any]]:
+    """Trains and measures a system with settings of `OTHERS`, with a record for each seed."""
     names = {each.name: option(each) for each in fields(systems.settings(system))}
-    words = [word for name, value in BEFORE[system].items() for word in (names[name], str(value))]
+    settings = OTHERS[system][other]
+    words = [word for name, value in settings.items() for word in (names[name], str(value))]
     command = ["sweep", system, *words, "--seeds", str(SEEDS)]
     subprocess.run([*NCA, *command, "--out", str(out)], check=True)
     records: list[dict[str, Any]] = []
@@ -61,22 +69,27 @@ def before(system: str, runs: Path) -> list[dict[str, Any]]:
     return records
 
 
-def table(results: Path) -> str:
-    """The table of docs/recipes.md, of a device's folder of results; empty if it has none."""
+def tables(results: Path) -> str:
+    """The tables of docs/recipes.md, of a device's folder of results; empty if it has none."""
     if not (results / "recipes.json").exists():
         return ""
-    then, now = (
+    others, today = (
         json.loads((results / f"{name}.json").read_text()) for name in ("recipes", "gallery")
     )
-    lines = ["| system | measured | before | now |", "|---|---|---|---|"]
-    for system, records in then.items():
-        today = [record["metrics"] for record in now[system]["small"]]
-        for i, name in enumerate(records[0]["metrics"]):
-            columns = [
-                spread([metrics.get(name) for metrics in of_seeds])
-                for of_seeds in ([record["metrics"] for record in records], today)
-            ]
-            lines.append(f"| {'' if i else system} | {name} | {' | '.join(columns)} |")
+    return "\n\n".join(
+        table(system, {**recipes, "now": today[system]["small"]})
+        for system, recipes in others.items()
+    )
+
+
+def table(system: str, recipes: dict[str, list[dict[str, Any]]]) -> str:
+    """A table of what was measured of a system: a column for each recipe."""
+    lines = [f"| {system} | {' | '.join(recipes)} |", "|---|" + "---|" * len(recipes)]
+    for name in recipes["now"][0]["metrics"]:
+        cells = [
+            spread([r["metrics"].get(name) for r in of_seeds]) for of_seeds in recipes.values()
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -84,17 +97,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--runs", type=Path, default=Path("out/recipes"), help="where to train")
-    add("--systems", nargs="+", default=list(BEFORE), choices=list(BEFORE))
+    add("--systems", nargs="+", default=list(OTHERS), choices=list(OTHERS))
+    names = sorted({name for others in OTHERS.values() for name in others})
+    add("--only", nargs="+", default=names, choices=names, help="which of their recipes")
     add("--save", action="store_true", help="into benchmarks/results/<device>/recipes.json")
     args = parser.parse_args()
     results = ROOT / "results" / device_name()
     saved = results / "recipes.json"
     records: dict[str, Any] = json.loads(saved.read_text()) if saved.exists() else {}
-    for system in args.systems:
-        records[system] = before(system, args.runs)
-        print(f"\n{system} before: medians of {SEEDS} seeds, and their range")
-        for name in records[system][0]["metrics"]:
-            print(f"  {spread([r['metrics'].get(name) for r in records[system]]):>24}  {name}")
+    wanted = [(system, name) for system in args.systems for name in OTHERS[system]]
+    for system, other in (one for one in wanted if one[1] in args.only):
+        out = args.runs / f"{system}-{other.replace(' ', '-')}"
+        records.setdefault(system, {})[other] = trained = train(system, other, out)
+        print(f"\n{system}, {other}: medians of {SEEDS} seeds, and their range")
+        for name in trained[0]["metrics"]:
+            print(f"  {spread([r['metrics'].get(name) for r in trained]):>24}  {name}")
         if args.save:
             write_json(saved, records)
 

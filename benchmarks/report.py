@@ -518,7 +518,7 @@ def generated() -> dict[Path, dict[str, str]]:
     """The generated blocks of other documents, by path and by name; see ``filled``."""
     readme, large = ROOT.parent / "README.md", DOCS / "large.md"
     return {
-        DOCS / "recipes.md": {"recipes": recipes.table(ROOT / "results" / headline().device)},
+        DOCS / "recipes.md": {"recipes": recipes.tables(ROOT / "results" / headline().device)},
         readme: {
             "speed": readme_table(),
             "memory": readme_memory(),

@@ -154,13 +154,17 @@ def save_lattice_gif(path: Path, ink: np.ndarray, wall: int, fps: float = 12.0) 
     canvas = FigureCanvasAgg(figure)
     axes: Any = figure.add_axes((-0.1, -0.15, 1.2, 1.3), projection="3d", computed_zorder=False)
     side = 200 / max(height, width)  # points
-    corners = np.meshgrid([0.5, 0.5 - width], [0.5, 0.5 - height])  # as -x and -y, or it is mirrored
+    corners = np.meshgrid(
+        [0.5, 0.5 - width], [0.5, 0.5 - height]
+    )  # as -x and -y, or it is mirrored
     film = []
     for frame, swing in zip(ink, np.sin(np.linspace(0, 2 * np.pi, len(ink))), strict=True):
         axes.clear()
         for z in reversed(range(depth)):  # from the far face to the near one, which is in front
             if z == wall:
-                axes.plot_surface(np.full((2, 2), z), *corners, color="#4c72b0", alpha=0.3, shade=False)
+                axes.plot_surface(
+                    np.full((2, 2), z), *corners, color="#4c72b0", alpha=0.3, shade=False
+                )
             y, x = np.nonzero(frame[..., z] > 0.15)
             colours = np.zeros((len(y), 4))
             colours[:, 3] = np.clip(frame[y, x, z], 0, 1)

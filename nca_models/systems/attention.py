@@ -72,7 +72,7 @@ PRESETS = {
         final_learning_rate=1e-4,
         decay_steps=4096,
     ),
-    # Most of a batch is fresh: where only its worst sample is, the pool is soon full of easy digits.
+    # Most of a batch is fresh: where only the worst is, the pool is soon full of easy digits.
     "medium": Config(
         target_size=16,
         num_steps=24,

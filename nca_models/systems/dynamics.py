@@ -224,12 +224,13 @@ class SystemClass(SystemBase):
 
     def pictures(self, model: NCA, folder: Path) -> list[Path]:
         """Write exemplar beside result, a film of the texture, and its flow drawn on a frame."""
-        steps, scale = 2 * self.config.num_steps, max(1, 240 // self.config.target_size)
+        size = self.config.target_size
+        steps, scale = 2 * self.config.num_steps, max(1, 240 // size)
         film = self.film(model, steps + 60 * 4, every=4, seed=self.config.seed)
         paths = [folder / name for name in ("exemplar_and_result.png", "texture.gif", "flow.png")]
         exemplar = (np.asarray(self.target) * 255).round().astype(np.uint8)
         render.save_png(paths[0], render.upscale(render.beside([exemplar, film[-1]]), scale))
-        render.save_gif(paths[1], render.upscale(film, max(1, scale // 2)))
+        render.save_gif(paths[1], render.upscale(film, max(1, 144 // size)))
         pair = film[[-1 - STRIDE // 4, -1]]
         render.save_flow_plot(paths[2], pair[0], motion.flow(pair)[0])
         return paths

@@ -21,12 +21,15 @@ def test_every_training_can_be_started():
         assert configured(Request(one.system, one.preset, one.target, settings)).seed == one.seed
 
 
-def test_what_was_before_are_settings_of_today():
-    for system, settings in recipes.BEFORE.items():
-        today = configured(Request(system, "small", None, {}))
-        before = configured(Request(system, "small", None, settings))
-        assert all(getattr(today, name) != value for name, value in settings.items())
-        assert before != today
+@pytest.mark.parametrize(
+    ("system", "other"),
+    [(system, name) for system in recipes.OTHERS for name in recipes.OTHERS[system]],
+)
+def test_other_recipes_are_settings_of_today(system, other):
+    settings = recipes.OTHERS[system][other]
+    today = configured(Request(system, "small", None, {}))
+    assert configured(Request(system, "small", None, settings)) != today
+    assert all(getattr(today, name) != value for name, value in settings.items())
 
 
 def test_the_spread_of_values():
@@ -45,12 +48,14 @@ def test_a_table_has_all_measures_and_presets():
     assert "| more | 5.00 | 5.00 |" in lines
 
 
-def test_the_table_of_recipes(tmp_path):
-    assert recipes.table(tmp_path) == ""
+def test_the_tables_of_recipes(tmp_path):
+    assert recipes.tables(tmp_path) == ""
     metrics = [{"metrics": {"error": value}} for value in (1.0, 2.0, 3.0)]
-    (tmp_path / "recipes.json").write_text(json.dumps({"growing": metrics}))
+    (tmp_path / "recipes.json").write_text(json.dumps({"growing": {"before": metrics}}))
     (tmp_path / "gallery.json").write_text(json.dumps({"growing": {"small": metrics[:1]}}))
-    assert "| growing | error | 2.00 (1.00 to 3.00) | 1.00 |" in recipes.table(tmp_path)
+    lines = recipes.tables(tmp_path).splitlines()
+    assert lines[0] == "| growing | before | now |"
+    assert "| error | 2.00 (1.00 to 3.00) | 1.00 |" in lines
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are bound to cores on Linux only")
