@@ -112,6 +112,9 @@ class TrainConfig:
     final_restart_rate: float | None = setting(
         None, help="`restart_rate` at the end of the training, reached linearly; None: the same"
     )
+    restarts_fall_after: float = setting(
+        0.0, help="share of the training after which `restart_rate` begins to fall, 0 to below 1"
+    )
     damaged_per_batch: int = setting(
         0,
         lowest=0,
@@ -151,6 +154,11 @@ class TrainConfig:
             raise ValueError(
                 f"pool_size is {self.pool_size}, but must be 0 or at least batch_size "
                 f"({self.batch_size})"
+            )
+        if not 0 <= self.restarts_fall_after < 1:
+            raise ValueError(
+                f"restarts_fall_after is {self.restarts_fall_after}, but must be at least 0, and "
+                "below 1"
             )
         if self.damaged_per_batch + self.restarts_per_batch > self.batch_size:
             raise ValueError(

@@ -184,7 +184,9 @@ class Trainer:
         first, last = self.config.restart_rate, self.config.final_restart_rate
         if last is None:
             return first
-        return first + (last - first) * step / self.config.num_train_steps
+        begin = self.config.restarts_fall_after
+        done = step / self.config.num_train_steps
+        return first + (last - first) * jnp.clip((done - begin) / (1 - begin), 0, 1)
 
     def _batch(
         self, pool: Any, key: jax.Array, restart_rate: float | jax.Array

@@ -113,9 +113,14 @@ def test_several_of_the_worst_give_way_to_fresh_samples(make_run, tiny):
 
 def test_the_restart_rate_falls_linearly(make_run, tiny):
     config = replace(tiny, num_train_steps=10, restart_rate=0.9, final_restart_rate=0.4)
-    trainer = Trainer(growing.SystemClass(config, make_run()))
-    rates = [float(trainer._restart_rate(jnp.int32(step))) for step in (0, 2, 10)]
-    np.testing.assert_allclose(rates, [0.9, 0.8, 0.4], rtol=1e-6)
+    folder = make_run()
+    for begin, expected in ((0.0, [0.9, 0.8, 0.65, 0.4]), (0.5, [0.9, 0.9, 0.9, 0.4])):
+        late = replace(config, restarts_fall_after=begin)
+        trainer = Trainer(growing.SystemClass(late, folder))
+        rates = [float(trainer._restart_rate(jnp.int32(step))) for step in (0, 2, 5, 10)]
+        np.testing.assert_allclose(rates, expected, rtol=1e-6)
+    with pytest.raises(ValueError, match="restarts_fall_after is 1, but must be"):
+        replace(config, restarts_fall_after=1)
     with pytest.raises(ValueError, match="final_restart_rate is 0, but must be above 0"):
         replace(config, final_restart_rate=0)
 
