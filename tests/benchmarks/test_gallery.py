@@ -4,10 +4,12 @@ import json
 import os
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from benchmarks import gallery, recipes
-from nca_models import systems
+from nca_models import render, systems
 from nca_models.run_folder import Request, configured
 
 
@@ -56,6 +58,19 @@ def test_the_tables_of_recipes(tmp_path):
     lines = recipes.tables(tmp_path).splitlines()
     assert lines[0] == "| growing | before | now |"
     assert "| error | 2.00 (1.00 to 3.00) | 1.00 |" in lines
+
+
+def test_a_large_film_is_thinned(tmp_path, monkeypatch):
+    film = np.random.default_rng(0).integers(0, 256, (16, 40, 40, 3), np.uint8)
+    render.save_gif(tmp_path / "film.gif", film, fps=20)
+    size = (tmp_path / "film.gif").stat().st_size
+    for limit, frames, duration in ((size, 16, 50), (size // 2 + 500, 8, 100), (size // 3, 4, 200)):
+        monkeypatch.setattr(gallery, "LARGEST", limit)
+        gallery.copy(tmp_path / "film.gif", tmp_path / "copy.gif")
+        with Image.open(tmp_path / "copy.gif") as copy:
+            assert copy.n_frames == frames
+            assert copy.info["duration"] == duration
+        assert (tmp_path / "copy.gif").stat().st_size <= limit
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are bound to cores on Linux only")
