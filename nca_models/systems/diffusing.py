@@ -3,10 +3,11 @@
 After CAX (Faldor and Cully, ICLR 2025), example 43, which starts every training step from the
 picture blended with noise. That is the preset `paper`. An automaton that is trained so never meets
 a dead region, and a cut closes slowly or not at all; the smaller presets therefore keep a pool, and
-damage what is in it.
+damage what is in it. Where every cell lives, as in `medium`, all of them can tell how far they are
+from the border, and so where the picture belongs.
 
 A state is `[*batch, size, size, C]` float32; its last four channels are premultiplied RGBA, and
-alpha, the last, says where cells live. It starts as a blend of the picture and noise.
+alpha, the last, says where cells live, unless all do. It starts as a blend of the picture and noise.
 """
 
 from dataclasses import dataclass
