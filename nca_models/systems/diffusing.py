@@ -7,7 +7,8 @@ damage what is in it. Where every cell lives, as in `medium`, all of them can te
 from the border, and so where the picture belongs.
 
 A state is `[*batch, size, size, C]` float32; its last four channels are premultiplied RGBA, and
-alpha, the last, says where cells live, unless all do. It starts as a blend of the picture and noise.
+alpha, the last, says where cells live, unless all do. It starts as a blend of the picture and
+noise.
 """
 
 from dataclasses import dataclass
