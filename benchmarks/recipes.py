@@ -77,7 +77,7 @@ def tables(results: Path) -> str:
         json.loads((results / f"{name}.json").read_text()) for name in ("recipes", "gallery")
     )
     return "\n\n".join(
-        table(system, {**recipes, "now": today[system]["small"]})
+        table(system, {**recipes, "now": today.get(system, {}).get("small", [])})
         for system, recipes in others.items()
     )
 
@@ -85,7 +85,9 @@ def tables(results: Path) -> str:
 def table(system: str, recipes: dict[str, list[dict[str, Any]]]) -> str:
     """A table of what was measured of a system: a column for each recipe."""
     lines = [f"| {system} | {' | '.join(recipes)} |", "|---|" + "---|" * len(recipes)]
-    for name in recipes["now"][0]["metrics"]:
+    for name in dict.fromkeys(
+        name for seeds in recipes.values() for r in seeds for name in r["metrics"]
+    ):
         cells = [
             spread([r["metrics"].get(name) for r in of_seeds]) for of_seeds in recipes.values()
         ]
