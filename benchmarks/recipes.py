@@ -1,7 +1,7 @@
 """What the recipes of the `small` presets changed: each beside others, over three seeds.
 
 ``python -m benchmarks.recipes --save`` trains the settings of before, and others that were tried,
-by ``nca sweep``: an hour on two cores. Those of today are trained by
+by ``nca sweep``. Those of today are trained by
 ``python -m benchmarks.gallery --presets small``. All are measured alike, by ``nca eval``, and
 ``nca bench --report`` puts them side by side in docs/recipes.md. The texture loss of `dynamics` is
 no setting, so that it is not here.
