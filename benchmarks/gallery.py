@@ -33,7 +33,7 @@ from nca_models import systems
 GALLERY = Path(__file__).parents[1] / "docs" / "gallery"
 LARGEST = 1_300_000  # bytes of a film that is kept whole
 SEEDS = {"medium": 1, "small": 3}  # trainings of each preset, with seeds from 0
-TARGETS = {"dynamics": ("brick", "cracked", "crystalline")}
+TARGETS = {"dynamics": ("brick", "cracked", "crystalline", "gravel")}
 SWEEP = (
     "sweep dynamics --targets cracked interlaced --channels 8 16 32 --hidden 16 48 128 --seeds 3 "
     "--steps 1500"

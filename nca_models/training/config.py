@@ -85,7 +85,8 @@ class TrainConfig:
     pool_size: int = setting(
         lowest=0,
         flag="--pool-size",
-        help="samples kept between training steps; with 0 every batch is fresh",
+        help="samples kept between training steps; with 0 every batch is fresh, and neither "
+        "restarts nor damages apply",
     )
     learning_rate: float = setting(flag="--learning-rate", help="Adam's learning rate at the start")
     final_learning_rate: float = setting(
@@ -160,7 +161,8 @@ class TrainConfig:
                 f"restarts_fall_after is {self.restarts_fall_after}, but must be at least 0, and "
                 "below 1"
             )
-        if self.damaged_per_batch + self.restarts_per_batch > self.batch_size:
+        replaced = self.damaged_per_batch + self.restarts_per_batch
+        if self.pool_size and replaced > self.batch_size:
             raise ValueError(
                 f"damaged_per_batch is {self.damaged_per_batch} and restarts_per_batch "
                 f"{self.restarts_per_batch}: together more than batch_size ({self.batch_size}); "

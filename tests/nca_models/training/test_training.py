@@ -109,6 +109,7 @@ def test_several_of_the_worst_give_way_to_fresh_samples(make_run, tiny):
     assert list(indices) == sorted(map(int, indices), reverse=True), "the noisiest are the worst"
     with pytest.raises(ValueError, match="together more than batch_size"):
         replace(config, restarts_per_batch=6)
+    replace(config, restarts_per_batch=6, pool_size=0)  # without a pool, neither applies
 
 
 def test_the_restart_rate_falls_linearly(make_run, tiny):
