@@ -15,7 +15,6 @@ import queue
 import shutil
 import statistics
 import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,7 +25,8 @@ from typing import Any
 from PIL import Image, ImageSequence
 from tqdm import tqdm
 
-from benchmarks.measure import ROOT, device_name, provenance
+from benchmarks import motion_sweep
+from benchmarks.measure import NCA, ROOT, device_name, provenance
 from nca_kernels.files import write_json, write_text
 from nca_models import systems
 
@@ -34,12 +34,7 @@ GALLERY = Path(__file__).parents[1] / "docs" / "gallery"
 LARGEST = 1_300_000  # bytes of a film that is kept whole
 SEEDS = {"medium": 1, "small": 3}  # trainings of each preset, with seeds from 0
 TARGETS = {"dynamics": ("brick", "cracked", "crystalline", "gravel")}
-SWEEP = (
-    "sweep dynamics --targets cracked interlaced --channels 8 16 32 --hidden 16 48 128 --seeds 3 "
-    "--steps 1500"
-)
 NOT_SHOWN = ("target.png", "elsewhere.png", "loss.png")
-NCA = [sys.executable, "-c", "import sys; from nca_models.cli import main; sys.exit(main())"]
 
 
 @dataclass(frozen=True)
@@ -194,33 +189,6 @@ def copy(source: Path, path: Path) -> None:
         first.save(path, save_all=True, append_images=frames, duration=every * duration, loop=0)
 
 
-def sweep(runs: Path) -> None:
-    """Trains what the sweep lacks, and copies its table and its maps to the gallery."""
-    out, kept = runs / "sweep", GALLERY / "sweep"
-    subprocess.run([*NCA, *SWEEP.split(), "--out", str(out)], check=True)
-    kept.mkdir(parents=True, exist_ok=True)
-    for path in [out / "sweep.csv", *sorted(out.glob("motion*.png"))]:
-        shutil.copy(path, kept / path.name)
-
-
-def sweep_part() -> list[str]:
-    """What the page says of the sweep, if there is one in the gallery."""
-    maps = sorted((GALLERY / "sweep").glob("motion*.png"))
-    if not maps:
-        return []
-    return [
-        "## A sweep: motion against channels and hidden units.",
-        "",
-        f"`nca {SWEEP}`.",
-        "[The table](sweep/sweep.csv) has every training: its loss, the distance to the exemplar,",
-        "the motion, and the spread of the motion over three runs of one model. The study (arXiv",
-        "2404.06406: 128 x 128 cells, 6,000 steps, 8 to 128 channels, 16 to 128 hidden units)",
-        "finds that motion depends on both and on their disparity.",
-        "",
-        *[line for path in maps for line in (f"![{path.stem}](sweep/{path.name})", "")],
-    ]
-
-
 def page(runs: Path) -> str:
     """The gallery: of every system its pictures and its table."""
     records, device = collected(runs), device_name()
@@ -246,7 +214,7 @@ def page(runs: Path) -> str:
                 one = Training(system, preset, target, 0)
                 lines += [f"`nca {' '.join(one.command)}`", "", *pictures(runs, one)]
             lines += table(records.get(subject, {}), module.SystemClass.measured)
-    lines += sweep_part()
+    lines += motion_sweep.part(GALLERY / "sweep")
     write_json(ROOT / "results" / device / "gallery.json", records)
     return "\n".join(lines)
 
@@ -264,7 +232,7 @@ def main() -> None:
     add("--page", action="store_true", help="only write the page and the results")
     args = parser.parse_args()
     if args.sweep:
-        sweep(args.runs)
+        motion_sweep.train(args.runs / "sweep", GALLERY / "sweep")
     wanted = [] if args.page or args.sweep else trainings(args.presets, args.systems, args.seeds)
     free: queue.SimpleQueue[int] = queue.SimpleQueue()
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]

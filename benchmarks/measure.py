@@ -7,6 +7,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -21,6 +22,8 @@ import nca_kernels as nk
 from nca_kernels.testing import Case
 
 ROOT = Path(__file__).parent
+# The command ``nca``, by this Python.
+NCA = [sys.executable, "-c", "import sys; from nca_models.cli import main; sys.exit(main())"]
 STEPS = 8
 _PAUSE, _LONG_ENOUGH = 0.05, 0.1  # seconds
 

@@ -16,8 +16,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gallery import NCA, spread
-from benchmarks.measure import ROOT, device_name, provenance
+from benchmarks.gallery import spread
+from benchmarks.measure import NCA, ROOT, device_name, provenance
 from nca_kernels.files import write_json
 from nca_models import systems
 from nca_models.training.config import option

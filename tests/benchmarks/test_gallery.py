@@ -1,5 +1,6 @@
 """The gallery's trainings, its tables, and the comparison of recipes."""
 
+import csv
 import json
 import os
 import sys
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import gallery, recipes
+from benchmarks import gallery, motion_sweep, recipes
 from nca_models import render, systems
 from nca_models.run_folder import Request, configured
 
@@ -58,6 +59,22 @@ def test_the_tables_of_recipes(tmp_path):
     lines = recipes.tables(tmp_path).splitlines()
     assert lines[0] == "| growing | before | now |"
     assert "| error | 2.00 (1.00 to 3.00) | 1.00 |" in lines
+
+
+def test_the_motion_of_a_sweep_is_compared_with_its_settings(tmp_path):
+    assert motion_sweep.part(tmp_path) == []
+    shapes = [(c, d) for c in (8, 16, 32) for d in (16, 48, 128)]
+    table = ["texture,channels,hidden,seed,motion"]
+    table += [f"cracked,{c},{d},0,{d / c}" for c, d in shapes]
+    table += [f"wavy,{c},{d},0,{-c}" for c, d in shapes] + ["wavy,8,16,1,nan"]
+    rows = list(csv.DictReader(table))
+    found = motion_sweep.correlations(rows)
+    assert found["cracked"]["proportion D / C"] == pytest.approx(1)
+    assert found["wavy"]["channels C"] == pytest.approx(-1)
+    assert found["wavy"]["hidden units D"] == pytest.approx(0)
+    (tmp_path / "sweep.csv").write_text("\n".join(table))
+    cracked = found["cracked"]["channels C"]
+    assert f"| channels C | {cracked:.2f} | -1.00 |" in motion_sweep.part(tmp_path)
 
 
 def test_a_large_film_is_thinned(tmp_path, monkeypatch):

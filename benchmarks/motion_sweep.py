@@ -1,0 +1,89 @@
+"""A sweep after the emergent-dynamics study: motion against channels and hidden units.
+
+``python -m benchmarks.gallery --sweep`` trains it, or what it lacks, and writes its part of the
+gallery's page.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+from scipy.stats import spearmanr
+
+from benchmarks.measure import NCA
+
+COMMAND = (
+    "sweep dynamics --targets cracked interlaced --channels 8 16 32 --hidden 16 48 128 --seeds 3 "
+    "--steps 1500"
+)
+# What the motion of a training is compared with, from its channels C and its hidden units D.
+VARIABLES: dict[str, Callable[[int, int], float]] = {
+    "channels C": lambda c, d: c,
+    "hidden units D": lambda c, d: d,
+    "their product": lambda c, d: c * d,
+    "proportion D / C": lambda c, d: d / c,
+    "disparity, from D / C to 1 on a logarithmic scale": lambda c, d: abs(math.log(d / c)),
+}
+
+
+def train(out: Path, kept: Path) -> None:
+    """Train what the sweep in `out` lacks, and copy its table and its maps to `kept`."""
+    subprocess.run([*NCA, *COMMAND.split(), "--out", str(out)], check=True)
+    kept.mkdir(parents=True, exist_ok=True)
+    for path in [out / "sweep.csv", *sorted(out.glob("motion*.png"))]:
+        shutil.copy(path, kept / path.name)
+
+
+def correlations(rows: list[dict[str, str]]) -> dict[str, dict[str, float]]:
+    """Spearman's rank correlation of the motion of trainings with `VARIABLES`, by texture.
+
+    `rows` are those of a sweep's table; trainings that diverged are left out.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for texture in dict.fromkeys(row["texture"] for row in rows):
+        of_it = [r for r in rows if r["texture"] == texture and math.isfinite(float(r["motion"]))]
+        motion = [float(row["motion"]) for row in of_it]
+        shapes = [(int(row["channels"]), int(row["hidden"])) for row in of_it]
+        found[texture] = {
+            name: float(spearmanr(motion, [variable(*shape) for shape in shapes]).statistic)
+            for name, variable in VARIABLES.items()
+        }
+    return found
+
+
+def part(kept: Path) -> list[str]:
+    """What the gallery's page says of the sweep, if its table and its maps are in `kept`."""
+    if not (kept / "sweep.csv").exists():
+        return []
+    with (kept / "sweep.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    found = correlations(rows)
+    maps = sorted(kept.glob("motion*.png"))
+    return [
+        "## A sweep: motion against channels and hidden units.",
+        "",
+        f"`nca {COMMAND}`",
+        "",
+        *[line for path in maps for line in (f"![{path.stem}](sweep/{path.name})", "")],
+        "The study after which it is made (arXiv 2404.06406: 128 x 128 cells, 6,000 training",
+        "steps, 8 to 128 channels C, 16 to 128 hidden units D, four textures) says that the",
+        "disparity of the two and their proportion correlate strongly with the motion. In our",
+        f"{len(rows)} trainings, which are smaller and shorter, the rank correlation (Spearman's,",
+        "from -1 to 1) of the motion is, with",
+        "",
+        f"| | {' | '.join(found)} |",
+        "|---|" + "---|" * len(found),
+        *[
+            f"| {name} | {' | '.join(f'{of_texture[name]:.2f}' for of_texture in found.values())} |"
+            for name in VARIABLES
+        ],
+        "",
+        "[The table](sweep/sweep.csv) has every training: its loss, its distance to the exemplar,",
+        "its motion, and how far that varies over three runs of the same model.",
+        "",
+    ]
