@@ -34,6 +34,18 @@ OTHERS: dict[str, dict[str, dict[str, Any]]] = {
             "min_steps": 48,
             "pool_size": 0,
             "damaged_per_batch": 0,
+            "alive_threshold": 0.1,
+            "noise_rate": 0.0,
+            "gradients": "clipped",
+        },
+        "with an alive mask": {
+            "num_train_steps": 6000,
+            "learning_rate": 4e-3,
+            "damaged_per_batch": 2,
+            "alive_threshold": 0.1,
+            "noise_rate": 0.0,
+            "final_restart_rate": 1.0,
+            "gradients": "clipped",
         },
     },
     "self_autoencoding": {

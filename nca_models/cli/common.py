@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import math
 import os
 import re
 import shlex
@@ -80,13 +81,27 @@ def whole(lowest: int) -> Callable[[str], int]:
 
 def above_zero(text: str) -> float:
     """Parse an argument that is a number above zero."""
+    value = _number(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def zero_or_more(text: str) -> float:
+    """Parse an argument that is a number of at least zero."""
+    value = _number(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return value
+
+
+def _number(text: str) -> float:
+    """Return a text as a number; NaN if it is not a finite one."""
     try:
         value = float(text)
     except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
+        return math.nan
+    return value if math.isfinite(value) else math.nan
 
 
 def scale(text: str) -> Fraction:

@@ -6,7 +6,7 @@ from dataclasses import Field, fields
 from typing import Any
 
 from nca_models import systems
-from nca_models.cli.common import above_zero, whole
+from nca_models.cli.common import above_zero, whole, zero_or_more
 from nca_models.training.config import option, type_name
 
 _PREFIX = "setting "  # tells settings from other options in the parsed arguments
@@ -67,7 +67,8 @@ def _add(group: Any, name: str, declarations: _Declarations, **options: Any) -> 
     """Add the option of a setting; a ValueError says why it cannot be one."""
     each_metadata = [each.metadata for each in declarations.values()]
     lowest = min(metadata.get("lowest", 1) for metadata in each_metadata)
-    types = {"int": (whole(lowest), "N"), "float": (above_zero, "X"), "str": (str, None)}
+    number = above_zero if lowest else zero_or_more
+    types = {"int": (whole(lowest), "N"), "float": (number, "X"), "str": (str, None)}
     kinds = {(type_name(each), option(each)) for each in declarations.values()}
     if len(kinds) > 1:
         raise ValueError("the systems declare different types or flags")

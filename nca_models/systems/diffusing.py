@@ -3,8 +3,8 @@
 After CAX (Faldor and Cully, ICLR 2025), example 43, which starts every training step from the
 picture blended with noise. That is the preset `paper`. An automaton that is trained so never meets
 a dead region, and a cut closes slowly or not at all; the smaller presets therefore keep a pool, and
-damage what is in it. Where every cell lives, as in `medium`, all of them can tell how far they are
-from the border, and so where the picture belongs.
+damage what is in it. There every cell lives, too: all of them can tell how far they are from the
+border, and so where the picture belongs.
 
 A state is `[*batch, size, size, C]` float32; its last four channels are premultiplied RGBA, and
 alpha, the last, says where cells live, unless all do. It starts as a blend of the picture and
@@ -38,7 +38,7 @@ class Config(PictureConfig, SampledStepsConfig):
     fire_rate: float = dropout_rate()
     alive_threshold: float | None = life_threshold("alpha", "; None: every cell lives")
     noise_rate: float = setting(
-        0.0, help="probability that a fresh sample is noise alone, without the picture"
+        0.0, lowest=0, help="probability that a fresh sample is noise alone, without the picture"
     )
 
     def __post_init__(self) -> None:
@@ -84,14 +84,18 @@ PRESETS = {
         padding=4,
         channels=24,
         hidden=128,
+        alive_threshold=None,
+        noise_rate=0.5,
         num_steps=48,
         min_steps=32,
         batch_size=4,
         pool_size=64,
-        damaged_per_batch=2,
-        num_train_steps=6000,
-        learning_rate=4e-3,
+        final_restart_rate=0.2,
+        damaged_per_batch=1,
+        num_train_steps=4500,
+        learning_rate=3e-3,
         final_learning_rate=1e-5,
+        gradients="normalized",
     ),
 }
 

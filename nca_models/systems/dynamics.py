@@ -44,7 +44,7 @@ class Config(TextureConfig, SampledStepsConfig):
     channels: int = setting(12, lowest=3, short="c", help="C; the first three channels are RGB")
     hidden: int = setting(96, short="d", help="D, the width of the hidden layer")
     fire_rate: float = setting(0.5, help="probability that a cell updates in a step")
-    overflow: float = setting(1.0, help="weight of the penalty on states beyond -1 to 1")
+    overflow: float = setting(1.0, lowest=0, help="weight of the penalty on states beyond -1 to 1")
     vgg16: str | None = setting(
         None,
         flag="--vgg16",

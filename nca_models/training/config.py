@@ -26,7 +26,8 @@ def setting(
 
     Args:
         default: its value in presets that do not give one.
-        lowest: its lowest value, if it is an integer.
+        lowest: its lowest value, if it is an integer. Options take other numbers above 0, and with
+            0 here they take 0 as well.
         help: what it is, in a phrase.
         flag: the option of `nca train` that sets it, as in `--steps`; None for no option.
         metavar: what the help shows for the option's value (default: N for int, X for float).
@@ -114,7 +115,9 @@ class TrainConfig:
         None, help="`restart_rate` at the end of the training, reached linearly; None: the same"
     )
     restarts_fall_after: float = setting(
-        0.0, help="share of the training after which `restart_rate` begins to fall, 0 to below 1"
+        0.0,
+        lowest=0,
+        help="share of the training after which `restart_rate` begins to fall, 0 to below 1",
     )
     damaged_per_batch: int = setting(
         0,

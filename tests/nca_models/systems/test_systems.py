@@ -301,6 +301,7 @@ def test_diffusing_starts_between_the_picture_and_noise(tmp_path):
 
 def test_some_fresh_samples_of_diffusing_are_noise_alone(tmp_path):
     system = make("diffusing", tmp_path / "run")
+    system.config = replace(system.config, noise_rate=0.0)
     blends = system.fresh(KEY, 200)["state"]
     system.config = replace(system.config, noise_rate=0.5)
     mixed = system.fresh(KEY, 200)["state"]
