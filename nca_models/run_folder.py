@@ -28,7 +28,11 @@ class RunError(ValueError):
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asked for; None means "as the preset", or when resuming "as before"."""
+    """What a user asked for.
+
+    No preset, no target and a setting that is not there mean "as before" when resuming. For a new
+    run they mean `small`, the system's default and "as the preset".
+    """
 
     system: str
     preset: str | None
@@ -53,7 +57,7 @@ def configured(request: Request) -> Any:
         RunError: the system has no such setting, or a value is impossible.
     """
     preset = systems.load(request.system).PRESETS[request.preset or "small"]
-    settings = _chosen(request.settings)
+    settings = request.settings
     if unknown := sorted(settings.keys() - {field.name for field in fields(preset)}):
         raise RunError(f"{request.system} has no setting {', '.join(unknown)}")
     try:
@@ -99,12 +103,13 @@ def resume(folder: Path, request: Request) -> systems.System:
         RunError: a setting differs from the run's.
     """
     saved = _read(folder)
-    target = _name_of(request.target)
-    asked = {"system": request.system, "preset": request.preset, "target": target}
+    named = {"preset": request.preset, "target": _name_of(request.target)}
+    asked = {name: value for name, value in named.items() if value is not None}
+    asked |= {"system": request.system, **request.settings}
     steps = request.settings.get("num_train_steps")
-    if unknown := sorted(_chosen(request.settings).keys() - saved["config"].keys()):
+    if unknown := sorted(request.settings.keys() - saved["config"].keys()):
         raise RunError(f"{folder} is a run of {saved['system']}, without {', '.join(unknown)}")
-    for name, value in _chosen(asked | request.settings).items():
+    for name, value in asked.items():
         before = saved[name] if name in saved else saved["config"].get(name)
         if value != before and not (name == "num_train_steps" and value > before):
             raise RunError(
@@ -155,10 +160,6 @@ def load(folder: Path, backend: str | None = None, size: int | None = None) -> s
             raise RunError(f"--size {size}: {error}") from error
     system: systems.System = module.SystemClass(config, folder)
     return system
-
-
-def _chosen(settings: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _name_of(target: str | None) -> str | None:

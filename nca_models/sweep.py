@@ -221,9 +221,8 @@ def _require_same(grid: Grid, out: Path) -> None:
     shared = {"preset": grid.preset} | {options[name]: v for name, v in grid.shared.items()}
     if path.exists():
         try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
-            before = {name: value for name, value in saved.items() if value is not None}
-        except (ValueError, AttributeError) as error:
+            before = {**json.loads(path.read_text(encoding="utf-8"))}
+        except (ValueError, TypeError) as error:
             raise run_folder.RunError(f"{path} is not a sweep's settings ({error})") from error
         if before != shared:
             raise run_folder.RunError(

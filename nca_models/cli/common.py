@@ -104,6 +104,11 @@ def _number(text: str) -> float:
     return value if math.isfinite(value) else math.nan
 
 
+def or_none(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return an argument type: the word None, or what `parse` takes."""
+    return lambda text: None if text == "None" else parse(text)
+
+
 def scale(text: str) -> Fraction:
     """Parse an argument that is N or 1/N, for a whole number N."""
     try:

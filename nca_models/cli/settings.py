@@ -1,13 +1,14 @@
 """The systems' settings as options of `nca train` and `nca sweep`."""
 
 import argparse
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import Field, fields
 from typing import Any
 
 from nca_models import systems
-from nca_models.cli.common import above_zero, whole, zero_or_more
-from nca_models.training.config import option, type_name
+from nca_models.cli.common import above_zero, or_none, whole, zero_or_more
+from nca_models.training.config import option, optional, type_name
 
 _PREFIX = "setting "  # tells settings from other options in the parsed arguments
 _Declarations = dict[str, Field[Any]]  # system -> how it declares a setting
@@ -38,16 +39,16 @@ def add_swept_settings(group: Any) -> None:
     for name, declarations in _declared().items():
         if name != "seed":
             with suppress(argparse.ArgumentError, ValueError):
-                _add(group, name, declarations, nargs="+")
+                _add(group, name, declarations, several=True)
 
 
 def add_setting(parser: Any, name: str, flag: str, **options: Any) -> None:
     """Add an option for one setting; `options` are those of `add_argument`."""
-    parser.add_argument(flag, dest=_PREFIX + name, **options)
+    parser.add_argument(flag, dest=_PREFIX + name, default=argparse.SUPPRESS, **options)
 
 
 def chosen(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the settings in parsed arguments; None where the option was left out."""
+    """Return the settings in parsed arguments: those whose options were given."""
     options = vars(args).items()
     return {
         name.removeprefix(_PREFIX): value for name, value in options if name.startswith(_PREFIX)
@@ -63,11 +64,12 @@ def _declared() -> dict[str, _Declarations]:
     return declared
 
 
-def _add(group: Any, name: str, declarations: _Declarations, **options: Any) -> None:
-    """Add the option of a setting; a ValueError says why it cannot be one."""
+def _add(group: Any, name: str, declarations: _Declarations, *, several: bool = False) -> None:
+    """Add the option of a setting, of one or several values; a ValueError says why it cannot be."""
     each_metadata = [each.metadata for each in declarations.values()]
     lowest = min(metadata.get("lowest", 1) for metadata in each_metadata)
     number = above_zero if lowest else zero_or_more
+    types: dict[str, tuple[Callable[[str], Any], str | None]]
     types = {"int": (whole(lowest), "N"), "float": (number, "X"), "str": (str, None)}
     kinds = {(type_name(each), option(each)) for each in declarations.values()}
     if len(kinds) > 1:
@@ -76,6 +78,8 @@ def _add(group: Any, name: str, declarations: _Declarations, **options: Any) -> 
     if kind not in types:
         raise ValueError(f"{flag} cannot be of type {kind}, only of {', '.join(types)}")
     parse, metavar = types[kind]
+    if several and any(map(optional, declarations.values())):
+        parse = or_none(parse)
     texts = dict.fromkeys(metadata.get("help", "") for metadata in each_metadata)
     everywhere = len(declarations) == len(systems.names())
     note = "" if everywhere else f"; only for {', '.join(declarations)}"
@@ -87,5 +91,5 @@ def _add(group: Any, name: str, declarations: _Declarations, **options: Any) -> 
         metavar=each_metadata[0].get("metavar") or metavar,
         choices=each_metadata[0].get("choices"),
         help=("; ".join(texts) + note).replace("%", "%%"),
-        **options,
+        nargs="+" if several else None,
     )

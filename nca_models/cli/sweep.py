@@ -61,7 +61,7 @@ def _sweep(args: argparse.Namespace) -> int:
     for target in targets:
         check_target(args.system, target)
     check_not_a_file(args.out)
-    settings = {name: tuple(values) for name, values in chosen(args).items() if values}
+    settings = {name: tuple(values) for name, values in chosen(args).items()}
     for backend in settings.get("backend", ()):
         check_backend(backend)
 

@@ -48,13 +48,18 @@ def type_name(setting: Field[Any]) -> str:
     return _annotation(setting).removesuffix(" | None")
 
 
+def optional(setting: Field[Any]) -> bool:
+    """Tell whether None is a value of the setting."""
+    return _annotation(setting).endswith(" | None")
+
+
 def _annotation(setting: Field[Any]) -> str:
     return setting.type.__name__ if isinstance(setting.type, type) else str(setting.type)
 
 
 def _require_type(setting: Field[Any], value: Any) -> None:
     """Refuse (ValueError) a value that is not of the setting's type, if it is one of these."""
-    if value is None and _annotation(setting).endswith(" | None"):
+    if value is None and optional(setting):
         return
     kinds = {"int": (Integral, "a whole number"), "float": (Real, "a finite number")}
     kind, words = (kinds | {"str": (str, "a text")}).get(type_name(setting), (object, ""))

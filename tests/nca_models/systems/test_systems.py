@@ -257,6 +257,11 @@ def test_a_sweep_trains_models_together(tmp_path, monkeypatch, capsys):
     [
         ("growing", "--fire-rate 0.5 1 --damage circle", "target,fire_rate,seed"),
         ("attention", "--heads 1 2 --radius 0 1 --qkv 4", "target,heads,radius,seed"),
+        (
+            "diffusing",
+            "--alive-threshold None 0.1 --noise-rate 0 --final-restart-rate None",
+            "target,alive_threshold,seed",
+        ),
     ],
 )
 def test_any_system_is_swept_over_its_settings(name, swept, header, tmp_path, monkeypatch, capsys):
