@@ -155,12 +155,17 @@ def heading(by_preset: dict[str, list[dict[str, Any]]]) -> Any:
 
 
 def spread(values: list[float | None]) -> str:
-    """The median of values, and from where to where they go if there are several."""
+    """The median of values, and from where to where they go if there are several.
+
+    Small values, such as the distances of textures, have three decimals, others two.
+    """
     known = [value for value in values if value is not None]
     if not known:
         return ""
-    median = f"{statistics.median(known):.2f}"
-    return median if len(known) == 1 else f"{median} ({min(known):.2f} to {max(known):.2f})"
+    decimals = 3 if max(map(abs, known)) < 0.2 else 2
+    three = statistics.median(known), min(known), max(known)
+    median, least, most = (f"{value:.{decimals}f}" for value in three)
+    return median if len(known) == 1 else f"{median} ({least} to {most})"
 
 
 def pictures(runs: Path, one: Training) -> list[str]:

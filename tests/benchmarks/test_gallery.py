@@ -40,6 +40,7 @@ def test_the_spread_of_values():
     assert gallery.spread([3.0, 1.0, 2.0]) == "2.00 (1.00 to 3.00)"
     assert gallery.spread([None, 2.0]) == "2.00"
     assert gallery.spread([None]) == ""
+    assert gallery.spread([0.024, 0.1]) == "0.062 (0.024 to 0.100)"
 
 
 def test_a_table_has_all_measures_and_presets():
