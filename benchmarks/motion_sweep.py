@@ -10,7 +10,7 @@ import csv
 import math
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from scipy.stats import spearmanr
@@ -39,14 +39,19 @@ def train(out: Path, kept: Path) -> None:
         shutil.copy(path, kept / path.name)
 
 
+def trained(table: Iterable[str]) -> list[dict[str, str]]:
+    """The rows of a sweep's table, without trainings that diverged."""
+    return [row for row in csv.DictReader(table) if math.isfinite(float(row["motion"]))]
+
+
 def correlations(rows: list[dict[str, str]]) -> dict[str, dict[str, float]]:
     """Spearman's rank correlation of the motion of trainings with `VARIABLES`, by texture.
 
-    `rows` are those of a sweep's table; trainings that diverged are left out.
+    `rows` are those that `trained` returns.
     """
     found: dict[str, dict[str, float]] = {}
     for texture in dict.fromkeys(row["texture"] for row in rows):
-        of_it = [r for r in rows if r["texture"] == texture and math.isfinite(float(r["motion"]))]
+        of_it = [row for row in rows if row["texture"] == texture]
         motion = [float(row["motion"]) for row in of_it]
         shapes = [(int(row["channels"]), int(row["hidden"])) for row in of_it]
         found[texture] = {
@@ -61,9 +66,10 @@ def part(kept: Path) -> list[str]:
     if not (kept / "sweep.csv").exists():
         return []
     with (kept / "sweep.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+        rows = trained(file)
     found = correlations(rows)
     maps = sorted(kept.glob("motion*.png"))
+    distances = sorted(float(row["distance_to_exemplar"]) for row in rows)
     return [
         "## A sweep: motion against channels and hidden units.",
         "",
@@ -83,7 +89,8 @@ def part(kept: Path) -> list[str]:
             for name in VARIABLES
         ],
         "",
-        "[The table](sweep/sweep.csv) has every training: its loss, its distance to the exemplar,",
-        "its motion, and how far that varies over three runs of the same model.",
+        "[The table](sweep/sweep.csv) has every training: its loss, its distance to the exemplar",
+        f"({distances[0]:.2f} to {distances[-1]:.2f}: many are rough), its motion, and how far",
+        "that varies over three runs of the same model.",
         "",
     ]

@@ -1,6 +1,5 @@
 """The gallery's trainings, its tables, and the comparison of recipes."""
 
-import csv
 import json
 import os
 import sys
@@ -65,17 +64,19 @@ def test_the_tables_of_recipes(tmp_path):
 def test_the_motion_of_a_sweep_is_compared_with_its_settings(tmp_path):
     assert motion_sweep.part(tmp_path) == []
     shapes = [(c, d) for c in (8, 16, 32) for d in (16, 48, 128)]
-    table = ["texture,channels,hidden,seed,motion"]
-    table += [f"cracked,{c},{d},0,{d / c}" for c, d in shapes]
-    table += [f"wavy,{c},{d},0,{-c}" for c, d in shapes] + ["wavy,8,16,1,nan"]
-    rows = list(csv.DictReader(table))
-    found = motion_sweep.correlations(rows)
+    table = ["texture,channels,hidden,distance_to_exemplar,motion"]
+    table += [f"cracked,{c},{d},0.1,{d / c}" for c, d in shapes]
+    table += [f"wavy,{c},{d},0.4,{-c}" for c, d in shapes] + ["wavy,8,16,nan,nan"]
+    found = motion_sweep.correlations(motion_sweep.trained(table))
     assert found["cracked"]["proportion D / C"] == pytest.approx(1)
     assert found["wavy"]["channels C"] == pytest.approx(-1)
     assert found["wavy"]["hidden units D"] == pytest.approx(0)
     (tmp_path / "sweep.csv").write_text("\n".join(table))
     cracked = found["cracked"]["channels C"]
-    assert f"| channels C | {cracked:.2f} | -1.00 |" in motion_sweep.part(tmp_path)
+    lines = motion_sweep.part(tmp_path)
+    assert f"| channels C | {cracked:.2f} | -1.00 |" in lines
+    assert any(line.startswith("18 trainings") for line in lines)
+    assert any(line.startswith("(0.10 to 0.40: ") for line in lines)
 
 
 def test_a_large_film_is_thinned(tmp_path, monkeypatch):
