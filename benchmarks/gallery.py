@@ -164,7 +164,8 @@ def spread(values: list[float | None]) -> str:
         return ""
     decimals = 3 if max(map(abs, known)) < 0.2 else 2
     three = statistics.median(known), min(known), max(known)
-    median, least, most = (f"{value:.{decimals}f}" for value in three)
+    # 0 is added because a value that is rounded to zero would otherwise keep its sign.
+    median, least, most = (f"{round(value, decimals) + 0.0:.{decimals}f}" for value in three)
     return median if len(known) == 1 else f"{median} ({least} to {most})"
 
 
@@ -219,7 +220,7 @@ def page(runs: Path) -> str:
                 one = Training(system, preset, target, 0)
                 lines += [f"`nca {' '.join(one.command)}`", "", *pictures(runs, one)]
             lines += table(records.get(subject, {}), module.SystemClass.measured)
-    lines += motion_sweep.part(GALLERY / "sweep")
+    lines += motion_sweep.section(GALLERY / "sweep", ROOT / "results" / device)
     write_json(ROOT / "results" / device / "gallery.json", records)
     return "\n".join(lines)
 
@@ -237,7 +238,8 @@ def main() -> None:
     add("--page", action="store_true", help="only write the page and the results")
     args = parser.parse_args()
     if args.sweep:
-        motion_sweep.train(args.runs / "sweep", GALLERY / "sweep")
+        results = ROOT / "results" / device_name()
+        motion_sweep.train(args.runs / "sweep", GALLERY / "sweep", results)
     wanted = [] if args.page or args.sweep else trainings(args.presets, args.systems, args.seeds)
     free: queue.SimpleQueue[int] = queue.SimpleQueue()
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]

@@ -1,26 +1,29 @@
 """A sweep after the emergent-dynamics study: motion against channels and hidden units.
 
-``python -m benchmarks.gallery --sweep`` trains it, or what it lacks, and writes its part of the
-gallery's page.
+``python -m benchmarks.gallery --sweep`` trains it, or what it lacks, and writes its section of the
+gallery's page. Every training is in ``benchmarks/results/<device>/motion_sweep.json``.
 """
 
 from __future__ import annotations
 
 import csv
+import json
 import math
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 from scipy.stats import spearmanr
 
-from benchmarks.measure import NCA
+from benchmarks.measure import NCA, provenance
+from nca_kernels.files import write_json
 
 COMMAND = (
     "sweep dynamics --targets cracked interlaced --channels 8 16 32 --hidden 16 48 128 --seeds 3 "
     "--steps 1500"
 )
+RESULTS = "motion_sweep.json"
 # What the motion of a training is compared with, from its channels C and its hidden units D.
 VARIABLES: dict[str, Callable[[int, int], float]] = {
     "channels C": lambda c, d: c,
@@ -31,23 +34,26 @@ VARIABLES: dict[str, Callable[[int, int], float]] = {
 }
 
 
-def train(out: Path, kept: Path) -> None:
-    """Train what the sweep in `out` lacks, and copy its table and its maps to `kept`."""
+def train(out: Path, pictures: Path, results: Path) -> None:
+    """Train what the sweep in `out` lacks; its maps go to `pictures`, its figures to `results`."""
     subprocess.run([*NCA, *COMMAND.split(), "--out", str(out)], check=True)
-    kept.mkdir(parents=True, exist_ok=True)
-    for path in [out / "sweep.csv", *sorted(out.glob("motion*.png"))]:
-        shutil.copy(path, kept / path.name)
+    pictures.mkdir(parents=True, exist_ok=True)
+    for path in sorted(out.glob("motion*.png")):
+        shutil.copy(path, pictures / path.name)
+    save(out / "sweep.csv", results)
 
 
-def trained(table: Iterable[str]) -> list[dict[str, str]]:
-    """The rows of a sweep's table, without trainings that diverged."""
-    return [row for row in csv.DictReader(table) if math.isfinite(float(row["motion"]))]
+def save(table: Path, results: Path) -> None:
+    """Write a sweep's table to `results`, with what it was made by."""
+    with table.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    write_json(results / RESULTS, {**provenance(f"nca {COMMAND}"), "trainings": rows})
 
 
 def correlations(rows: list[dict[str, str]]) -> dict[str, dict[str, float]]:
     """Spearman's rank correlation of the motion of trainings with `VARIABLES`, by texture.
 
-    `rows` are those that `trained` returns.
+    `rows` are those of a sweep's table, without trainings that diverged.
     """
     found: dict[str, dict[str, float]] = {}
     for texture in dict.fromkeys(row["texture"] for row in rows):
@@ -61,14 +67,15 @@ def correlations(rows: list[dict[str, str]]) -> dict[str, dict[str, float]]:
     return found
 
 
-def part(kept: Path) -> list[str]:
-    """What the gallery's page says of the sweep, if its table and its maps are in `kept`."""
-    if not (kept / "sweep.csv").exists():
+def section(pictures: Path, results: Path) -> list[str]:
+    """What the gallery's page says of the sweep, if its figures are in `results`."""
+    saved = results / RESULTS
+    if not saved.exists():
         return []
-    with (kept / "sweep.csv").open(encoding="utf-8", newline="") as file:
-        rows = trained(file)
+    trainings = json.loads(saved.read_text())["trainings"]
+    rows = [row for row in trainings if math.isfinite(float(row["motion"]))]  # did not diverge
     found = correlations(rows)
-    maps = sorted(kept.glob("motion*.png"))
+    maps = sorted(pictures.glob("motion*.png"))
     distances = sorted(float(row["distance_to_exemplar"]) for row in rows)
     return [
         "## A sweep: motion against channels and hidden units.",
@@ -89,8 +96,8 @@ def part(kept: Path) -> list[str]:
             for name in VARIABLES
         ],
         "",
-        "[The table](sweep/sweep.csv) has every training: its loss, its distance to the exemplar",
-        f"({distances[0]:.2f} to {distances[-1]:.2f}: many are rough), its motion, and how far",
-        "that varies over three runs of the same model.",
+        f"[{RESULTS}](../../benchmarks/results/{results.name}/{RESULTS}) has every training: its",
+        f"loss, its distance to the exemplar ({distances[0]:.2f} to {distances[-1]:.2f}: many are",
+        "rough), its motion, and how far that varies over three runs of the same model.",
         "",
     ]

@@ -79,29 +79,20 @@ def whole(lowest: int) -> Callable[[str], int]:
     return parse
 
 
-def above_zero(text: str) -> float:
-    """Parse an argument that is a number above zero."""
-    value = _number(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
+def number(*, zero_allowed: bool) -> Callable[[str], float]:
+    """Return an argument type: finite numbers above 0, and 0 too if `zero_allowed`."""
+    words = "of at least 0" if zero_allowed else "above 0"
 
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if math.isfinite(value) and (value > 0 or (zero_allowed and value == 0)):
+            return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number {words}")
 
-def zero_or_more(text: str) -> float:
-    """Parse an argument that is a number of at least zero."""
-    value = _number(text)
-    if not value >= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
-    return value
-
-
-def _number(text: str) -> float:
-    """Return a text as a number; NaN if it is not a finite one."""
-    try:
-        value = float(text)
-    except ValueError:
-        return math.nan
-    return value if math.isfinite(value) else math.nan
+    return parse
 
 
 def or_none(parse: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -7,7 +7,7 @@ from dataclasses import Field, fields
 from typing import Any
 
 from nca_models import systems
-from nca_models.cli.common import above_zero, or_none, whole, zero_or_more
+from nca_models.cli.common import number, or_none, whole
 from nca_models.training.config import option, optional, type_name
 
 _PREFIX = "setting "  # tells settings from other options in the parsed arguments
@@ -65,12 +65,18 @@ def _declared() -> dict[str, _Declarations]:
 
 
 def _add(group: Any, name: str, declarations: _Declarations, *, several: bool = False) -> None:
-    """Add the option of a setting, of one or several values; a ValueError says why it cannot be."""
+    """Add the option of a setting, with one value or, if `several`, with any number of them.
+
+    Raises:
+        ValueError: the setting cannot be an option; the message says why.
+    """
     each_metadata = [each.metadata for each in declarations.values()]
     lowest = min(metadata.get("lowest", 1) for metadata in each_metadata)
-    number = above_zero if lowest else zero_or_more
-    types: dict[str, tuple[Callable[[str], Any], str | None]]
-    types = {"int": (whole(lowest), "N"), "float": (number, "X"), "str": (str, None)}
+    types: dict[str, tuple[Callable[[str], Any], str | None]] = {
+        "int": (whole(lowest), "N"),
+        "float": (number(zero_allowed=lowest == 0), "X"),
+        "str": (str, None),
+    }
     kinds = {(type_name(each), option(each)) for each in declarations.values()}
     if len(kinds) > 1:
         raise ValueError("the systems declare different types or flags")

@@ -40,6 +40,7 @@ def test_the_spread_of_values():
     assert gallery.spread([None, 2.0]) == "2.00"
     assert gallery.spread([None]) == ""
     assert gallery.spread([0.024, 0.1]) == "0.062 (0.024 to 0.100)"
+    assert gallery.spread([-0.0001]) == "0.000"
 
 
 def test_a_table_has_all_measures_and_presets():
@@ -62,21 +63,24 @@ def test_the_tables_of_recipes(tmp_path):
 
 
 def test_the_motion_of_a_sweep_is_compared_with_its_settings(tmp_path):
-    assert motion_sweep.part(tmp_path) == []
+    assert motion_sweep.section(tmp_path, tmp_path) == []
     shapes = [(c, d) for c in (8, 16, 32) for d in (16, 48, 128)]
     table = ["texture,channels,hidden,distance_to_exemplar,motion"]
     table += [f"cracked,{c},{d},0.1,{d / c}" for c, d in shapes]
     table += [f"wavy,{c},{d},0.4,{-c}" for c, d in shapes] + ["wavy,8,16,nan,nan"]
-    found = motion_sweep.correlations(motion_sweep.trained(table))
+    (tmp_path / "sweep.csv").write_text("\n".join(table))
+    motion_sweep.save(tmp_path / "sweep.csv", tmp_path)
+    saved = json.loads((tmp_path / "motion_sweep.json").read_text())
+    assert saved["command"].startswith("nca sweep dynamics")
+    found = motion_sweep.correlations(saved["trainings"][:-1])
     assert found["cracked"]["proportion D / C"] == pytest.approx(1)
     assert found["wavy"]["channels C"] == pytest.approx(-1)
     assert found["wavy"]["hidden units D"] == pytest.approx(0)
-    (tmp_path / "sweep.csv").write_text("\n".join(table))
     cracked = found["cracked"]["channels C"]
-    lines = motion_sweep.part(tmp_path)
+    lines = motion_sweep.section(tmp_path, tmp_path)
     assert f"| channels C | {cracked:.2f} | -1.00 |" in lines
     assert any(line.startswith("18 trainings") for line in lines)
-    assert any(line.startswith("(0.10 to 0.40: ") for line in lines)
+    assert any("(0.10 to 0.40: " in line for line in lines)
 
 
 def test_a_large_film_is_thinned(tmp_path, monkeypatch):
